@@ -1,0 +1,1 @@
+"""Data sets, episodes and support sets. Nothing here knows a model."""

@@ -1,0 +1,1 @@
+"""Two-stage few-shot detectors: plain modules, losses in training, boxes in testing."""
