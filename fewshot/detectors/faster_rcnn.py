@@ -1,0 +1,292 @@
+"""The two-stage detector that all six methods share: anchors, proposals, RoIs, their targets, losses and boxes.
+
+The numbers follow mmdet 2.25, on which the published models were trained, where torchvision's own detection classes
+differ: anchors are not rounded and sit on the cell corner, C4 anchors run scale by scale, the size deltas are clamped
+on both sides, a low-quality match overwrites, ground truth comes before the proposals, background is the last class.
+Boxes are xyxy in pixels of the network's input; a width is x2 - x1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import ops
+
+RPN_STD = (1.0, 1.0, 1.0, 1.0)
+ROI_STD = (0.1, 0.1, 0.2, 0.2)
+MAX_LOG_SIZE = abs(math.log(16 / 1000))  # a box grows or shrinks by at most this much from its anchor
+NEGATIVE, UNUSED = -1, -2
+
+
+class Detections(NamedTuple):
+    """What was found on one image, best first: boxes (n, 4) xyxy, scores (n,), labels (n,)."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class RoIs(NamedTuple):
+    """The sampled RoIs of one image, positives first, with their targets.
+
+    boxes (n, 4); labels (n,) with background = number of classes; deltas (positives, 4); matched (positives,), the
+    index of each positive's ground-truth box.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    deltas: Tensor
+    matched: Tensor
+
+
+# ------------------------------------------------------------------------------------------------- boxes and targets
+def encode(boxes: Tensor, anchors: Tensor, std: Sequence[float]) -> Tensor:
+    """Deltas (n, 4) that take `anchors` to `boxes`: centre shift in anchor sizes, log size ratio, divided by `std`."""
+    size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) / 2 / size
+    return torch.cat([shift, (target / size).log()], 1) / anchors.new_tensor(std)
+
+
+def decode(deltas: Tensor, anchors: Tensor, std: Sequence[float], size: tuple[int, int]) -> Tensor:
+    """Boxes of `deltas` (n, ..., 4) relative to `anchors` (n, 4), clipped to an image of `size` (height, width)."""
+    deltas = deltas.float() * deltas.new_tensor(std, dtype=torch.float32)
+    anchors = anchors.view(len(anchors), *[1] * (deltas.dim() - 2), 4)
+    extent = anchors[..., 2:] - anchors[..., :2]
+    centre = (anchors[..., :2] + anchors[..., 2:]) / 2 + deltas[..., :2] * extent
+    half = extent * deltas[..., 2:].clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp() / 2
+    boxes = torch.cat([centre - half, centre + half], -1)
+    return ops.clip_boxes_to_image(boxes, size)
+
+
+def anchor_grid(shape: tuple[int, int], stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """Anchors (height * width * len(scales) * len(ratios), 4) of a map of `shape` (height, width) on the CPU.
+
+    A base anchor of scale s and ratio r = h / w is stride * s / sqrt(r) wide and stride * s * sqrt(r) high, centred on
+    the cell's corner. Order: row, column, scale, ratio.
+    """
+    scale, ratio = torch.tensor(scales, dtype=torch.float64), torch.tensor(ratios, dtype=torch.float64).sqrt()
+    width, height = (stride * scale[:, None] / ratio).flatten(), (stride * scale[:, None] * ratio).flatten()
+    base = torch.stack([-width, -height, width, height], 1) / 2
+    rows, columns = (torch.arange(n, dtype=torch.float64) * stride for n in shape)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    corner = torch.stack([x, y, x, y], -1)[:, :, None]
+    return (corner + base).view(-1, 4).float()
+
+
+def assign(
+    candidates: Tensor, truth: Tensor, positive: float, negative: float, low_quality: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which ground-truth box each candidate stands for: (assignment (n,) int64, its IoU (n,)).
+
+    A candidate belongs to its best box from IoU `positive` on, is NEGATIVE below `negative`, UNUSED between. With
+    `low_quality`, every candidate that a box overlaps best (at least by that much) is also its own; later boxes win.
+    """
+    if not len(truth):
+        return candidates.new_full((len(candidates),), NEGATIVE, dtype=torch.int64), candidates.new_zeros(
+            len(candidates)
+        )
+    overlap = ops.box_iou(truth, candidates)  # (boxes, candidates)
+    best, index = overlap.max(0)
+    assignment = torch.where(best >= positive, index, torch.where(best < negative, NEGATIVE, UNUSED))
+    if low_quality is not None:
+        best_of_box = overlap.max(1, keepdim=True).values
+        mine = (overlap == best_of_box) & (best_of_box >= low_quality)  # (boxes, candidates)
+        order = torch.arange(1, len(truth) + 1, device=mine.device)[:, None]
+        last = (mine * order).max(0).values  # 0 where no box claims the candidate
+        assignment = torch.where(last > 0, last - 1, assignment)
+    return assignment, best
+
+
+def sample(assignment: Tensor, number: int, fraction: float) -> tuple[Tensor, Tensor]:
+    """Indices of at most `number` * `fraction` positives and of negatives that fill up to `number`, each ascending.
+
+    Random only where there are too many; drawn on the CPU, so that a seed means the same on every device.
+    """
+    chosen = []
+    room = int(number * fraction)
+    for mask in (assignment >= 0, assignment == NEGATIVE):
+        index = mask.nonzero()[:, 0]
+        if len(index) > room:
+            index = index[torch.randperm(len(index))[:room].to(index.device)].sort().values
+        chosen.append(index)
+        room = number - len(index)
+    return chosen[0], chosen[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- stage one
+class RPN(nn.Module):
+    """Region proposal network (Ren et al., 2015) over one or more feature levels.
+
+    Args:
+        in_channels: of every level. channels: of the hidden 3x3 convolution.
+        strides: input pixels per cell of each level. scales, ratios: anchors, in units of the stride.
+        softmax: two channels (object, background) per anchor, as Meta R-CNN has them, instead of one. The logit used
+            is their difference, for which the sigmoid and its loss equal the two-way softmax and its cross-entropy.
+        border: train only on anchors inside the image.
+        train_proposals, test_proposals: (kept before NMS per level, kept after).
+        number: anchors sampled per image, half of them positive.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        strides: Sequence[int] = (16,),
+        scales: Sequence[float] = (2, 4, 8, 16, 32),
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        softmax: bool = False,
+        border: bool = False,
+        train_proposals: tuple[int, int] = (2000, 1000),
+        test_proposals: tuple[int, int] = (1000, 1000),
+        number: int = 256,
+    ):
+        super().__init__()
+        self.strides, self.scales, self.ratios = strides, scales, ratios
+        self.softmax, self.border, self.number = softmax, border, number
+        self.train_proposals, self.test_proposals = train_proposals, test_proposals
+        anchors = len(scales) * len(ratios)
+        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.cls = nn.Conv2d(channels, anchors * (2 if softmax else 1), 1)
+        self.reg = nn.Conv2d(channels, anchors * 4, 1)
+        for layer in (self.conv, self.cls, self.reg):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def maps(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The raw (class map, delta map), each (images, channels, height, width), of every level."""
+        hidden = [F.relu(self.conv(level)) for level in features]
+        return [(self.cls(h), self.reg(h)) for h in hidden]
+
+    def outputs(self, maps: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level: objectness logits (images, n), deltas (images, n, 4), anchors (n, 4), n = height * width * A."""
+        logits, deltas, anchors = [], [], []
+        for (cls, reg), stride in zip(maps, self.strides, strict=True):
+            flat = cls.permute(0, 2, 3, 1).flatten(1).float()
+            if self.softmax:
+                flat = flat.view(len(flat), -1, 2)
+                flat = flat[..., 0] - flat[..., 1]
+            logits.append(flat)
+            deltas.append(reg.permute(0, 2, 3, 1).reshape(len(reg), -1, 4).float())
+            anchors.append(anchor_grid(cls.shape[-2:], stride, self.scales, self.ratios).to(cls.device))
+        return logits, deltas, anchors
+
+    @torch.no_grad()
+    def proposals(
+        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Boxes and scores (n, 5) of each image, best first, without gradient. `sizes`: (height, width), un-padded."""
+        before, after = self.train_proposals if self.training else self.test_proposals
+        found = []
+        for i, size in enumerate(sizes):
+            boxes, scores, levels = [], [], []
+            for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
+                score, order = logit[i].sigmoid().sort(descending=True, stable=True)
+                order = order[:before]
+                boxes.append(decode(delta[i, order], anchor[order], RPN_STD, size))
+                scores.append(score[:before])
+                levels.append(torch.full_like(order, level))
+            box, score, level = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
+            keep = (box[:, 2:] > box[:, :2]).all(1).nonzero()[:, 0]
+            box, score, level = box[keep], score[keep], level[keep]
+            keep = ops.batched_nms(box, score, level, 0.7)[:after]
+            found.append(torch.cat([box[keep], score[keep, None]], 1))
+        return found
+
+    def losses(
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        truth: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """`rpn_cls` and `rpn_box`: cross-entropy and L1 over the sampled anchors, both divided by their number."""
+        logit, delta, anchor = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
+        cls = reg = logit.sum() * 0
+        total = 0
+        for i, ((height, width), boxes) in enumerate(zip(sizes, truth, strict=True)):
+            inside = torch.arange(len(anchor), device=anchor.device)
+            if self.border:
+                limit = anchor.new_tensor([width, height])
+                inside = ((anchor[:, :2] >= 0) & (anchor[:, 2:] < limit)).all(1).nonzero()[:, 0]
+            assignment, _ = assign(anchor[inside], boxes, 0.7, 0.3, low_quality=0.3)
+            positive, negative = sample(assignment, self.number, 0.5)
+            target = encode(boxes[assignment[positive]], anchor[inside[positive]], RPN_STD)
+            cls = cls + F.softplus(-logit[i, inside[positive]]).sum() + F.softplus(logit[i, inside[negative]]).sum()
+            reg = reg + (delta[i, inside[positive]] - target).abs().sum()
+            total += max(len(positive), 1) + max(len(negative), 1)
+        return {"rpn_cls": cls / total, "rpn_box": reg / total}
+
+
+# ---------------------------------------------------------------------------------------------------------- stage two
+@torch.no_grad()
+def sample_rois(
+    proposals: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    classes: int,
+    number: int,
+    fraction: float = 0.25,
+    threshold: float = 0.5,
+) -> list[RoIs]:
+    """Sample `number` RoIs per image from proposals (n, 4 or more) with the ground truth put in front of them."""
+    sampled = []
+    for proposal, box, label in zip(proposals, truth, labels, strict=True):
+        candidates = torch.cat([box, proposal[:, :4]])
+        assignment, _ = assign(candidates, box, threshold, threshold)
+        assignment[: len(box)] = torch.arange(len(box), device=box.device)  # a box is a positive of itself
+        positive, negative = sample(assignment, number, fraction)
+        matched = assignment[positive]
+        background = label.new_full((len(negative),), classes)
+        deltas = encode(box[matched], candidates[positive], ROI_STD)
+        chosen = candidates[torch.cat([positive, negative])]
+        sampled.append(RoIs(chosen, torch.cat([label[matched], background]), deltas, matched))
+    return sampled
+
+
+def roi_align(features: Tensor, boxes: Sequence[Tensor], size: int, stride: int) -> Tensor:
+    """RoI features (RoIs of all images, channels, size, size) of one level; half-pixel aligned, adaptive sampling."""
+    return ops.roi_align(features.float(), [b[:, :4] for b in boxes], size, 1 / stride, sampling_ratio=-1, aligned=True)
+
+
+def roi_losses(logits: Tensor, deltas: Tensor, rois: RoIs, beta: float = 1.0) -> dict[str, Tensor]:
+    """`cls` and `box` of one image's RoIs (or several images' together).
+
+    logits (n, classes + 1), background last; deltas (n, classes, 4). Cross-entropy is averaged over the n RoIs; the
+    smooth-L1 (L1 with `beta` 0) of the positives' own class is summed and divided by n as well.
+    """
+    n = max(len(rois.labels), 1)
+    positives = len(rois.deltas)
+    own = deltas[torch.arange(positives, device=deltas.device), rois.labels[:positives]]
+    return {
+        "cls": F.cross_entropy(logits.float(), rois.labels, reduction="sum") / n,
+        "box": F.smooth_l1_loss(own.float(), rois.deltas, reduction="sum", beta=beta) / n,
+    }
+
+
+@torch.no_grad()
+def detections(
+    logits: Tensor,
+    deltas: Tensor,
+    proposals: Tensor,
+    size: tuple[int, int],
+    *,
+    score_above: float = 0.05,
+    nms: float = 0.5,
+    most: int = 100,
+) -> Detections:
+    """Softmax, decode, threshold, NMS class by class, and the `most` best of one image.
+
+    logits (n, classes + 1), deltas (n, classes, 4) relative to `proposals` (n, 4 or more), `size` (height, width).
+    """
+    scores = logits.float().softmax(1)[:, :-1]  # (n, classes)
+    boxes = decode(deltas, proposals[:, :4], ROI_STD, size)
+    row, label = (scores > score_above).nonzero(as_tuple=True)
+    box, score = boxes[row, label], scores[row, label]
+    keep = ops.batched_nms(box, score, label, nms)[:most]
+    return Detections(box[keep], score[keep], label[keep])

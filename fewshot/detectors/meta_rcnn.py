@@ -1,0 +1,148 @@
+"""Meta R-CNN (Yan et al., 2019, https://arxiv.org/abs/1909.13032)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot.backbones import C4
+from fewshot.detectors import faster_rcnn
+from fewshot.detectors.faster_rcnn import RPN, Detections
+
+
+class MetaRCNN(nn.Module):
+    """A C4 Faster R-CNN whose RoI vectors are re-weighted, channel by channel, by a class's support vector.
+
+    Args:
+        trunk: convolutional trunk with `stage4` and a 4-channel entrance for supports (image and box mask).
+        classes: number of classes; background is index `classes`.
+        rois: sampled per training image.
+        proposals: (before, after NMS) for training and for testing.
+
+    Buffers: `prototypes` (classes, D), the mean support vector of each class that has supports (`known`), so that the
+    saved model detects without any support image.
+    """
+
+    def __init__(
+        self,
+        trunk: C4,
+        classes: int,
+        *,
+        rois: int = 128,
+        rpn_channels: int = 512,
+        train_proposals: tuple[int, int] = (12000, 2000),
+        test_proposals: tuple[int, int] = (6000, 300),
+    ):
+        super().__init__()
+        self.trunk, self.classes, self.rois = trunk, classes, rois
+        self.rpn = RPN(
+            trunk.out_channels,
+            rpn_channels,
+            strides=(trunk.stride,),
+            scales=trunk.anchor_scales,
+            softmax=True,
+            border=True,
+            train_proposals=train_proposals,
+            test_proposals=test_proposals,
+        )
+        self.cls = nn.Linear(trunk.stage4_channels, classes + 1)
+        self.reg = nn.Linear(trunk.stage4_channels, classes * 4)
+        self.meta = nn.Linear(trunk.stage4_channels, classes)
+        for layer, std in ((self.cls, 0.01), (self.reg, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("prototypes", torch.zeros(classes, trunk.stage4_channels))
+        self.register_buffer("known", torch.zeros(classes, dtype=torch.bool))
+
+    def support_vectors(self, supports: Tensor) -> Tensor:
+        """Vectors (n, D) of supports (n, 4, S, S), normalised image and 0/1 mask: sigmoid, then mean over the map."""
+        features = F.max_pool2d(self.trunk(supports, support=True), 2)
+        return self.trunk.stage4(features).float().sigmoid().mean((2, 3))
+
+    def roi_vectors(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Vectors (RoIs, D) of boxes on the trunk's features: RoIAlign, stage 4, mean over the map."""
+        aligned = faster_rcnn.roi_align(features, boxes, self.trunk.roi_size, self.trunk.stride)
+        return self.trunk.stage4(aligned).float().mean((2, 3))
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        supports: Tensor,
+        support_labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """Training losses of normalised images (b, 3, H, W) and one or more supports of every class.
+
+        Each image is re-weighted by the vector of one class, drawn from its boxes (an object each, so that frequent
+        classes are drawn more often), while the losses see the labels of all its RoIs (section 3.2).
+        """
+        features = self.trunk(images)
+        outputs = self.rpn.outputs(self.rpn.maps([features]))
+        losses = self.rpn.losses(*outputs, sizes, boxes)
+        rois = faster_rcnn.sample_rois(
+            self.rpn.proposals(*outputs, sizes), boxes, labels, classes=self.classes, number=self.rois
+        )
+        queries = self.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
+        vectors = self.support_vectors(supports)
+        drawn = [label[torch.randint(len(label), ()).item()] for label in labels]
+        return losses | self.head_losses(queries, rois, drawn, vectors, support_labels)
+
+    def head_losses(
+        self,
+        queries: Sequence[Tensor],
+        rois: Sequence[faster_rcnn.RoIs],
+        drawn: Sequence[Tensor],
+        vectors: Tensor,
+        support_labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of the second stage: RoI vectors per image (n, D), the class drawn for each, support vectors (m, D).
+
+        The meta loss is divided by the number of supports a second time, as the published models were trained.
+        """
+        total = {"cls": 0.0, "box": 0.0}
+        for query, roi, label in zip(queries, rois, drawn, strict=True):
+            for vector in vectors[support_labels == label]:
+                logits, deltas = self.cls(query * vector), self.reg(query * vector).view(-1, self.classes, 4)
+                for name, loss in faster_rcnn.roi_losses(logits, deltas, roi).items():
+                    total[name] = total[name] + loss / len(queries)
+        meta = F.cross_entropy(self.meta(vectors).float(), support_labels) / len(vectors)
+        return {**total, "meta": meta}
+
+    @torch.no_grad()
+    def set_prototypes(self, vectors: Tensor, labels: Tensor) -> None:
+        """Make each class's prototype the mean of its support vectors (n, D); classes without any become unknown."""
+        for c in range(self.classes):
+            mine = vectors[labels == c]
+            self.known[c] = len(mine) > 0
+            self.prototypes[c] = mine.mean(0) if len(mine) else 0.0
+
+    def classify(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, classes + 1) and deltas (n, classes, 4) of RoI vectors (n, D) with every prototype at once.
+
+        Class k's logit and deltas come from the query re-weighted by prototype k, the background's is the mean over
+        the classes. As W (q * s) = (W * s) q, the prototypes fold into the weights: one matmul for all classes, not a
+        pass per class. A class without prototype has logit 0 and deltas 0.
+        """
+        weight, bias = self.cls.weight, self.cls.bias
+        scale, known = self.prototypes, self.known[:, None]  # (classes, D), (classes, 1)
+        mean = scale[self.known].mean(0, keepdim=True)
+        folded = torch.cat([weight[:-1] * scale * known, weight[-1:] * mean])
+        offset = torch.cat([bias[:-1] * self.known, bias[-1:]])
+        reg = self.reg.weight.view(self.classes, 4, -1) * (scale * known)[:, None]
+        reg_offset = self.reg.bias.view(self.classes, 4) * known
+        deltas = F.linear(queries, reg.flatten(0, 1), reg_offset.flatten())
+        return F.linear(queries, folded, offset), deltas.view(-1, self.classes, 4)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """Detections of every normalised image (b, 3, H, W), in pixels of that input. Needs `set_prototypes`."""
+        features = self.trunk(images)
+        proposals = self.rpn.proposals(*self.rpn.outputs(self.rpn.maps([features])), sizes)
+        queries = self.roi_vectors(features, proposals).split([len(p) for p in proposals])
+        return [
+            faster_rcnn.detections(*self.classify(query), proposal, size, nms=0.3)
+            for query, proposal, size in zip(queries, proposals, sizes, strict=True)
+        ]

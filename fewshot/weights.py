@@ -1,0 +1,81 @@
+"""Models in and out: one self-describing safetensors file each."""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from fewshot import InputError
+
+FORMAT = 1  # of the metadata; a reader refuses newer ones
+
+
+def save(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -> None:
+    """Write `model`'s parameters and buffers with `metadata` (json values), atomically.
+
+    The file also names the format and the git commit of the code, so that the model can be rebuilt from it alone.
+    """
+    path = Path(path)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    about = {"fewshot_format": FORMAT, "commit": commit(), **metadata}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, {key: json.dumps(value) for key, value in about.items()})
+    os.replace(temporary, path)
+
+
+def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(state dict, metadata) of a file that `save` wrote.
+
+    Raises:
+        InputError: the file is missing, not ours, or of a newer format.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such model file")
+    try:
+        with safe_open(path, "pt") as file:
+            about = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a model file of this project ({error})") from error
+    if "fewshot_format" not in about:
+        raise InputError(f"{path}: not a model file of this project (it does not describe itself)")
+    if about["fewshot_format"] > FORMAT:
+        raise InputError(
+            f"{path}: written by a newer version (format {about['fewshot_format']}, this one reads {FORMAT})"
+        )
+    return tensors, about
+
+
+def fill(model: nn.Module, state: dict[str, torch.Tensor], source: str | Path, fresh: Sequence[str] = ()) -> None:
+    """Copy `state` into `model`; tensors whose names begin with one of `fresh` keep the model's own values.
+
+    Raises:
+        InputError: any other tensor is missing, left over or of another shape; the message names it and `source`.
+    """
+    wanted = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(fresh))}
+    given = {n: t for n, t in state.items() if not n.startswith(tuple(fresh))}
+    for name in sorted(wanted.keys() ^ given.keys()):
+        what = "is missing from" if name in wanted else "does not belong to this model but is in"
+        raise InputError(f"{name} {what} {source}: was it made with another backbone or recipe?")
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name].shape:
+            raise InputError(f"{name} is {tuple(tensor.shape)} in {source}, this model has {tuple(wanted[name].shape)}")
+    model.load_state_dict(given, strict=False)
+
+
+def commit() -> str:
+    """The git commit of this code, with a + when files differ from it; "unknown" outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
