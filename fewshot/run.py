@@ -71,6 +71,34 @@ def warmup_step(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def finished(accelerator: Accelerator, model: str | Path) -> bool:
+    """Whether the run that leaves `model` is done; says so when its base model must be trained first."""
+    path = Path(model)
+    done = path.exists() and (path.parent / "metrics.json").exists()
+    accelerator.print(f"base model: {path}" if done else f"no finished base model at {path}: training it first")
+    return done
+
+
+def scaled(
+    accelerator: Accelerator, published: int, schedule: tuple[int, float, Sequence[int], int], args: Any
+) -> tuple[int, int, float, tuple[int, ...], int]:
+    """(batch size, steps, learning rate, milestones, warm-up) for what `args` ask of a published `schedule`.
+
+    The schedule (steps, rate, milestones, warm-up) is for a global batch of `published` pictures. Another
+    `--batch-size` scales the rate by the ratio and the steps by its inverse (the linear rule); `--iters` stretches
+    milestones and warm-up with the steps; `--lr` replaces the rate.
+    """
+    steps, lr, milestones, warmup = schedule
+    batch = args.batch_size or published
+    ratio = batch / published
+    wanted = args.iters or max(1, round(steps / ratio))
+    stretch = wanted / steps
+    rate = args.lr or lr * ratio
+    if ratio != 1:
+        accelerator.print(f"batch of {batch}, published {published}: {wanted} steps at rate {rate:g} (linear rule)")
+    return batch, wanted, rate, tuple(round(m * stretch) for m in milestones), round(warmup * stretch)
+
+
 def gather_by_id(accelerator: Accelerator, results: dict[Any, T]) -> dict[Any, T]:
     """Merge every process's `{id: result}` into one dict, sorted by id, on every process.
 

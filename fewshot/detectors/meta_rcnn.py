@@ -127,6 +127,8 @@ class MetaRCNN(nn.Module):
         pass per class. A class without prototype has logit 0 and deltas 0.
         """
         weight, bias = self.cls.weight, self.cls.bias
+        if not self.known.any():
+            raise RuntimeError("no class has a prototype yet: call set_prototypes with the vectors of some supports")
         scale, known = self.prototypes, self.known[:, None]  # (classes, D), (classes, 1)
         mean = scale[self.known].mean(0, keepdim=True)
         folded = torch.cat([weight[:-1] * scale * known, weight[-1:] * mean])

@@ -1,0 +1,183 @@
+"""Meta R-CNN (Yan et al., 2019, https://arxiv.org/abs/1909.13032).
+
+A support picture with its box as a fourth channel becomes a vector per class; a query's RoI vectors are multiplied by
+it, channel by channel, before they are classified. Base classes train everything; then K shots of every class train
+only the last layers.
+
+    accelerate launch recipes/meta_rcnn.py --shots 10
+    accelerate launch recipes/meta_rcnn.py --dataset voc --data-root data --split 1 --shots 10
+    accelerate launch recipes/meta_rcnn.py --stage finetune --shots 1 --seed 3
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+
+from fewshot import InputError, backbones, evaluate, run, show, weights
+from fewshot.data import detection
+from fewshot.data.support import NWayKShot
+from fewshot.detectors.meta_rcnn import MetaRCNN
+
+# (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures: the published schedules, but for the
+# embedded glyphs a quick one.
+BATCH = {"glyphs": 8, "voc": 32}
+SCHEDULE = {
+    "glyphs": {
+        "base": (900, 0.02, (700,), 100),
+        1: (100, 0.01, (), 10),
+        2: (150, 0.01, (), 10),
+        3: (200, 0.01, (), 10),
+        5: (250, 0.01, (), 10),
+        10: (300, 0.01, (), 10),
+    },
+    "voc": {
+        "base": (18_000, 0.005, (16_000,), 100),
+        1: (100, 0.001, (), 0),
+        2: (300, 0.001, (), 0),
+        3: (500, 0.001, (), 0),
+        5: (800, 0.001, (), 0),
+        10: (1000, 0.001, (), 0),
+    },
+}
+# (shorter side, longer side, flip) of query pictures and the side of supports; glyphs are characters: never mirrored
+PICTURES = {"glyphs": (None, None, False, 80), "voc": (600, 1000, True, 224)}
+# RoIs per picture, then proposals before and after NMS in training and in testing
+PROPOSALS = {"glyphs": (32, (1000, 100), (1000, 100)), "voc": (128, (12000, 2000), (6000, 300))}
+
+
+@dataclass
+class Args:
+    # data
+    dataset: Literal["glyphs", "voc"] = "glyphs"  # what to learn on
+    data_root: str = "data"  # folder that holds the data set
+    split: Literal[1, 2, 3] = 1  # which classes are novel
+    shots: Literal[1, 2, 3, 5, 10] = 10  # boxes per class to fine-tune on
+    shot_lists: str | None = None  # folder of published few-shot lists; by default shots are drawn by --seed
+    short: int | None = None  # shorter side of the pictures; by default the published size
+    long: int | None = None  # longest the longer side may get
+    # training
+    stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
+    base: str | None = None  # base model to fine-tune; by default this recipe's own in --out
+    batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
+    iters: int | None = None  # steps of each stage; by default the published schedule
+    lr: float | None = None  # learning rate; by default the published schedule
+    save_every: int = 200  # steps between saves of the state
+    # model
+    backbone: Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"] | None = None  # small or resnet101
+    weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
+    # run
+    out: str | None = None  # where everything goes; by default runs/meta_rcnn/<dataset>-split<split>
+    seed: int = 0  # the only source of randomness
+    workers: int = 2  # data-loading processes
+    resume: bool = False  # go on from the last state in --out
+    test_only: bool = False  # only test the model of --stage in --out
+    wandb: bool = False  # log to Weights & Biases
+
+
+def main(args: Args) -> None:
+    accelerator = run.start(args)
+    args.out = args.out or f"runs/meta_rcnn/{args.dataset}-split{args.split}"
+    args.base = args.base or f"{args.out}/base/model.safetensors"
+    if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
+        train_and_test(args, accelerator, "base", f"{args.out}/base")
+    if args.stage != "base":
+        train_and_test(args, accelerator, "finetune", f"{args.out}/{args.shots}shot-seed{args.seed}")
+
+
+def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
+    """Base training on the base classes, or fine-tuning of the last layers on K shots of every class."""
+    finetune = stage == "finetune"
+    short, long, flip, support_size = PICTURES[args.dataset]
+    rois, train_proposals, test_proposals = PROPOSALS[args.dataset]
+
+    # data
+    train_set = detection.open_detection(args.dataset, args.data_root, split=args.split, part="train")
+    test_set = detection.open_detection(args.dataset, args.data_root, split=args.split, part="test")
+    if finetune and args.shot_lists:
+        train_set = detection.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
+    elif finetune:
+        train_set = detection.select_shots(train_set, args.shots, args.seed)
+    else:
+        train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(test_set.base)
+    pipeline = detection.Pipeline(args.short or short, args.long or long, flip)
+    supports = NWayKShot(train_set, 1, used=30 if finetune else 200, one_per_image=not finetune, size=support_size)
+
+    # model
+    name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
+    source = args.weights or ("none" if name == "small" else "imagenet")
+    trunk = backbones.c4(name, weights="none" if finetune else source, meta=True)
+    model = MetaRCNN(
+        trunk, len(train_set.classes), rois=rois, train_proposals=train_proposals, test_proposals=test_proposals
+    )
+    if finetune:
+        state, about = weights.load(args.base)
+        if about["classes"] != train_set.base:
+            raise InputError(f"{args.base} was trained on {about['classes']}, split {args.split} has {train_set.base}")
+        weights.fill(model, state, args.base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
+        model.trunk.requires_grad_(False)
+        model.rpn.requires_grad_(False)
+    elif source != "none":
+        model.trunk.freeze(2)
+    batch_size, iters, lr, milestones, warmup = run.scaled(
+        accelerator, BATCH[args.dataset], SCHEDULE[args.dataset][args.shots if finetune else "base"], args
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=1e-4)
+    scheduler = run.warmup_step(optimizer, warmup=warmup, milestones=milestones)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
+    about |= {"backbone": name, "normalisation": trunk.normalisation.to_dict()}
+    record = run.Record(accelerator, "meta_rcnn", args, out, model, optimizer, scheduler, about)
+    if finetune:
+        detection.save_shots(record.folder / "shots.json", train_set)
+
+    # train
+    if not args.test_only:
+        loader = detection.train_loader(
+            train_set,
+            pipeline,
+            batch_size=batch_size,
+            seed=args.seed,
+            start=record.step,
+            steps=iters,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            device=accelerator.device,
+            workers=args.workers,
+            extra=supports.draw,
+        )
+        model.train()
+        for step, (batch, support) in record.steps(loader, iters):
+            losses = model(
+                batch.normalised(trunk.normalisation),
+                batch.sizes.tolist(),
+                batch.boxes,
+                batch.labels,
+                support.normalised(trunk.normalisation),
+                support.labels,
+            )
+            accelerator.backward(sum(losses.values()))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            record.log(step, losses, ids=batch.ids)
+            if step % args.save_every == 0 or step == iters:
+                record.save(step)
+
+    # test
+    record.load_best()
+    detector = accelerator.unwrap_model(model).eval()
+    with torch.no_grad(), accelerator.autocast():
+        parts = [(detector.support_vectors(s.normalised(trunk.normalisation)), s.labels) for s in supports.table(...)]
+    detector.set_prototypes(*(torch.cat(p) for p in zip(*parts, strict=True)))
+    record.save_model()
+    found = evaluate.detect(accelerator, detector, test_set, pipeline, trunk.normalisation, workers=args.workers)
+    result = evaluate.evaluate(found, test_set)
+    accelerator.print(evaluate.table(result))
+    record.finish(result, {"detections": show.detections(test_set, found)})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

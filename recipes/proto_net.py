@@ -1,0 +1,133 @@
+"""Prototypical Networks (Snell et al., 2017, https://arxiv.org/abs/1703.05175).
+
+A class is the mean of its support features, and a query belongs to the class whose mean is nearest.
+
+    accelerate launch recipes/proto_net.py
+    accelerate launch recipes/proto_net.py --dataset mini_imagenet --data-root data --backbone resnet12
+    accelerate launch recipes/proto_net.py --test-only --tasks 10000
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from fewshot import backbones, heads, run
+from fewshot.data import episodes, transforms
+from fewshot.data.classification import open_dataset
+from fewshot.meta_test import meta_test, metrics
+
+# steps of one episode; the published schedule, but for the embedded glyphs a quick one
+ITERS = {"glyphs": 1000, "omniglot": 5000, "cub": 100_000, "mini_imagenet": 100_000, "tiered_imagenet": 100_000}
+
+
+@dataclass
+class Args:
+    # data
+    dataset: Literal["glyphs", "omniglot", "cub", "mini_imagenet", "tiered_imagenet", "folder"] = "glyphs"  # learn on
+    data_root: str = "data"  # folder that holds the data set
+    ways: int = 5  # classes in a test task
+    shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
+    queries: int = 15  # query images per class in a test task
+    tasks: int = 2000  # test tasks
+    # training
+    train_ways: int = 5  # classes in a training episode
+    train_shots: int = 5  # support images per class in a training episode
+    train_queries: int = 16  # query images per class in a training episode
+    batch_size: int = 1  # episodes per step, over all processes
+    iters: int | None = None  # steps; by default the data set's published schedule
+    lr: float = 1e-3  # Adam's learning rate
+    milestones: tuple[int, ...] = ()  # steps at which the learning rate falls to a tenth
+    eval_every: int = 2000  # steps between validations, each of which also saves
+    val_tasks: int = 500  # validation tasks
+    # model
+    backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
+    distance: Literal["squared", "euclidean"] = "squared"  # the paper's, or mmfewshot's (not squared)
+    # run
+    out: str | None = None  # where everything goes; by default runs/proto_net/<dataset>
+    seed: int = 0  # the only source of randomness
+    workers: int = 2  # data-loading processes
+    resume: bool = False  # go on from the last state in --out
+    test_only: bool = False  # only test the best model in --out
+    wandb: bool = False  # log to Weights & Biases
+
+
+class ProtoNet(nn.Module):
+    def __init__(self, backbone: nn.Module, distance: str):
+        super().__init__()
+        self.features, self.distance = backbone, distance
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Logits (tasks, queries, ways) of features (tasks, n, D), the supports class by class."""
+        return heads.prototype(support, query, ways, self.distance)
+
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """The same of images (tasks, n, 3, H, W)."""
+        support, query = (self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query))
+        return self.classify(support, query, ways)
+
+
+def main(args: Args) -> None:
+    accelerator = run.start(args)
+    iters = args.iters or ITERS[args.dataset]
+    out = args.out or f"runs/proto_net/{args.dataset}"
+
+    # data
+    train_set, val_set, test_set = (open_dataset(args.dataset, args.data_root, s) for s in ("train", "val", "test"))
+    episodes.check(train_set, args.train_ways, args.train_shots, args.train_queries)
+    for split in (val_set, test_set):
+        episodes.check(split, args.ways, max(args.shots), args.queries)
+
+    # model
+    model = ProtoNet(backbones.build(args.backbone, train_set.size), args.distance)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    scheduler = run.warmup_step(optimizer, milestones=args.milestones)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
+
+    record = run.Record(accelerator, "proto_net", args, out, model, optimizer, scheduler, train_set.describe())
+
+    # train
+    if not args.test_only:
+        loader = episodes.episode_loader(
+            train_set,
+            args.train_ways,
+            args.train_shots,
+            args.train_queries,
+            tasks=args.batch_size,
+            seed=args.seed,
+            start=record.step,
+            steps=iters,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            device=accelerator.device,
+            transform=transforms.train_transform(train_set),
+            workers=args.workers,
+        )
+        model.train()
+        for step, episode in record.steps(loader, iters):
+            logits = model(episode.support, episode.query, args.train_ways)  # (tasks, queries, ways)
+            loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            record.log(step, {"loss": loss}, ids=episode.indices.tolist())
+
+            if step % args.eval_every == 0 or step == iters:
+                result = meta_test(accelerator, model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+                record.save(step, score=result[args.shots[0]].accuracy)
+
+    # test
+    record.load_best()
+    results = meta_test(accelerator, model, test_set, shots=args.shots, tasks=args.tasks, **test)
+    for shots, result in results.items():
+        accelerator.print(f"{args.dataset}, {args.ways}-way {shots}-shot, {args.tasks} tasks: {result}")
+    record.finish(metrics(results, args.ways))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,195 @@
+"""The recipes as users run them: end to end on the embedded data, resumed, killed, in two processes, in bf16."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import tyro
+from safetensors.torch import load_file
+
+from fewshot import InputError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))
+# a few steps of everything: small enough for every test run, large enough to go through all the code
+QUICK = {
+    "proto_net": "--iters 8 --eval-every 4 --val-tasks 20 --tasks 40 --train-queries 4",
+    "meta_rcnn": "--iters 6 --save-every 3 --shots 1 --batch-size 2 --test-scenes 12",
+}
+
+
+def load(recipe: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[recipe] = module  # dataclasses and worker processes look the module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(recipe: str, flags: str):
+    return tyro.cli(load(recipe).Args, args=flags.split())
+
+
+def run_here(recipe: str, flags: str) -> None:
+    """The recipe in this process, without loader workers."""
+    module = load(recipe)
+    module.main(tyro.cli(module.Args, args=f"{flags} --workers 0".split()))
+
+
+def launch(recipe: str, flags: str, processes: int = 1, launcher: str = "") -> subprocess.CompletedProcess:
+    """The recipe as its own process(es) on the CPU."""
+    command = [sys.executable, "-m"]
+    if processes > 1:  # accelerate starts a single process where there is no GPU
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    else:
+        command += ["accelerate.commands.launch", *launcher.split()]
+    command += [str(ROOT / "recipes" / f"{recipe}.py"), *flags.split()]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_copies_stay_in_line(recipe):
+    """Recipes repeat each other on purpose; this is what keeps the copies alike."""
+    source = (ROOT / "recipes" / f"{recipe}.py").read_text()
+    assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}", source.split('"""')[1]), "the docstring cites the paper"
+    order = [source.rindex(f"# {section}\n") for section in ("data", "model", "train", "test")]
+    assert order == sorted(order)
+    fields = {f.name: f for f in dataclasses.fields(load(recipe).Args)}
+    common = ["dataset", "data_root", "shots", "seed", "iters", "batch_size", "lr", "workers", "out"]
+    common += ["resume", "test_only", "wandb"]
+    assert not [name for name in common if name not in fields]
+    for name in fields:  # every flag is explained in --help
+        assert re.search(rf"^    {name}: .*  # .+", source, re.M), f"{name} has no comment"
+
+
+def readme_commands() -> list[tuple[str, str]]:
+    text = (ROOT / "README.md").read_text() + (ROOT / "recipes" / "README.md").read_text()
+    text += "".join((ROOT / "recipes" / f"{r}.py").read_text().split('"""')[1] for r in RECIPES)
+    found = re.findall(r"accelerate launch (?:--\S+ \S+ )*recipes/(\w+)\.py(.*)", text)
+    return [(recipe, flags.split("#")[0].replace("`", " ").split("|")[0].strip()) for recipe, flags in found]
+
+
+def test_every_command_in_the_documentation_parses():
+    commands = readme_commands()
+    assert len(commands) >= 6
+    for recipe, flags in commands:
+        if (ROOT / "recipes" / f"{recipe}.py").exists():
+            parse(recipe, flags.replace("DIR", "data"))
+        else:
+            assert recipe == "my_method", f"the documentation names recipes/{recipe}.py"
+
+
+def test_proto_net_end_to_end(tmp_path):
+    run_here("proto_net", f"{QUICK['proto_net']} --out {tmp_path}")
+    result = metrics(tmp_path)
+    assert result["ways"] == 5 and result["tasks"] == 40 and set(result["shots"]) == {"1", "5"}
+    assert 20 < result["shots"]["1"]["accuracy"] < result["shots"]["5"]["accuracy"] <= 100
+    assert result["shots"]["1"]["ci95"] > 0
+    before = metrics(tmp_path)
+    run_here("proto_net", f"{QUICK['proto_net']} --out {tmp_path} --test-only")
+    assert metrics(tmp_path) == before
+
+
+def test_meta_rcnn_end_to_end(tmp_path):
+    run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path}")
+    base, tuned = tmp_path / "base", tmp_path / "1shot-seed0"
+    assert set(metrics(base)["AP50"]) == {"base", "all"}
+    result = metrics(tuned)
+    assert set(result["AP50"]) == {"base", "novel", "all"} and len(result["per_class"]) == 20
+    for folder in (base, tuned):
+        assert {"args.json", "log.jsonl", "curves.png", "model.safetensors", "last", "detections.png"} <= {
+            p.name for p in folder.iterdir()
+        }
+    shots = json.loads((tuned / "shots.json").read_text())
+    assert sum(len(record["boxes"]) for record in shots["records"]) == 20
+    state = load_file(tuned / "model.safetensors")
+    assert state["known"].all() and state["prototypes"].shape[0] == 20
+    frozen = load_file(base / "model.safetensors")
+    for name, tensor in frozen.items():
+        if name.startswith(("trunk.", "rpn.")):
+            assert torch.equal(tensor, state[name]), f"{name} moved in fine-tuning"
+    # the base model is there now: fine-tuning with another seed takes it
+    stamp = (base / "model.safetensors").stat().st_mtime_ns
+    run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --seed 1")
+    assert (base / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match="was trained on"):
+        run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --stage finetune --split 2")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
+    stage, run_of = ("--stage base", "base") if "--shots 1" in QUICK[recipe] else ("", "")
+    flags = f"{QUICK[recipe]} {stage} --iters 12"
+    run_here(recipe, f"{flags} --out {tmp_path / 'straight'}")
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / f"{recipe}.py"),
+        *flags.split(),
+        "--out",
+        str(tmp_path / "killed"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    saved = tmp_path / "killed" / run_of / "last" / "record.json"
+    deadline = time.time() + 120
+    while not saved.exists() and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert saved.exists()
+    run_here(recipe, f"{flags} --out {tmp_path / 'killed'} --resume")
+    a, b = (load_file(tmp_path / x / run_of / "model.safetensors") for x in ("straight", "killed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert metrics(tmp_path / "straight" / run_of) == metrics(tmp_path / "killed" / run_of)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_test_to_the_same_numbers(recipe, tmp_path):
+    run_here(recipe, f"{QUICK[recipe]} --out {tmp_path}")
+    before = {p.parent: metrics(p.parent) for p in tmp_path.rglob("metrics.json")}
+    for folder in before:
+        (folder / "metrics.json").rename(folder / "one.json")
+    stage = "--stage finetune" if "--shots 1" in QUICK[recipe] else ""
+    done = launch(recipe, f"{QUICK[recipe]} --out {tmp_path} --test-only {stage} --workers 0", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = [f for f in before if (f / "metrics.json").exists()]
+    assert len(again) == 1 and metrics(again[0]) == before[again[0]]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bf16_under_accelerate_launch(recipe, tmp_path):
+    flags = f"{QUICK[recipe]} --out {tmp_path} --workers 1"
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    done = launch(recipe, flags, launcher=f"--config_file {config} --mixed_precision bf16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(tmp_path.rglob("metrics.json"))
+
+
+def test_errors_are_one_line(tmp_path):
+    done = launch("proto_net", f"--dataset omniglot --data-root {tmp_path}", launcher="--quiet")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "images_background" in lines[0] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("config", ["cpu", "one_gpu", "multi_gpu", "multi_node"])
+def test_accelerate_configs_load(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(ROOT / "accelerate_configs" / f"{config}.yaml"))
+    assert loaded.mixed_precision == ("no" if config == "cpu" else "bf16")
+    assert loaded.num_processes == {"cpu": 1, "one_gpu": 1, "multi_gpu": 8, "multi_node": 16}[config]
