@@ -1,14 +1,18 @@
 """Pictures for people: training curves, detections on images."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, make_grid
+
+from fewshot.data.detection import DetectionSet
+from fewshot.evaluate import Detections
 
 
 def curves(log: Path, out: Path) -> None:
@@ -32,17 +36,39 @@ def curves(log: Path, out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def boxes_on(
-    image: torch.Tensor, boxes: torch.Tensor, names: Sequence[str], colors: Sequence[str], scale: int = 1
-) -> torch.Tensor:
-    """`image` uint8 (3, H, W), enlarged by `scale`, with xyxy `boxes` (n, 4) in its own pixels and their names."""
-    image = F.resize(image, [image.shape[-2] * scale, image.shape[-1] * scale]) if scale > 1 else image
+def detections(
+    dataset: DetectionSet,
+    found: Mapping[str, Detections],
+    *,
+    pictures: int = 12,
+    score_above: float = 0.3,
+    side: int = 320,
+) -> Image.Image:
+    """A sheet of the first `pictures` of `dataset`, each about `side` pixels high, with what was found on them.
+
+    Boxes of base classes are blue, of novel ones orange, each with its class and score.
+    """
+    images = []
+    for index, record in enumerate(dataset.records[:pictures]):
+        boxes, scores, labels = (torch.as_tensor(column) for column in found[record.id])
+        shown = scores >= score_above
+        names = [dataset.classes[label] for label in labels[shown]]
+        captions = [f"{name} {score:.2f}" for name, score in zip(names, scores[shown])]
+        colors = ["orange" if name in dataset.novel else "dodgerblue" for name in names]
+        images.append(boxes_on(dataset.image(index), boxes[shown], captions, colors, side))
+    return sheet(images)
+
+
+def boxes_on(image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequence[str], side: int) -> Tensor:
+    """`image` uint8 (3, H, W), resized to be `side` pixels high, with xyxy `boxes` (n, 4) in its own pixels, named."""
+    scale = side / image.shape[-2]
+    image = F.resize(image, [side, round(image.shape[-1] * scale)])
     if not len(boxes):
         return image
     return draw_bounding_boxes(image, boxes.float() * scale, list(names), list(colors), width=2)
 
 
-def sheet(images: Sequence[torch.Tensor], columns: int = 4) -> Image.Image:
+def sheet(images: Sequence[Tensor], columns: int = 4) -> Image.Image:
     """A grid of uint8 (3, H, W) images, padded to the largest of them."""
     height, width = (max(image.shape[d] for image in images) for d in (-2, -1))
     padded = [F.pad(i, [0, 0, width - i.shape[-1], height - i.shape[-2]], fill=255) for i in images]

@@ -18,6 +18,7 @@ import tyro
 from fewshot import InputError, backbones, evaluate, run, show, weights
 from fewshot.data import detection
 from fewshot.data.support import NWayKShot
+from fewshot.detect import detect
 from fewshot.detectors.meta_rcnn import MetaRCNN
 
 # (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures: the published schedules, but for the
@@ -43,8 +44,11 @@ SCHEDULE = {
 }
 # (shorter side, longer side, flip) of query pictures and the side of supports; glyphs are characters: never mirrored
 PICTURES = {"glyphs": (None, None, False, 80), "voc": (600, 1000, True, 224)}
-# RoIs per picture, then proposals before and after NMS in training and in testing
-PROPOSALS = {"glyphs": (32, (1000, 100), (1000, 100)), "voc": (128, (12000, 2000), (6000, 300))}
+# RoIs per training picture, hidden channels of the RPN, proposals before and after NMS
+SIZES = {
+    "glyphs": {"rois": 32, "rpn_channels": 128, "train_proposals": (1000, 100), "test_proposals": (1000, 100)},
+    "voc": {"rois": 128, "rpn_channels": 512, "train_proposals": (12000, 2000), "test_proposals": (6000, 300)},
+}
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Args:
     shot_lists: str | None = None  # folder of published few-shot lists; by default shots are drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
+    test_images: int | None = None  # test on only the first so many pictures
     # training
     stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
     base: str | None = None  # base model to fine-tune; by default this recipe's own in --out
@@ -90,11 +95,16 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     """Base training on the base classes, or fine-tuning of the last layers on K shots of every class."""
     finetune = stage == "finetune"
     short, long, flip, support_size = PICTURES[args.dataset]
-    rois, train_proposals, test_proposals = PROPOSALS[args.dataset]
 
     # data
-    train_set = detection.open_detection(args.dataset, args.data_root, split=args.split, part="train")
+    difficult = "drop" if finetune else "keep"
+    train_set = detection.open_detection(
+        args.dataset, args.data_root, split=args.split, part="train", difficult=difficult
+    )
     test_set = detection.open_detection(args.dataset, args.data_root, split=args.split, part="test")
+    test_set = test_set.with_records(test_set.records[: args.test_images])
+    for note in train_set.notes:
+        accelerator.print(note)
     if finetune and args.shot_lists:
         train_set = detection.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
     elif finetune:
@@ -105,21 +115,23 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     supports = NWayKShot(train_set, 1, used=30 if finetune else 200, one_per_image=not finetune, size=support_size)
 
     # model
-    name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
-    source = args.weights or ("none" if name == "small" else "imagenet")
-    trunk = backbones.c4(name, weights="none" if finetune else source, meta=True)
-    model = MetaRCNN(
-        trunk, len(train_set.classes), rois=rois, train_proposals=train_proposals, test_proposals=test_proposals
-    )
     if finetune:
-        state, about = weights.load(args.base)
-        if about["classes"] != train_set.base:
-            raise InputError(f"{args.base} was trained on {about['classes']}, split {args.split} has {train_set.base}")
+        state, base = weights.load(args.base)
+        if base["classes"] != train_set.base:
+            raise InputError(f"{args.base} knows {', '.join(base['classes'])}; this needs {', '.join(train_set.base)}")
+        trunk = backbones.c4(**base["architecture"])
+    else:
+        name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
+        source = args.weights or ("none" if name == "small" else "imagenet")
+        # frozen batch norm needs statistics to be frozen at
+        norm = "group" if source == "none" and name.startswith("resnet") else None
+        trunk = backbones.c4(name, weights=source, meta=True, norm=norm)
+        trunk.freeze(0 if source == "none" else 2)
+    model = MetaRCNN(trunk, len(train_set.classes), **SIZES[args.dataset])
+    if finetune:
         weights.fill(model, state, args.base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
         model.trunk.requires_grad_(False)
         model.rpn.requires_grad_(False)
-    elif source != "none":
-        model.trunk.freeze(2)
     batch_size, iters, lr, milestones, warmup = run.scaled(
         accelerator, BATCH[args.dataset], SCHEDULE[args.dataset][args.shots if finetune else "base"], args
     )
@@ -128,7 +140,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     scheduler = run.warmup_step(optimizer, warmup=warmup, milestones=milestones)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
-    about |= {"backbone": name, "normalisation": trunk.normalisation.to_dict()}
+    about |= {"architecture": trunk.architecture, "sizes": SIZES[args.dataset], "support_size": support_size}
+    about |= {"normalisation": trunk.normalisation.to_dict()}
     record = run.Record(accelerator, "meta_rcnn", args, out, model, optimizer, scheduler, about)
     if finetune:
         detection.save_shots(record.folder / "shots.json", train_set)
@@ -170,10 +183,11 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     record.load_best()
     detector = accelerator.unwrap_model(model).eval()
     with torch.no_grad(), accelerator.autocast():
-        parts = [(detector.support_vectors(s.normalised(trunk.normalisation)), s.labels) for s in supports.table(...)]
-    detector.set_prototypes(*(torch.cat(p) for p in zip(*parts, strict=True)))
+        table = supports.table(device=accelerator.device, workers=args.workers)
+        vectors = [(detector.support_vectors(s.normalised(trunk.normalisation)), s.labels) for s in table]
+    detector.set_prototypes(*(torch.cat(part) for part in zip(*vectors)))
     record.save_model()
-    found = evaluate.detect(accelerator, detector, test_set, pipeline, trunk.normalisation, workers=args.workers)
+    found = detect(accelerator, detector.detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
     result = evaluate.evaluate(found, test_set)
     accelerator.print(evaluate.table(result))
     record.finish(result, {"detections": show.detections(test_set, found)})
