@@ -422,10 +422,15 @@ def _small(architecture: dict) -> C4:
     trunk = C4(
         (nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, 24), nn.ReLU(inplace=True)),
         (_small_layer(24, 32, 2, blocks=1), _small_layer(32, 64, 2, blocks=2), _small_layer(64, 96, 1, blocks=2)),
-        _small_layer(96, 128, 2, blocks=1),
+        nn.Sequential(
+            _small_layer(96, 128, 2, blocks=1),
+            nn.Conv2d(128, 256, 3, bias=False),
+            nn.GroupNorm(8, 256),
+            nn.ReLU(inplace=True),
+        ),
         stride=8,
         out_channels=96,
-        stage4_channels=128,
+        stage4_channels=256,
         roi_size=6,
         anchor_scales=(3, 5, 8),
         normalisation=HALF,

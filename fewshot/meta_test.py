@@ -104,7 +104,9 @@ def meta_test(
     training = model.training
     model.eval()
     features = extract(accelerator, model, dataset, workers)
-    results = {k: Result.of(_tasks(accelerator, model, features, dataset, ways, k, queries, tasks, seed)) for k in shots}
+    results = {
+        k: Result.of(_tasks(accelerator, model, features, dataset, ways, k, queries, tasks, seed)) for k in shots
+    }
     model.train(training)
     return results
 

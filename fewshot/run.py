@@ -209,6 +209,7 @@ class Record:
             total=total,
             desc=self.folder.name,
             unit="step",
+            mininterval=0.5,
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
         )

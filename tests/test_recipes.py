@@ -24,7 +24,7 @@ RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))
 # a few steps of everything: small enough for every test run, large enough to go through all the code
 QUICK = {
     "proto_net": "--iters 8 --eval-every 4 --val-tasks 20 --tasks 40 --train-queries 4",
-    "meta_rcnn": "--iters 6 --save-every 3 --shots 1 --batch-size 2 --test-scenes 12",
+    "meta_rcnn": "--iters 6 --save-every 3 --shots 1 --batch-size 2 --test-images 12",
 }
 
 

@@ -1,0 +1,113 @@
+"""Support sets for detectors: for every class a few pictures, each with the box of the one object that is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from fewshot import InputError
+from fewshot.data.detection import SUPPORT, DetectionSet, stream
+
+
+def support_image(image: Tensor, box: np.ndarray | Tensor, size: int = 224) -> Tensor:
+    """A whole picture squeezed to a square, and where its object is: Meta R-CNN's four-channel support.
+
+    Args:
+        image: uint8 RGB (3, H, W).
+        box: (4,) xyxy in its pixels.
+        size: side of the square in pixels.
+
+    Returns:
+        uint8 (4, size, size): the picture without regard to its aspect ratio, and a mask, 1 inside the box.
+    """
+    height, width = image.shape[-2:]
+    # Not antialiased, like the pictures to be searched (`detection.Pipeline`).
+    squeezed = F.resize(image, [size, size], InterpolationMode.BILINEAR, antialias=False)
+    factors = torch.tensor([size / width, size / height]).repeat(2)  # float32, as what is truncated below depends on it
+    x1, y1, x2, y2 = (torch.as_tensor(box, dtype=torch.float32) * factors).int().clamp(min=0).tolist()
+    mask = torch.zeros(1, size, size, dtype=torch.uint8)
+    mask[:, y1:y2, x1:x2] = 1
+    return torch.cat([squeezed, mask])
+
+
+@dataclass
+class SupportBatch:
+    """n supports."""
+
+    images: Tensor  # uint8 (n, 4, S, S): RGB and the mask of the object
+    labels: Tensor  # int64 (n,)
+
+    def to(self, device: torch.device | str) -> SupportBatch:
+        return SupportBatch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> SupportBatch:
+        return SupportBatch(self.images.pin_memory(), self.labels.pin_memory())
+
+    def normalised(self, normalisation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Float (n, 4, S, S) for the network: normalised colours, and the mask as it is."""
+        return torch.cat([normalisation(self.images[:, :3]), self.images[:, 3:].float()], 1)
+
+
+class NWayKShot:
+    """Supports of all classes of a set, for episodes of training and for the prototypes of testing.
+
+    Args:
+        dataset: whose objects serve as supports, except difficult ones.
+        shots: supports per class in an episode.
+        used: objects per class to draw from: the first so many.
+        one_per_image: whether a picture lends at most one object.
+        size: side of the supports in pixels.
+
+    Raises:
+        InputError: naming a class that has no object.
+    """
+
+    def __init__(self, dataset: DetectionSet, shots: int, *, used: int, one_per_image: bool = False, size: int = 224):
+        self.dataset, self.shots, self.size = dataset, shots, size
+        self.entries: list[list[tuple[int, int]]] = [[] for _ in dataset.classes]  # (record, object) of each class
+        for position, record in enumerate(dataset.records):
+            for i in np.flatnonzero(~record.difficult).tolist():
+                entries = self.entries[record.labels[i]]
+                if len(entries) < used:
+                    entries.append((position, i))
+                    if one_per_image:
+                        break
+        for name, entries in zip(dataset.classes, self.entries):
+            if not entries:
+                raise InputError(f"{dataset.name}: class {name} has no object that can serve as support; add pictures")
+
+    def draw(self, seed: int, step: int) -> SupportBatch:
+        """The episode of a step: `shots` distinct supports of every class, classes in random order, (W * shots) in all.
+
+        A pure function of (seed, step). A class with fewer objects than shots shows some of them more than once.
+        """
+        rng = np.random.default_rng((SUPPORT, seed, step))
+        chosen = []
+        for label in rng.permutation(len(self.entries)).tolist():
+            entries = self.entries[label]
+            if len(entries) < self.shots:
+                entries = entries * (self.shots // len(entries) + 1)
+            chosen += [entries[i] for i in rng.choice(len(entries), self.shots, replace=False)]
+        return self._make(chosen)
+
+    def table(
+        self, *, batch_size: int = 16, device: torch.device | str = "cpu", workers: int = 0
+    ) -> Iterator[SupportBatch]:
+        """Every support there is, in order of classes, in batches on `device`: what prototypes are averaged from."""
+        every = [entry for entries in self.entries for entry in entries]
+        batches = [every[i : i + batch_size] for i in range(0, len(every), batch_size)]
+        return stream(self._make, batches, device, workers)
+
+    def _make(self, places: list[tuple[int, int]]) -> SupportBatch:
+        images, labels = [], []
+        for position, i in places:
+            record = self.dataset.records[position]
+            images.append(support_image(self.dataset.image(position), record.boxes[i], self.size))
+            labels.append(int(record.labels[i]))
+        return SupportBatch(torch.stack(images), torch.tensor(labels))

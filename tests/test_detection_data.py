@@ -1,0 +1,651 @@
+"""Detection sets: what is read from disk, which mistakes are named, which shots are drawn, what the loaders give."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot import InputError
+from fewshot.data import detection, glyphs
+from fewshot.data.annotations import COCO_NOVEL, make_record
+from fewshot.data.detection import DetectionSet, Pipeline, open_detection
+from fewshot.data.transforms import CAFFE
+
+REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
+needs_real = pytest.mark.skipif(not (REAL / "VOCdevkit").is_dir(), reason="real data are not here")
+
+SPLITS = {  # as published, written out
+    1: "aeroplane bicycle boat bottle car cat chair diningtable dog horse person pottedplant sheep train tvmonitor "
+    "bird bus cow motorbike sofa",
+    2: "bicycle bird boat bus car cat chair diningtable dog motorbike person pottedplant sheep train tvmonitor "
+    "aeroplane bottle cow horse sofa",
+    3: "aeroplane bicycle bird bottle bus car chair cow diningtable dog horse person pottedplant train tvmonitor "
+    "boat cat motorbike sheep sofa",
+}
+
+
+def write_voc(root: Path, year: str, listed: str, pictures: dict[str, list[tuple]], size=(100, 80)) -> Path:
+    """A VOC tree with these pictures: (class, xmin, ymin, xmax, ymax, difficult) objects by id."""
+    folder = root / "VOCdevkit" / year
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for n, (id, objects) in enumerate(pictures.items()):
+        Image.new("RGB", size, (n % 256, 100, 200)).save(folder / "JPEGImages" / f"{id}.jpg")
+        items = "".join(
+            f"<object><name>{name}</name><difficult>{difficult}</difficult><part><name>head</name><bndbox>"
+            f"<xmin>1</xmin></bndbox></part><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax>"
+            f"<ymax>{y2}</ymax></bndbox></object>"
+            for name, x1, y1, x2, y2, difficult in objects
+        )
+        size_xml = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+        (folder / "Annotations" / f"{id}.xml").write_text(f"<annotation>{size_xml}{items}</annotation>")
+    (folder / "ImageSets" / "Main" / f"{listed}.txt").write_text("".join(f"{id}\n" for id in pictures))
+    return folder
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Two years of training pictures and a test part, a few objects each."""
+    write_voc(
+        tmp_path,
+        "VOC2007",
+        "trainval",
+        {
+            "000001": [("dog", 11, "20.7", 50, 60, 0), ("cat", 1, 1, 30, 30, 1)],
+            "000002": [("cow", 5, 5, 25, 25, 1)],
+            "000003": [("unicorn", 5, 5, 25, 25, 0)],
+            "000004": [("person", 5, 5, 5, 25, 0), ("dog", 30, 30, 90, 70, 0)],
+        },
+    )
+    write_voc(tmp_path, "VOC2012", "trainval", {"2008_000001": [("dog", 1, 1, 20, 20, 0)]})
+    write_voc(tmp_path, "VOC2007", "test", {"000005": [("dog", 11, 20, 50, 60, 0)], "000006": [("cat", 5, 5, 9, 9, 1)]})
+    return tmp_path
+
+
+def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+    text = str(error.value)
+    assert "\n" not in text, text
+    for word in words:
+        assert word in text, text
+
+
+def test_voc_training_part(voc):
+    opened = open_detection("voc", voc, part="train", split=1)
+    assert [r.id for r in opened.records] == ["VOC2007/000001", "VOC2007/000004", "VOC2012/2008_000001"]
+    first, second, _ = opened.records
+    # the published offset of -1, -1, 0, 0; fractions are cut off; a box from 5 to 5 is one pixel wide
+    assert first.boxes.tolist() == [[10, 19, 50, 60], [0, 0, 30, 30]] and first.boxes.dtype == np.float32
+    assert second.boxes[0].tolist() == [4, 4, 5, 25]
+    assert [opened.classes[label] for label in first.labels] == ["dog", "cat"]
+    assert first.difficult.tolist() == [False, True]
+    assert opened.skipped == {"VOC2007/000002", "VOC2007/000003"} and not opened.notes
+    kept = open_detection("voc", voc, part="train", difficult="keep")
+    assert "VOC2007/000002" in [r.id for r in kept.records] and kept.usable(first).all()
+    moved = open_detection("voc", voc, part="train", offset=(-1, -1, -1, -1))
+    assert moved.records[0].boxes[0].tolist() == [10, 19, 49, 59]
+
+
+def test_voc_test_part_keeps_every_picture_and_raw_boxes(voc):
+    opened = open_detection("voc", voc, part="test", split=2)
+    assert [r.id for r in opened.records] == ["VOC2007/000005", "VOC2007/000006"]
+    assert opened.records[0].boxes.tolist() == [[11, 20, 50, 60]] and opened.offset == (-1, -1, 0, 0)
+    birds = opened.restrict(["bird"])
+    assert len(birds) == 2 and birds.records[0].boxes.shape == (0, 4) and birds.records[0].labels.shape == (0,)
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_splits_are_the_published_ones(voc, split):
+    opened = open_detection("voc", voc, part="test", split=split)
+    assert opened.classes == SPLITS[split].split()
+    assert opened.base == opened.classes[:15] and opened.novel == opened.classes[15:]
+
+
+def test_restrict_relabels_and_drops(voc):
+    opened = open_detection("voc", voc, part="train")
+    only = opened.restrict(["person", "cow", "dog"])
+    assert only.classes == ["person", "cow", "dog"] and only.base == ["person", "dog"] and only.novel == ["cow"]
+    assert [r.labels.tolist() for r in only.records] == [[2], [0, 2], [2]]
+    assert [r.id for r in opened.restrict(["person"]).records] == ["VOC2007/000004"]
+    with pytest.raises(InputError) as error:
+        opened.restrict(["zebra"])
+    one_line(error, "zebra")
+
+
+def test_a_missing_year_is_noted(tmp_path):
+    write_voc(tmp_path, "VOC2007", "trainval", {"000001": [("dog", 1, 1, 20, 20, 0)]})
+    opened = open_detection("voc", tmp_path / "VOCdevkit", part="train")
+    assert len(opened) == 1 and "VOC2012" in opened.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("Annotations/000004.xml", None, None, ["000004.xml", "missing", "unpack"]),
+        ("JPEGImages/000004.jpg", None, None, ["000004.jpg", "1 of 5"]),
+        ("ImageSets/Main/trainval.txt", None, None, ["trainval.txt", "missing"]),
+        ("Annotations/000004.xml", "</annotation>", "", ["000004.xml", "not a VOC annotation"]),
+        ("Annotations/000004.xml", "<width>100</width>", "", ["000004.xml", "size"]),
+        ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>29</xmax>", ["000004.xml", "dog", "[30, 30, 29, 70]"]),
+        ("Annotations/000004.xml", "<xmax>90</xmax>", "", ["000004.xml", "dog", "bndbox"]),
+    ],
+)
+def test_mistakes_in_voc_are_named(voc, file, old, new, words):
+    path = voc / "VOCdevkit" / "VOC2007" / file
+    if old is None:
+        path.unlink()
+    else:
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError) as error:
+        open_detection("voc", voc, part="train")
+    one_line(error, *words)
+
+
+def test_wrong_choices_are_named(tmp_path):
+    (tmp_path / "stuff").mkdir()
+    for words, kwargs in [
+        (("VOC2007", "stuff", "--data-root"), {"name": "voc"}),
+        (("instances_train2017.json", "stuff"), {"name": "coco"}),
+        (("split 4", "1, 2, 3"), {"name": "voc", "split": 4}),
+        (("coco", "split 2"), {"name": "coco", "split": 2}),
+        (("glyphs", "novel"), {"name": "glyphs", "novel": ["cat"]}),
+        (("glyphs", "offset"), {"name": "glyphs", "offset": (0, 0, 0, 0)}),
+        (("nonsense",), {"name": "nonsense"}),
+    ]:
+        with pytest.raises(InputError) as error:
+            open_detection(root=tmp_path, part="train", **kwargs)
+        one_line(error, *words)
+    with pytest.raises(InputError) as error:
+        open_detection("voc", tmp_path / "nowhere", part="test")
+    one_line(error, "nowhere", "no such folder")
+
+
+def test_an_unreadable_picture_is_named_also_from_a_worker(voc):
+    opened = open_detection("voc", voc, part="test")
+    Path(opened.records[1].path).write_bytes(b"not a picture")
+    with pytest.raises(InputError) as error:
+        opened.image(1)
+    one_line(error, "000006.jpg")
+    with pytest.raises(InputError) as error:
+        list(detection.test_loader(opened, Pipeline(), workers=1))
+    one_line(error, "000006.jpg")
+
+
+def write_coco(path: Path, images: list[tuple], annotations: list[dict], categories: dict[int, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [{"id": i, "file_name": name, "width": w, "height": h} for i, name, w, h in images],
+        "annotations": [{"id": n, **a} for n, a in enumerate(annotations, 1)],
+        "categories": [{"id": i, "name": name} for i, name in categories.items()],
+    }
+    path.write_text(json.dumps(content))
+
+
+def coco_tree(root: Path, names=("train.json", "val.json")) -> Path:
+    """COCO as it is published, but small; both parts are the same."""
+    # ids are neither dense nor in the order of the file
+    ids = [*range(1, 8), 9, *range(16, 22), 44, 62, 63, 64, 67, 72]
+    categories = {90: "toothbrush", 8: "truck", 11: "fire hydrant", **dict(zip(ids, COCO_NOVEL))}
+    images = [(139, "COCO_val2014_000000000139.jpg", 100, 80), (42, "COCO_train2014_000000000042.jpg", 100, 80)]
+    good = {"image_id": 139, "category_id": 44, "bbox": [10, 20, 30, 40], "area": 600}
+    flawed = [
+        {"ignore": 1},
+        {"bbox": [200, 20, 30, 40]},
+        {"area": 0},
+        {"bbox": [10, 20, 0.5, 40]},
+    ]
+    more = [{"category_id": 90, "bbox": [-5, 0, 20, 20]}, {"category_id": 1, "iscrowd": 1}, {"image_id": 42}]
+    for name in names:
+        write_coco(root / "annotations" / name, images, [good, *({**good, **a} for a in flawed + more)], categories)
+    for folder, name in (("val2014", images[0][1]), ("train2014", images[1][1])):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 80)).save(root / folder / name)
+    return root
+
+
+def test_coco(tmp_path):
+    coco_tree(tmp_path / "coco")
+    opened = open_detection("coco", tmp_path, part="train")
+    assert len(opened.classes) == 23 and opened.novel == COCO_NOVEL and opened.metric == "coco"
+    assert opened.base == ["truck", "fire hydrant", "toothbrush"]  # in order of id, interleaved with the novel ones
+    assert opened.classes.index("truck") == COCO_NOVEL.index("boat")
+    record = opened.records[0]
+    assert record.id == "139" and record.path.endswith("coco/val2014/COCO_val2014_000000000139.jpg")
+    assert [opened.classes[i] for i in record.labels] == ["bottle", "toothbrush", "person"]
+    assert record.boxes.tolist() == [[10, 20, 40, 60], [-5, 0, 15, 20], [10, 20, 40, 60]]
+    assert record.difficult.tolist() == [False, False, True] and record.areas.tolist() == [600, 600, 600]
+    kept = open_detection("coco", tmp_path, part="train", difficult="keep")
+    assert not kept.usable(record)[2]  # crowds are never trained on
+    # its evaluation counts flawed boxes too
+    assert len(open_detection("coco", tmp_path, part="test").records[0].labels) == 7
+    (tmp_path / "coco" / "train2014" / "COCO_train2014_000000000042.jpg").unlink()
+    with pytest.raises(InputError) as error:
+        open_detection("coco", tmp_path, part="test")
+    one_line(error, "COCO_train2014_000000000042.jpg", "1 of 2")
+
+
+def test_coco_never_mixes_its_splits(tmp_path):
+    coco_tree(tmp_path, ("trainvalno5k.json", "instances_train2014.json", "instances_val2014.json"))
+    with pytest.raises(InputError) as error:
+        open_detection("coco", tmp_path, part="test")
+    one_line(error, "5k.json")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Pets: one's own data, whose two files number their categories differently."""
+    box = {"image_id": 1, "bbox": [1, 2, 30, 40]}
+    write_coco(
+        *(tmp_path / "pets" / "train.json", [(1, "a.png", 64, 64)]),
+        [{**box, "category_id": 1}, {**box, "category_id": 3}, {**box, "category_id": 2}],
+        {1: "cat", 2: "dog", 3: "axolotl"},
+    )
+    write_coco(
+        *(tmp_path / "pets" / "test.json", [(1, "a.png", 64, 64)]),
+        [{**box, "category_id": 1}],
+        {2: "cat", 1: "dog", 3: "axolotl"},
+    )
+    (tmp_path / "pets" / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "pets" / "images" / "a.png")
+    return tmp_path
+
+
+def test_own_data(own):
+    train, test = (open_detection("pets", own, part=part, novel=["cat"]) for part in ("train", "test"))
+    assert train.classes == test.classes == ["axolotl", "dog", "cat"] and train.novel == ["cat"]
+    assert train.name == "pets" and train.image(0).shape == (3, 64, 64)
+    assert train.records[0].labels.tolist() == [2, 0, 1] and test.records[0].labels.tolist() == [1]
+    single = open_detection(str(own / "pets" / "train.json"), "elsewhere", part="test")
+    assert single.classes == ["axolotl", "cat", "dog"] and "one file" in single.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 10]), ["train.json", "annotation 1", "[5, 5, 0, 10]"]),
+        (lambda c: c["annotations"][1].pop("bbox"), ["train.json", "annotation 2", "bbox"]),
+        (lambda c: c["annotations"][2].update(image_id=7), ["train.json", "annotation 3", "image 7"]),
+        (lambda c: c["images"][0].update(file_name="b.png"), ["train.json", "b.png"]),
+        (lambda c: c["images"][0].pop("width"), ["train.json", "width"]),
+        (lambda c: c["categories"].append({"id": 9, "name": "emu"}), ["test.json", "emu"]),
+        (lambda c: c.pop("categories"), ["train.json", "categories"]),
+    ],
+)
+def test_mistakes_in_own_data_are_named(own, change, words):
+    path = own / "pets" / "train.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        open_detection("pets", own, part="train")
+    one_line(error, *words)
+
+
+def test_unknown_novel_class_and_broken_json_are_named(own):
+    with pytest.raises(InputError) as error:
+        open_detection("pets", own, part="train", novel=["unicorn"])
+    one_line(error, "unicorn", "pets")
+    (own / "pets" / "train.json").write_text("{")
+    with pytest.raises(InputError) as error:
+        open_detection("pets", own, part="train")
+    one_line(error, "train.json", "not json")
+
+
+def test_glyph_splits_permute_labels_of_the_same_scenes():
+    first, third = (open_detection("glyphs", "", part="test", split=split) for split in (1, 3))
+    assert len(first) == 500 and len(first.novel) == len(third.novel) == 5 and first.classes != third.classes
+    assert first.classes[15:] == first.novel and sorted(first.classes) == sorted(third.classes)
+    assert not set(first.novel) & set(third.novel)
+    for a, b in zip(first.records[:20], third.records[:20]):
+        assert a.id == b.id and np.array_equal(a.boxes, b.boxes)
+        assert [first.classes[i] for i in a.labels] == [third.classes[i] for i in b.labels]
+    scene = glyphs.scene(range(20), 0, 3007, 160)  # test scenes follow the 3000 of training
+    assert torch.equal(third.image(7), torch.from_numpy(scene.draw()).permute(2, 0, 1))
+    assert [third.classes[i] for i in third.records[7].labels] == [f"glyph-{i:02d}" for i in scene.labels]
+
+
+# K shots
+
+
+def toy(counts: dict[str, int], novel=(), per_picture: int = 2) -> DetectionSet:
+    """A set with so many objects of each class, dealt in turn to pictures of two; every fifth object is difficult."""
+    left, objects = dict(counts), []
+    while any(left.values()):
+        for label, name in enumerate(counts):
+            if left[name]:
+                left[name] -= 1
+                n = len(objects)
+                objects.append(((n, n, n + 20, n + 30), label, False))
+                if n % 5 == 0:
+                    objects.append(((n, n, n + 9, n + 9), label, True))
+    records = [
+        make_record(f"p{i}", "", 200, 200, objects[i : i + per_picture]) for i in range(0, len(objects), per_picture)
+    ]
+    return DetectionSet("toy", "train", list(counts), list(novel), records, "voc")
+
+
+def boxes_of(dataset: DetectionSet, name: str) -> set[tuple]:
+    label = dataset.classes.index(name)
+    return {(r.id, *box) for r in dataset.records for box in r.boxes[r.labels == label].tolist()}
+
+
+def test_every_class_gets_exactly_k_shots():
+    dataset = toy({"a": 9, "b": 7, "c": 30})
+    for shots in (1, 5, 7):
+        chosen = detection.select_shots(dataset, shots, seed=0)
+        assert [len(boxes_of(chosen, name)) for name in "abc"] == [shots] * 3
+        assert not any(r.difficult.any() for r in chosen.records)
+        ids = [int(r.id[1:]) for r in chosen.records]
+        assert ids == sorted(set(ids))  # pictures once each, in the set's order
+        assert all(boxes_of(chosen, name) <= boxes_of(dataset, name) for name in "abc")
+    assert sum(len(r.labels) for r in dataset.records) > 46  # the set itself is left as it was
+    with pytest.raises(InputError) as error:
+        detection.select_shots(dataset, 8, seed=0)
+    one_line(error, "class b", "7", "8")
+
+
+def test_shots_of_a_class_depend_on_seed_and_name_alone():
+    dataset = toy({"a": 9, "b": 7, "c": 30})
+    chosen = detection.select_shots(dataset, 3, seed=0)
+    alone = detection.select_shots(dataset.restrict(["c"]), 3, seed=0)
+    assert boxes_of(alone, "c") == boxes_of(chosen, "c")
+    assert boxes_of(detection.select_shots(dataset, 3, seed=0), "c") == boxes_of(chosen, "c")
+    assert boxes_of(detection.select_shots(dataset, 2, seed=0), "c") < boxes_of(chosen, "c")
+    twins = toy({"a": 30, "b": 30})
+    few = detection.select_shots(twins, 5, seed=0)
+    places = detection.objects_by_class(twins)
+    a, b = (
+        [(twins.records[p].id, *twins.records[p].boxes[i].tolist()) in boxes_of(few, name) for p, i in places[label]]
+        for label, name in enumerate("ab")
+    )
+    assert sum(a) == sum(b) == 5 and a != b  # classes of one size do not draw the same numbers
+    draws = {frozenset(boxes_of(detection.select_shots(dataset, 3, seed=s), "c")) for s in range(10)}
+    assert len(draws) > 5
+
+
+def test_reference_draw_is_the_global_legacy_generators():
+    dataset = toy({"a": 12, "b": 2, "n": 5, "m": 7}, novel=["n", "m"])
+    chosen = detection.reference_shots(dataset, 3)
+    np.random.seed(42)  # as the reference does: one choice per class with too many, novel classes first
+    for name, count in (("n", 5), ("m", 7), ("a", 12)):
+        label = dataset.classes.index(name)
+        ordinary = [r.select((r.labels == label) & ~r.difficult) for r in dataset.records]
+        every = [(r.id, *box) for r in ordinary for box in r.boxes.tolist()]
+        assert len(every) == count
+        assert boxes_of(chosen, name) == {every[i] for i in np.random.choice(count, 3, replace=False)}
+    assert len(boxes_of(chosen, "b")) == 2 and "class b" in chosen.notes[-1]
+    # a golden number: seed 42 draws number 1 of five first, which in a toy is the box that starts at 2
+    first = detection.reference_shots(toy({"n": 5}, novel=["n"], per_picture=1), 1)
+    assert first.records[0].boxes[0, 0] == 2
+
+
+def test_published_voc_lists(tmp_path):
+    train = {f"00000{i}": [("dog", i, i, 50, 50, 0), ("dog", 20 + i, 1, 60, 60, 0)] for i in range(1, 4)}
+    train["000009"] = [("cat", 1, 1, 30, 30, 0)]
+    train["000008"] = [("cat", 1, 1, 30, 30, 1)]  # difficult: never trained on, but listed
+    write_voc(tmp_path, "VOC2007", "trainval", train)
+    write_voc(tmp_path, "VOC2012", "trainval", {"2008_000001": [("cat", 5, 5, 40, 40, 0), ("dog", 1, 1, 9, 9, 0)]})
+    opened = open_detection("voc", tmp_path, part="train").restrict(["cat", "dog"])
+    lists = tmp_path / "lists" / "benchmark_2shot"
+    lists.mkdir(parents=True)
+    dogs, cats = lists / "box_2shot_dog_train.txt", lists / "box_2shot_cat_train.txt"
+    dogs.write_text("datasets/VOC2007/JPEGImages/000003.jpg\nVOC2007/JPEGImages/000001.jpg\n")
+    cats.write_text("VOC2012/JPEGImages/2008_000001.jpg\nVOC2007/JPEGImages/000008.jpg\n")
+    chosen = detection.read_shot_lists(opened, tmp_path / "lists", 2)
+    # pictures by class, then line; of four dogs two as the reference draws them
+    drawn = sorted(np.random.RandomState(42).choice(4, 2, replace=False))
+    expected = [("000003", 0), ("000003", 1), ("000001", 0), ("000001", 1)]
+    want = {(f"VOC2007/{id}", *opened.records[int(id) - 1].boxes[i].tolist()) for id, i in (expected[k] for k in drawn)}
+    assert boxes_of(chosen, "dog") == want
+    assert chosen.records[0].id == "VOC2012/2008_000001"
+    assert boxes_of(chosen, "cat") == {("VOC2012/2008_000001", 4, 4, 40, 40)}
+    assert "cat" in chosen.notes[-1] and "1 of 2" in chosen.notes[-1]
+    for text, words in [
+        ("VOC2007/JPEGImages/000777.jpg", ["dog_train.txt", "000777"]),
+        ("VOC2007/JPEGImages/000009.jpg", ["dog_train.txt", "no dog", "000009"]),
+        ("", ["dog_train.txt", "no dog"]),
+    ]:
+        dogs.write_text(text)
+        with pytest.raises(InputError) as error:
+            detection.read_shot_lists(opened, tmp_path / "lists", 2)
+        one_line(error, *words)
+    with pytest.raises(InputError) as error:
+        detection.read_shot_lists(opened, tmp_path / "lists", 3)
+    one_line(error, "box_3shot_cat_train.txt", "lists")
+
+
+def test_published_coco_lists(tmp_path):
+    coco_tree(tmp_path)
+    opened = open_detection("coco", tmp_path, part="train").restrict(["bottle", "potted plant"])
+    image = (42, "COCO_train2014_000000000042.jpg", 100, 80)
+    for name in opened.classes:
+        box = {"image_id": 42, "category_id": 5, "bbox": [1, 2, 30, 40], "area": 5}
+        write_coco(tmp_path / f"full_box_10shot_{name}_trainval.json", [image], [box], {5: name, 6: "tv"})
+    chosen = detection.read_shot_lists(opened, tmp_path, 10)
+    assert len(chosen) == 1 and chosen.records[0].path == opened.records[1].path
+    assert chosen.records[0].labels.tolist() == [0, 1] and chosen.records[0].boxes.tolist() == [[1, 2, 31, 42]] * 2
+
+
+def test_shots_survive_saving(tmp_path):
+    dataset = toy({"a": 9, "b": 7, "c": 30}, novel=["c"])
+    chosen = detection.select_shots(dataset, 5, seed=1)
+    detection.save_shots(tmp_path / "shots.json", chosen)
+    loaded = detection.load_shots(tmp_path / "shots.json", dataset.restrict(["c", "a", "b"]))
+    assert all(boxes_of(loaded, name) == boxes_of(chosen, name) for name in "abc")
+    assert [r.id for r in loaded.records] == [r.id for r in chosen.records]
+    for other, words in [
+        (dataset.restrict(["a", "b"]), ["shots.json", "'c'"]),
+        (dataset.with_records(dataset.records[:1]), ["shots.json", "picture p"]),
+        (replace(dataset, name="zoo"), ["shots.json", "toy", "zoo"]),
+    ]:
+        with pytest.raises(InputError) as error:
+            detection.load_shots(tmp_path / "shots.json", other)
+        one_line(error, *words)
+
+
+# pictures to batches
+
+
+def plain_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Half-pixel centres, edges repeated, no antialiasing: what OpenCV's INTER_LINEAR computes."""
+
+    def axis(new: int, old: int):
+        place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        low = np.floor(place).astype(int)
+        return low, np.minimum(low + 1, old - 1), place - low
+
+    y0, y1, fy = axis(height, image.shape[1])
+    x0, x1, fx = axis(width, image.shape[2])
+    fy = fy[:, None]
+    top = image[:, y0][:, :, x0] * (1 - fx) + image[:, y0][:, :, x1] * fx
+    low = image[:, y1][:, :, x0] * (1 - fx) + image[:, y1][:, :, x1] * fx
+    return top * (1 - fy) + low * fy
+
+
+@pytest.fixture(scope="module")
+def scenes() -> DetectionSet:
+    return open_detection("glyphs", "", part="test")
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "expected"),
+    [
+        ((375, 500), (800, 1333), (800, 1067)),
+        ((333, 500), (600, 1000), (600, 901)),
+        ((200, 500), (600, 1000), (400, 1000)),  # the longer side is what limits
+        ((500, 281), (800, 1333), (1333, 749)),
+    ],
+)
+def test_resize_keeps_the_ratio(tmp_path, size, limits, expected):
+    Image.new("RGB", size[::-1]).save(tmp_path / "a.png")
+    box = (-3, 10, size[1] / 2, size[0] + 7)
+    record = make_record("a", tmp_path / "a.png", *size[::-1], [(box, 0, False), (box, 0, True)])
+    sample = Pipeline(*limits).sample(DetectionSet("x", "test", ["c"], [], [record], "voc"), 0)
+    assert sample.image.shape == (3, *expected) and sample.original == size
+    y, x = expected[0] / size[0], expected[1] / size[1]
+    assert torch.allclose(sample.scale, torch.tensor([x, y]))
+    assert torch.allclose(sample.boxes, torch.tensor([[0, 10 * y, size[1] / 2 * x, expected[0]]]), atol=1e-3)
+
+
+@pytest.mark.parametrize("side", [97, 320])
+def test_resize_is_plain_bilinear(scenes, side):
+    sample = Pipeline(side).sample(scenes, 0)
+    expected = plain_bilinear(scenes.image(0).numpy().astype(float), side, side)
+    assert np.abs(sample.image.numpy() - expected).max() <= 1  # a grey level
+
+
+def test_training_draws_a_size_and_a_side(scenes):
+    pipeline, still = Pipeline((100, 200, 300), 1000, flip=True), Pipeline((100, 200, 300), 1000)
+    seen = set()
+    for seed in range(40):
+        sample = pipeline.sample(scenes, 3, np.random.default_rng(seed))
+        plain = still.sample(scenes, 3, np.random.default_rng(seed))
+        width = sample.image.shape[-1]
+        assert width == plain.image.shape[-1]
+        flipped = torch.equal(sample.image, plain.image.flip(-1))
+        assert flipped or torch.equal(sample.image, plain.image)
+        x1, y1, x2, y2 = plain.boxes.unbind(1)
+        mirrored = torch.stack([width - x2, y1, width - x1, y2], 1)
+        assert torch.equal(sample.boxes, mirrored if flipped else plain.boxes)
+        seen.add((width, flipped))
+    assert seen == {(side, flipped) for side in (100, 200, 300) for flipped in (False, True)}
+    tested = pipeline.sample(scenes, 3)
+    assert tested.image.shape == (3, 300, 300) and torch.equal(tested.image, Pipeline(300).sample(scenes, 3).image)
+
+
+def test_padding_is_zero_after_normalisation(voc):
+    write_voc(voc, "VOC2007", "test", {"000005": [("dog", 11, 20, 50, 60, 0)]}, size=(60, 130))
+    (voc / "VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_text("000005\n000006\n")
+    opened = open_detection("voc", voc, part="test")
+    batch = next(detection.test_loader(opened, Pipeline(multiple=32), batch_size=2))
+    assert batch.images.shape == (2, 3, 160, 128) and batch.images.dtype == torch.uint8
+    assert batch.sizes.tolist() == batch.originals.tolist() == [[130, 60], [80, 100]]
+    images = batch.normalised(CAFFE)
+    for image, index in zip(images, (0, 1)):
+        alone = CAFFE(opened.image(index))
+        height, width = alone.shape[-2:]
+        assert torch.equal(image[:, :height, :width], alone)
+        image[:, :height, :width] = 0
+        assert not image.any()
+
+
+def stream_of(dataset, **kwargs):
+    kwargs = {"batch_size": 4, "seed": 5, "start": 0, "steps": 6} | kwargs
+    return list(detection.train_loader(dataset, Pipeline((40, 60, 80), flip=True), **kwargs))
+
+
+def same(a: detection.Batch, b: detection.Batch) -> bool:
+    tensors = [a.images, *a.boxes, *a.labels, a.sizes, a.scales], [b.images, *b.boxes, *b.labels, b.sizes, b.scales]
+    return a.ids == b.ids and all(map(torch.equal, *tensors))
+
+
+def test_training_stream_resumes_and_is_split_among_processes(scenes):
+    scenes = scenes.with_records(scenes.records[:9])
+    straight = stream_of(scenes)
+    assert len(straight) == 6
+    assert all(map(same, straight[4:], stream_of(scenes, start=4)))
+    assert all(map(same, straight, stream_of(scenes, workers=2)))
+    assert not same(straight[0], stream_of(scenes, seed=6)[0])
+    halves = [stream_of(scenes, rank=rank, world=2) for rank in (0, 1)]
+    for whole, even, odd in zip(straight, *halves):
+        assert whole.ids[0::2] == even.ids and whole.ids[1::2] == odd.ids
+        assert torch.equal(whole.scales[0::2], even.scales) and torch.equal(whole.boxes[1], odd.boxes[0])
+    ids = [id for batch in straight for id in batch.ids]
+    every = sorted(r.id for r in scenes.records)
+    assert sorted(ids[:9]) == sorted(ids[9:18]) == every and ids[:9] != ids[9:18]  # an epoch is a permutation
+    with pytest.raises(InputError) as error:
+        stream_of(scenes, world=3)
+    one_line(error, "4", "3 processes")
+    with pytest.raises(InputError) as error:
+        stream_of(scenes.with_records([]))
+    one_line(error, "glyphs", "no picture")
+
+
+def test_loaders_draw_nothing_from_the_global_streams(scenes):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    stream_of(scenes, steps=2)
+    list(detection.test_loader(scenes.with_records(scenes.records[:3]), Pipeline()))
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+
+
+class Extra:
+    """Stands for a support batch that records what it was asked for."""
+
+    def __init__(self, seed, step):
+        self.asked, self.device = (seed, step), None
+
+    def to(self, device):
+        self.device = device
+        return self
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_extras_come_with_their_step(scenes, workers):
+    pairs = stream_of(scenes, start=2, steps=4, extra=Extra, workers=workers)
+    assert [extra.asked for _, extra in pairs] == [(5, 2), (5, 3)]
+    assert all(extra.device == torch.device("cpu") for _, extra in pairs)
+    assert all(same(batch, alone) for (batch, _), alone in zip(pairs, stream_of(scenes, start=2, steps=4)))
+
+
+def test_testing_covers_every_picture_once(scenes):
+    scenes = scenes.with_records(scenes.records[:7])
+    parts = [
+        [b.ids for b in detection.test_loader(scenes, Pipeline(), batch_size=2, rank=r, world=3)] for r in range(3)
+    ]
+    ids = [r.id for r in scenes.records]
+    assert parts == [[[ids[0], ids[3]], [ids[6]]], [[ids[1], ids[4]]], [[ids[2], ids[5]]]]
+    assert list(detection.test_loader(scenes, Pipeline(), rank=7, world=8)) == []
+
+
+# real data
+
+
+@needs_real
+def test_real_voc():
+    train, test = (open_detection("voc", REAL, part=part) for part in ("train", "test"))
+    assert (len(train), len(test)) == (384, 372) and "VOC2012" in train.notes[0]
+    records = train.records + test.records
+    assert sum(len(r.labels) for r in records) == 1994 and sum(r.difficult.sum() for r in records) == 340
+    for opened, least in ((train, 22), (test, 18)):
+        assert np.bincount(np.concatenate([r.labels for r in opened.records]), minlength=20).min() == least
+    first = train.records[0]
+    assert first.id == "VOC2007/2007_000027" and first.boxes.tolist() == [[173, 100, 349, 351]]
+    for index in range(0, 384, 60):
+        record, image = train.records[index], train.image(index)
+        assert image.shape == (3, record.height, record.width) and image.dtype == torch.uint8
+    base = train.restrict(train.base)
+    assert base.classes == train.base and len(base) < 384
+    ordinary = [(r.labels < 15) & ~r.difficult for r in train.records]
+    assert sum((~r.difficult).sum() for r in base.records) == sum(map(np.sum, ordinary))
+
+
+@needs_real
+def test_real_shot_lists_name_pictures_that_are_missing_here():
+    train = open_detection("voc", REAL, part="train")
+    with pytest.raises(InputError) as error:
+        detection.read_shot_lists(train, REAL / "splits" / "vocsplit", 3)
+    one_line(error, "box_3shot_aeroplane_train.txt", "JPEGImages")
+
+
+@needs_real
+def test_real_shot_lists(tmp_path):
+    """With every listed picture in place, three objects of each class on it that lists it, all shots are found."""
+    wanted: dict[str, dict[str, list[tuple]]] = {"VOC2007": {}, "VOC2012": {}}
+    for path in sorted((REAL / "splits" / "vocsplit").glob("box_3shot_*_train.txt")):
+        name = path.name.split("_")[2]
+        for line in path.read_text().split():
+            year, _, file = re.search(r"(VOC20\d\d)/(JPEGImages)/(\S+)", line).groups()
+            wanted[year].setdefault(file[:-4], []).extend((name, 1 + n, 1, 40 + n, 40, 0) for n in range(3))
+    for year, pictures in wanted.items():
+        write_voc(tmp_path, year, "trainval", pictures)
+    train = open_detection("voc", tmp_path, part="train", split=2)
+    chosen = detection.read_shot_lists(train, REAL / "splits" / "vocsplit", 3)
+    assert not chosen.notes
+    assert [len(boxes_of(chosen, name)) for name in train.classes] == [3] * 20
