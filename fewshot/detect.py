@@ -10,7 +10,7 @@ from fewshot import run
 from fewshot.data import detection
 from fewshot.data.detection import DetectionSet, Pipeline
 from fewshot.data.transforms import Normalisation
-from fewshot.evaluate import Detections
+from fewshot.evaluate import Detections, in_original_pixels
 
 
 @torch.no_grad()
@@ -46,8 +46,6 @@ def detect(
         for batch in loader:
             with accelerator.autocast():
                 results = detector(batch.normalised(normalisation), batch.sizes.tolist())
-            for name, scale, (boxes, scores, labels) in zip(batch.ids, batch.scales, results):
-                boxes = boxes / scale.repeat(2)
-                found[name] = Detections(*(x.cpu().numpy() for x in (boxes, scores, labels)))
+            found |= in_original_pixels(batch, results)
             bar.update(len(batch.ids))
     return run.gather_by_id(accelerator, found)

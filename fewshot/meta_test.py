@@ -1,6 +1,6 @@
 """Meta-test: thousands of tasks at once, mean accuracy and its 95 % interval."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,21 +10,34 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fewshot import run
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import ImageSet
 
 BATCH = 256  # images per forward pass; fixed, so that features do not depend on the number of processes
 CHUNK_BYTES = 8 << 20  # features gathered at once: a chunk of tasks should stay in the processor's cache
+ADAPTED = 8  # tasks in a chunk for `meta_test_images`
+HELD_BYTES = 2 << 30  # images that it keeps on the device
 
 
 class FewShotModel(Protocol):
-    """What meta-test needs: features once per image, and a classifier batched over tasks."""
+    """What meta-test needs: features once per image, and a classifier batched over tasks.
+
+    `tasks_at_once`, where a model has it, says how many tasks a call of `classify` is best given.
+    """
 
     def features(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, ...)."""
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Features (tasks, ways * shots, ...), class-major, and (tasks, m, ...) -> logits (tasks, m, ways)."""
+
+
+class AdaptingModel(Protocol):
+    """What `meta_test_images` needs: a classifier of images, batched over tasks, that adapts all of itself to each."""
+
+    def predict(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Images (tasks, ways * shots, 3, H, W), class-major, and (tasks, m, 3, H, W) -> logits (tasks, m, ways)."""
 
 
 @dataclass
@@ -52,31 +65,33 @@ def metrics(results: dict[int, Result], ways: int) -> dict:
 
 
 @torch.no_grad()
-def extract(accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, workers: int = 0) -> Tensor:
-    """Features (images, ...) of a whole split in its order, float32, on every process. `model` is in eval mode.
+def extract(
+    accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, indices: np.ndarray, workers: int = 0
+) -> Tensor:
+    """Features (n, ...) of the pictures `indices` (n,) in this order, float32, on every process; `model` in eval mode.
 
     Processes share the batches; each fills its rows of a zero tensor and the sum over processes is the whole.
     """
-    batches = np.split(np.arange(len(dataset)), range(BATCH, len(dataset), BATCH))
-    own = batches[accelerator.process_index :: accelerator.num_processes]
+    batches = np.split(indices, range(BATCH, len(indices), BATCH))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    own = batches[rank::world] or batches[:1]  # a process too many learns the shape of features from the first batch
     loader = episodes.image_loader(
         dataset,
-        np.concatenate(own) if own else np.zeros(0, np.int64),
+        np.concatenate(own),
         device=accelerator.device,
         transform=transforms.test_transform(dataset),
         batch_size=BATCH,
         workers=workers,
     )
     features = None
-    for images, indices in _progress(accelerator, loader, "features", len(own)):
+    for i, (images, _) in enumerate(_progress(accelerator, loader, "features", len(own))):
         with accelerator.autocast():
             batch = model.features(images).float()
         if features is None:
-            features = batch.new_zeros(len(dataset), *batch.shape[1:])
-        features[indices] = batch
-    shape = accelerator.gather(torch.tensor([features.dim() if features is not None else 0], device=accelerator.device))
-    if shape.min() == 0:
-        raise RuntimeError(f"{dataset.name}/{dataset.split}: fewer batches of {BATCH} images than processes")
+            features = batch.new_zeros(len(indices), *batch.shape[1:])
+        if rank < len(batches):
+            first = (rank + i * world) * BATCH
+            features[first : first + len(batch)] = batch
     return accelerator.reduce(features, reduction="sum")
 
 
@@ -103,38 +118,119 @@ def meta_test(
     model = accelerator.unwrap_model(model)
     training = model.training
     model.eval()
-    features = extract(accelerator, model, dataset, workers)
-    results = {
-        k: Result.of(_tasks(accelerator, model, features, dataset, ways, k, queries, tasks, seed)) for k in shots
-    }
+    # (tasks, ways, queries + shots) pictures of every task; only what some task needs goes through the network
+    drawn = {k: np.stack([_pictures(dataset, ways, k, queries, seed, i) for i in range(tasks)]) for k in shots}
+    needed = np.unique(np.concatenate([d.ravel() for d in drawn.values()]))
+    features = extract(accelerator, model, dataset, needed, workers)
+    results = {}
+    for k in shots:
+        rows = torch.from_numpy(np.searchsorted(needed, drawn[k])).to(features.device)
+        results[k] = Result.of(_tasks(accelerator, model, features, rows, queries, seed))
     model.train(training)
     return results
 
 
+def _pictures(dataset: ImageSet, ways: int, shots: int, queries: int, seed: int, index: int) -> np.ndarray:
+    """Image indices (ways, queries + shots) of a task, queries first."""
+    task = episodes.draw(dataset, ways, shots, queries, seed, index)
+    return np.concatenate([task.query, task.support], 1)
+
+
 def _tasks(
-    accelerator: Accelerator,
-    model: FewShotModel,
-    features: Tensor,
-    dataset: ImageSet,
-    ways: int,
-    shots: int,
-    queries: int,
-    tasks: int,
-    seed: int,
+    accelerator: Accelerator, model: FewShotModel, features: Tensor, rows: Tensor, queries: int, seed: int
 ) -> np.ndarray:
-    """Accuracy in percent (tasks,) of every task; each process does every n-th chunk of tasks."""
-    bytes_per_task = ways * (shots + queries) * features[0].numel() * 4
-    chunk = max(1, CHUNK_BYTES // bytes_per_task)
-    labels = torch.arange(ways, device=features.device).repeat_interleave(queries)
+    """Accuracy in percent (tasks,) of tasks given as rows of `features` (tasks, ways, queries + shots).
+
+    Each process does every n-th chunk of tasks.
+    """
+    tasks, ways, images = rows.shape
+    bytes_per_task = ways * images * features[0].numel() * 4
+    chunk = getattr(model, "tasks_at_once", None) or max(1, CHUNK_BYTES // bytes_per_task)
     correct = torch.zeros(tasks, device=features.device)
     starts = range(0, tasks, chunk)[accelerator.process_index :: accelerator.num_processes]
-    for first in _progress(accelerator, starts, f"{ways}-way {shots}-shot", len(starts)):
-        wanted = range(first, min(first + chunk, tasks))
-        drawn = [episodes.draw(dataset, ways, shots, queries, seed, i) for i in wanted]
-        support, query = (torch.from_numpy(np.stack([d[j] for d in drawn])).flatten(1) for j in (1, 2))
+    what = f"{ways}-way {images - queries}-shot"
+    for first in _progress(accelerator, starts, what, len(starts)):
+        # whatever a classifier draws, a fresh head say, follows from the chunk, not from the process that tests it
+        torch.manual_seed(run.mix(seed, images - queries, first))
+        query, support = (part.flatten(1) for part in rows[first : first + chunk].tensor_split([queries], 2))
         logits = model.classify(features[support], features[query], ways)  # (chunk, ways * queries, ways)
-        correct[wanted.start : wanted.stop] = (logits.argmax(-1) == labels).float().mean(1) * 100
+        correct[first : first + chunk] = _accuracy(logits, queries)
     return accelerator.reduce(correct, reduction="sum").double().cpu().numpy()
+
+
+@torch.no_grad()
+def meta_test_images(
+    accelerator: Accelerator,
+    model: AdaptingModel,
+    dataset: ImageSet,
+    *,
+    ways: int,
+    shots: Sequence[int],
+    queries: int,
+    tasks: int,
+    seed: int = 0,
+    workers: int = 0,
+) -> dict[int, Result]:
+    """`meta_test`, on the same tasks, of a model that has no features apart from a task.
+
+    A task is tested with all numbers of shots while its pictures are there. Chunks of tasks are the same for any number
+    of processes, and so are the numbers.
+    """
+    for k in shots:
+        episodes.check(dataset, ways, k, queries)
+    model = accelerator.unwrap_model(model)
+    training = model.training
+    model.eval()
+    most = max(shots)
+    own = range(0, tasks, ADAPTED)[accelerator.process_index :: accelerator.num_processes]
+    chunks = []
+    for first in own:
+        wanted = range(first, min(first + ADAPTED, tasks))
+        drawn = [episodes.draw(dataset, ways, most, queries, seed, i) for i in wanted]
+        chunks.append(np.stack([np.concatenate([d.support, d.query], axis=None) for d in drawn]))
+    correct = {k: torch.zeros(tasks, device=accelerator.device) for k in shots}
+    loaded = _progress(accelerator, _images(accelerator, dataset, chunks, workers), f"{ways}-way tasks", len(own))
+    for images, first in zip(loaded, own):
+        support, query = images.split((ways * most, ways * queries), 1)  # (chunk, n, 3, H, W)
+        support = support.unflatten(1, (ways, most))
+        for k in shots:  # the fewer shots of a task are the first among the more
+            with accelerator.autocast():
+                logits = model.predict(support[:, :, :k].flatten(1, 2), query, ways)
+            correct[k][first : first + len(logits)] = _accuracy(logits, queries)
+    model.train(training)
+    return {k: Result.of(accelerator.reduce(c, reduction="sum").double().cpu().numpy()) for k, c in correct.items()}
+
+
+def _images(accelerator: Accelerator, dataset: ImageSet, chunks: list[np.ndarray], workers: int) -> Iterator[Tensor]:
+    """Images (tasks, n, 3, H, W) of chunks of indices (tasks, n), one chunk after another.
+
+    Pictures are loaded ahead for as many chunks as memory allows, for all if the data set fits: each is read once.
+    """
+    if not chunks:  # more processes than chunks
+        return
+    room = HELD_BYTES // (4 * 3 * dataset.size**2)  # images
+    ahead = len(chunks) if len(dataset) <= room else max(1, room // chunks[0].size)
+    for i in range(0, len(chunks), ahead):
+        block = chunks[i : i + ahead]
+        indices, places = np.unique(np.concatenate([chunk.ravel() for chunk in block]), return_inverse=True)
+        loader = episodes.image_loader(
+            dataset,
+            indices,
+            device=accelerator.device,
+            transform=transforms.test_transform(dataset),
+            batch_size=BATCH,
+            workers=workers,
+        )
+        batches = -(-len(indices) // BATCH)
+        images = torch.cat([batch for batch, _ in _progress(accelerator, loader, "images", batches)])
+        for chunk, place in zip(block, np.split(places, np.cumsum([chunk.size for chunk in block])[:-1])):
+            yield images[torch.from_numpy(place)].unflatten(0, chunk.shape)
+
+
+def _accuracy(logits: Tensor, queries: int) -> Tensor:
+    """Percent (tasks,) of right answers in logits (tasks, ways * queries, ways) of class-major queries."""
+    labels = torch.arange(logits.shape[-1], device=logits.device).repeat_interleave(queries)
+    return (logits.argmax(-1) == labels).float().mean(1) * 100
 
 
 def _progress(accelerator: Accelerator, items: Iterable, what: str, total: int) -> Iterable:

@@ -215,7 +215,7 @@ class Record:
         )
         self.bar = bar
         for step, batch in enumerate(bar, self.step + 1):
-            torch.manual_seed(_mix(self.seed, step, self.accelerator.process_index))
+            torch.manual_seed(mix(self.seed, step, self.accelerator.process_index))
             yield step, batch
             self.step = step
         self._flush()
@@ -331,7 +331,8 @@ def check_same_run(folder: Path, method: str, args: dict[str, Any]) -> None:
             )
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
+    """A seed for torch from several numbers: nearby ones give unrelated streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 

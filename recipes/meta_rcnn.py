@@ -26,12 +26,12 @@ from fewshot.detectors.meta_rcnn import MetaRCNN
 BATCH = {"glyphs": 8, "voc": 32}
 SCHEDULE = {
     "glyphs": {
-        "base": (900, 0.02, (700,), 100),
-        1: (100, 0.01, (), 10),
-        2: (150, 0.01, (), 10),
-        3: (200, 0.01, (), 10),
-        5: (250, 0.01, (), 10),
-        10: (300, 0.01, (), 10),
+        "base": (600, 0.04, (480,), 50),
+        1: (100, 0.04, (80,), 10),
+        2: (150, 0.04, (120,), 10),
+        3: (150, 0.04, (120,), 10),
+        5: (200, 0.04, (160,), 10),
+        10: (200, 0.04, (160,), 10),
     },
     "voc": {
         "base": (18_000, 0.005, (16_000,), 100),
@@ -42,8 +42,9 @@ SCHEDULE = {
         10: (1000, 0.001, (), 0),
     },
 }
-# (shorter side, longer side, flip) of query pictures and the side of supports; glyphs are characters: never mirrored
-PICTURES = {"glyphs": (None, None, False, 80), "voc": (600, 1000, True, 224)}
+# (shorter side, longer side, flip) of query pictures, then the side of supports and how many a base class has at most;
+# glyphs are characters: never mirrored
+PICTURES = {"glyphs": (None, None, False, 80, 30), "voc": (600, 1000, True, 224, 200)}
 # RoIs per training picture, hidden channels of the RPN, proposals before and after NMS
 SIZES = {
     "glyphs": {"rois": 32, "rpn_channels": 128, "train_proposals": (1000, 100), "test_proposals": (1000, 100)},
@@ -94,7 +95,7 @@ def main(args: Args) -> None:
 def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
     """Base training on the base classes, or fine-tuning of the last layers on K shots of every class."""
     finetune = stage == "finetune"
-    short, long, flip, support_size = PICTURES[args.dataset]
+    short, long, flip, support_size, used = PICTURES[args.dataset]
 
     # data
     difficult = "drop" if finetune else "keep"
@@ -112,7 +113,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     else:
         train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(test_set.base)
     pipeline = detection.Pipeline(args.short or short, args.long or long, flip)
-    supports = NWayKShot(train_set, 1, used=30 if finetune else 200, one_per_image=not finetune, size=support_size)
+    supports = NWayKShot(train_set, 1, used=30 if finetune else used, one_per_image=not finetune, size=support_size)
 
     # model
     if finetune:

@@ -4,6 +4,7 @@ A class is the mean of its support features, and a query belongs to the class wh
 
     accelerate launch recipes/proto_net.py
     accelerate launch recipes/proto_net.py --dataset mini_imagenet --data-root data --backbone resnet12
+    accelerate launch recipes/proto_net.py --dataset omniglot --shots 1 5
     accelerate launch recipes/proto_net.py --test-only --tasks 10000
 """
 
@@ -20,8 +21,10 @@ from fewshot.data import episodes, transforms
 from fewshot.data.classification import open_dataset
 from fewshot.meta_test import meta_test, metrics
 
-# steps of one episode; the published schedule, but for the embedded glyphs a quick one
-ITERS = {"glyphs": 1000, "omniglot": 5000, "cub": 100_000, "mini_imagenet": 100_000, "tiered_imagenet": 100_000}
+# episodes (ways, shots, queries) and steps: as published, but for glyphs and Omniglot quick on a CPU
+QUICK, OMNIGLOT, PUBLISHED = ((5, 5, 16), 1000), ((60, 1, 5), 500), ((5, 5, 16), 100_000)
+SCHEDULE = {"glyphs": QUICK, "omniglot": OMNIGLOT, "cub": PUBLISHED, "mini_imagenet": PUBLISHED}
+SCHEDULE |= {"tiered_imagenet": PUBLISHED, "folder": PUBLISHED}
 
 
 @dataclass
@@ -34,9 +37,9 @@ class Args:
     queries: int = 15  # query images per class in a test task
     tasks: int = 2000  # test tasks
     # training
-    train_ways: int = 5  # classes in a training episode
-    train_shots: int = 5  # support images per class in a training episode
-    train_queries: int = 16  # query images per class in a training episode
+    train_ways: int | None = None  # classes in a training episode; by default as published, like the next two
+    train_shots: int | None = None  # support images per class in a training episode
+    train_queries: int | None = None  # query images per class in a training episode
     batch_size: int = 1  # episodes per step, over all processes
     iters: int | None = None  # steps; by default the data set's published schedule
     lr: float = 1e-3  # Adam's learning rate
@@ -72,12 +75,14 @@ class ProtoNet(nn.Module):
 
 def main(args: Args) -> None:
     accelerator = run.start(args)
-    iters = args.iters or ITERS[args.dataset]
+    (ways, shots, queries), iters = SCHEDULE[args.dataset]
+    ways, shots = args.train_ways or ways, args.train_shots or shots
+    queries, iters = args.train_queries or queries, args.iters or iters
     out = args.out or f"runs/proto_net/{args.dataset}"
 
     # data
     train_set, val_set, test_set = (open_dataset(args.dataset, args.data_root, s) for s in ("train", "val", "test"))
-    episodes.check(train_set, args.train_ways, args.train_shots, args.train_queries)
+    episodes.check(train_set, ways, shots, queries)
     for split in (val_set, test_set):
         episodes.check(split, args.ways, max(args.shots), args.queries)
 
@@ -94,9 +99,9 @@ def main(args: Args) -> None:
     if not args.test_only:
         loader = episodes.episode_loader(
             train_set,
-            args.train_ways,
-            args.train_shots,
-            args.train_queries,
+            ways,
+            shots,
+            queries,
             tasks=args.batch_size,
             seed=args.seed,
             start=record.step,
@@ -109,7 +114,7 @@ def main(args: Args) -> None:
         )
         model.train()
         for step, episode in record.steps(loader, iters):
-            logits = model(episode.support, episode.query, args.train_ways)  # (tasks, queries, ways)
+            logits = model(episode.support, episode.query, ways)  # (tasks, queries, ways)
             loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
             accelerator.backward(loss)
             optimizer.step()
@@ -124,8 +129,8 @@ def main(args: Args) -> None:
     # test
     record.load_best()
     results = meta_test(accelerator, model, test_set, shots=args.shots, tasks=args.tasks, **test)
-    for shots, result in results.items():
-        accelerator.print(f"{args.dataset}, {args.ways}-way {shots}-shot, {args.tasks} tasks: {result}")
+    for k, result in results.items():
+        accelerator.print(f"{args.dataset}, {args.ways}-way {k}-shot, {args.tasks} tasks: {result}")
     record.finish(metrics(results, args.ways))
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fewshot import InputError
-from fewshot.data import classification, transforms
+from fewshot.data import classification, label_orders, transforms
 from fewshot.data.classification import ImageSet, open_dataset
 from fewshot.data.glyphs import glyph
 
@@ -191,7 +191,7 @@ def mini_csv(home: Path, ranks: tuple[int, ...]) -> None:
 
 def wanted_mini(dataset: ImageSet, ranks: tuple[int, ...]) -> list[int]:
     """What a made-up val split should show, in its table's order: 10 times the class, and the rank."""
-    order = [int(i) for i in classification.MINI_ORDER["val"].split()]
+    order = [int(i) for i in label_orders.MINI_ORDER["val"].split()]
     assert dataset.classes == [WNIDS[i] for i in order]
     assert [dataset.classes[label] for label in dataset.labels] == [wnid for wnid in WNIDS for _ in ranks]
     return [10 * i + rank for i in range(len(WNIDS)) for rank in ranks]
@@ -231,7 +231,7 @@ def test_mini_imagenet_from_whole_ilsvrc_folders(tmp_path):
 
 
 def test_mini_imagenet_without_its_tables(tmp_path):
-    with pytest.raises(InputError, match="no mini-ImageNet here"):
+    with pytest.raises(InputError, match="no mini_imagenet here"):
         open_dataset("mini_imagenet", tmp_path, "val")
     (tmp_path / "images").mkdir()
     with pytest.raises(InputError, match=f"{tmp_path / 'test.csv'}: missing"):
@@ -282,7 +282,7 @@ def test_tiered_imagenet_from_pickles_and_unpacked(tmp_path):
     home = tmp_path / "tiered_imagenet"
     tiered(home, names, [*range(97), 3, 3])
     dataset = open_dataset("tiered_imagenet", tmp_path, "val")
-    order = [int(i) for i in classification.TIERED_ORDER["val"].split()]
+    order = [int(i) for i in label_orders.TIERED_ORDER["val"].split()]
     assert dataset.classes == [sorted(names)[i] for i in order]
     assert [dataset.classes[label] for label in dataset.labels] == [*names, names[3], names[3]]
     assert shades(dataset) == list(range(99)) and dataset.stored == 84
@@ -297,7 +297,7 @@ def test_tiered_imagenet_from_pickles_and_unpacked(tmp_path):
 
 
 def test_incomplete_tiered_imagenet(tmp_path):
-    with pytest.raises(InputError, match=r"no tiered-ImageNet here; expected .*val_labels\.pkl"):
+    with pytest.raises(InputError, match=r"no tiered_imagenet here; expected .*val_labels\.pkl"):
         open_dataset("tiered_imagenet", tmp_path, "val")
     names = [f"{i:02d}" for i in range(97)]
     tiered(tmp_path / "a", names[:96], list(range(96)))
@@ -317,7 +317,7 @@ def test_incomplete_tiered_imagenet(tmp_path):
 
 
 def test_label_orders_are_permutations():
-    for orders, sizes in ((classification.MINI_ORDER, (64, 16, 20)), (classification.TIERED_ORDER, (351, 97, 160))):
+    for orders, sizes in ((label_orders.MINI_ORDER, (64, 16, 20)), (label_orders.TIERED_ORDER, (351, 97, 160))):
         for split, size in zip(SPLITS, sizes):
             assert sorted(int(i) for i in orders[split].split()) == list(range(size))
 
@@ -377,7 +377,7 @@ def test_incomplete_omniglot(small_omniglot):
     with pytest.raises(InputError, match=r"images_evaluation\.zip: not readable"):
         open_dataset("omniglot", small_omniglot, "val")
     shutil.rmtree(home)
-    with pytest.raises(InputError, match="no Omniglot here; expected"):
+    with pytest.raises(InputError, match="no omniglot here; expected"):
         open_dataset("omniglot", small_omniglot, "val")
 
 
@@ -402,3 +402,86 @@ def test_real_omniglot(monkeypatch):
     sets = {split: open_dataset("omniglot", DATA, split).classes for split in SPLITS}
     assert [len(classes) for classes in sets.values()] == [4 * 1028, 4 * 172, 4 * 423]
     assert len(set().union(*sets.values())) == 4 * 1623 and sets["val"] == val.classes
+
+
+# CIFAR-FS and FC100
+
+SUPERCLASSES = """
+beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout, orchid poppy rose sunflower tulip,
+bottle bowl can cup plate, apple mushroom orange pear sweet_pepper, clock keyboard lamp telephone television,
+bed chair couch table wardrobe, bee beetle butterfly caterpillar cockroach, bear leopard lion tiger wolf,
+bridge castle house road skyscraper, cloud forest mountain plain sea, camel cattle chimpanzee elephant kangaroo,
+fox porcupine possum raccoon skunk, crab lobster snail spider worm, baby boy girl man woman,
+crocodile dinosaur lizard snake turtle, hamster mouse rabbit shrew squirrel,
+maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus motorcycle pickup_truck train,
+lawn_mower rocket streetcar tank tractor
+"""
+COARSE = {name: number for number, names in enumerate(SUPERCLASSES.split(",")) for name in names.split()}
+FINE = sorted(COARSE)
+# published by itself, superclass after superclass
+CIFAR_FS_TRAIN = """
+dolphin seal aquarium_fish ray trout orchid sunflower tulip bottle bowl can cup plate apple mushroom orange pear clock
+keyboard chair couch bee caterpillar cockroach bear lion tiger wolf bridge castle house road skyscraper cloud forest
+mountain elephant kangaroo porcupine possum raccoon skunk lobster spider boy girl dinosaur lizard snake turtle hamster
+mouse rabbit shrew squirrel oak_tree palm_tree pine_tree willow_tree bus train lawn_mower streetcar tank
+"""
+
+
+def cifar(home: Path) -> None:
+    """CIFAR-100 with three pictures of each class instead of 600, of the shade of the class's number."""
+    home.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 200), ("test", 100)):
+        fine = rng.permutation(np.arange(count) % 100)
+        content = {
+            "data": np.repeat(fine[:, None], 3072, 1).astype(np.uint8),
+            "fine_labels": fine.tolist(),
+            "coarse_labels": [COARSE[FINE[label]] for label in fine],
+        }
+        (home / part).write_bytes(pickle.dumps(content, protocol=2))
+    (home / "meta").write_bytes(pickle.dumps({"fine_label_names": FINE}, protocol=2))
+
+
+@pytest.mark.parametrize("name, counts", [("cifar_fs", (64, 16, 20)), ("fc100", (60, 20, 20))])
+def test_cifar_splits_have_all_pictures_of_their_classes(tmp_path, name, counts):
+    cifar(tmp_path / "cifar100" / "cifar-100-python")
+    sets = [open_dataset(name, tmp_path, split) for split in SPLITS]
+    assert tuple(len(s.classes) for s in sets) == counts
+    assert sorted(c for s in sets for c in s.classes) == FINE
+    for dataset in sets:
+        assert [len(images) for images in dataset.by_class] == [3] * len(dataset.classes)
+        assert shades(dataset) == [FINE.index(dataset.classes[label]) for label in dataset.labels]
+        assert dataset.size == dataset.stored == 32
+        assert dataset.augment and dataset.normalisation == transforms.IMAGENET
+
+
+def test_cifar_splits_are_the_published_ones(tmp_path):
+    cifar(tmp_path / "cifar-100-python")
+    assert open_dataset("cifar_fs", tmp_path, "train").classes == sorted(CIFAR_FS_TRAIN.split())
+    val, test = (open_dataset("cifar_fs", tmp_path, split).classes for split in ("val", "test"))
+    assert val[0] == "beaver" and val[-1] == "tractor" and test[0] == "baby" and test[-1] == "worm"
+    val, test = (open_dataset("fc100", tmp_path, split).classes for split in ("val", "test"))
+    assert {COARSE[name] for name in val} == {COARSE[name] for name in ("bear", "camel", "crab", "hamster")}
+    assert {COARSE[name] for name in test} == {COARSE[name] for name in ("whale", "bee", "fox", "baby")}
+
+
+def test_cifar_pixels_are_rows_of_three_planes(tmp_path):
+    home = tmp_path / "cifar-100-python"
+    cifar(home)
+    content = pickle.loads((home / "train").read_bytes())
+    content["data"][:] = np.arange(3072) % 251
+    (home / "train").write_bytes(pickle.dumps(content, protocol=2))
+    dataset = open_dataset("cifar_fs", tmp_path, "train")
+    assert np.array_equal(dataset.pixels(0).flatten(), np.arange(3072) % 251)
+    assert dataset.aspect(0) == 1
+
+
+def test_missing_or_broken_cifar(tmp_path):
+    with pytest.raises(InputError) as caught:
+        open_dataset("fc100", tmp_path, "train")
+    assert str(tmp_path / "cifar-100-python") in str(caught.value)
+    assert "scripts/prepare_data.py fc100" in str(caught.value)
+    cifar(tmp_path / "cifar-100-python")
+    (tmp_path / "cifar-100-python" / "test").unlink()
+    with pytest.raises(InputError, match=r"cifar-100-python/test: not readable"):
+        open_dataset("cifar_fs", tmp_path, "train")

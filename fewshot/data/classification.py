@@ -1,7 +1,7 @@
 """Image classification data sets: one `ImageSet` per split, whatever lies on the disk.
 
-`open_dataset` reads CUB-200-2011, mini- and tiered-ImageNet, Omniglot, any folder of class folders, and the embedded
-glyphs. Classes come in the order in which mmfewshot numbers them, so that its episodes and its classifiers carry over.
+`open_dataset` reads CUB-200-2011, mini- and tiered-ImageNet, CIFAR-FS, FC100, Omniglot, any folder of class folders,
+and the embedded glyphs. Classes come in the order in which mmfewshot numbers them, where it has the data set.
 """
 
 import csv
@@ -10,24 +10,24 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Collection
+import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from fewshot import InputError
 from fewshot.data import transforms
 from fewshot.data.glyphs import glyph
+from fewshot.data.image_set import ImageSet, Source, Split
+from fewshot.data.label_orders import CIFAR_FS, FC100, MINI_ORDER, TIERED_ORDER
 
-DatasetName = Literal["glyphs", "omniglot", "cub", "mini_imagenet", "tiered_imagenet", "folder"]
-Split = Literal["train", "val", "test"]
-Source = Callable[[int], Image.Image]  # picture i of a data set, RGB and upright
+DatasetName = Literal["glyphs", "omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "folder"]
 
+CACHE_FOLDER = ".fewshot_cache"  # beside the data
 SIDE = 84  # what networks see of natural images, unless told otherwise
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}  # files in class folders
 
@@ -40,134 +40,42 @@ OMNIGLOT_CHARACTERS, OMNIGLOT_DRAWINGS = 1623, 20  # in both parts; of each char
 OMNIGLOT_SPLITS = {"train": slice(0, 1028), "val": slice(1028, 1200), "test": slice(1200, 1623)}
 OMNIGLOT_SEED = 0
 
-# Label order: mmfewshot's, as places in the sorted class names of the split (wnids; tiered-ImageNet's full names).
-MINI_ORDER = {
-    "train": (
-        "7 27 38 8 11 2 55 36 1 59 52 10 18 63 22 25 41 47 16 37 9 30 60 42 12 61 45 15 50 29 49 31 40 20 4 6 28 13 "
-        "26 46 39 54 58 21 34 44 23 19 53 57 0 5 62 43 32 56 33 3 24 48 35 51 14 17"
-    ),
-    "val": ("3 7 4 10 12 13 5 14 2 11 1 9 6 0 15 8"),
-    "test": ("4 1 19 6 17 8 10 0 12 11 15 14 18 2 9 3 7 5 16 13"),
-}
-TIERED_ORDER = {
-    "train": (
-        "44 296 136 250 226 277 120 244 108 307 255 98 313 232 68 24 279 65 103 285 151 122 143 305 66 91 94 302 85 "
-        "251 303 256 164 35 231 10 101 213 53 57 309 150 157 7 67 121 220 221 170 47 183 243 161 175 169 171 336 52 "
-        "329 286 308 247 293 349 282 28 146 95 314 50 324 23 258 77 268 245 179 223 200 215 100 202 228 163 12 275 "
-        "168 133 236 159 333 5 261 187 326 20 257 280 214 31 97 126 292 154 203 312 38 26 78 193 339 212 211 248 "
-        "301 8 306 343 194 2 61 43 45 304 332 9 198 104 276 299 83 272 173 4 273 79 144 235 291 218 25 46 177 86 11 "
-        "124 191 290 14 21 201 283 172 115 109 34 132 54 350 3 16 197 174 186 114 90 233 116 322 87 340 195 346 225 "
-        "40 102 337 342 252 82 254 287 289 125 295 51 155 112 323 96 129 117 33 224 310 142 284 32 156 60 317 69 "
-        "205 190 274 166 105 196 185 331 106 341 288 210 222 204 128 123 318 182 199 70 107 165 55 167 160 180 131 "
-        "266 219 242 249 345 74 0 113 206 269 265 37 319 84 189 294 278 227 19 316 240 192 264 344 135 230 138 327 "
-        "64 209 270 216 139 13 27 88 259 334 29 18 140 178 111 75 36 39 241 348 237 246 17 320 62 267 22 207 145 "
-        "238 127 162 176 298 321 81 262 137 260 42 89 152 63 73 15 76 281 56 130 71 41 118 80 208 92 147 49 181 234 "
-        "335 271 300 72 338 330 110 119 184 158 30 134 93 149 188 347 1 328 239 311 6 217 148 263 315 297 153 229 "
-        "99 253 59 325 48 141 58"
-    ),
-    "val": (
-        "20 53 3 40 17 79 47 26 69 72 12 21 94 45 82 30 54 84 96 4 52 6 9 8 15 38 50 28 62 57 81 24 33 44 18 22 67 "
-        "41 39 76 92 93 89 87 56 0 1 23 59 10 19 14 5 34 58 66 36 85 32 61 78 29 13 49 2 86 16 91 42 75 51 90 64 83 "
-        "74 68 60 80 70 63 7 73 25 27 71 11 48 77 46 31 55 95 43 35 65 37 88"
-    ),
-    "test": (
-        "16 67 91 109 143 155 77 131 17 113 156 84 39 69 31 141 49 66 159 92 136 41 112 12 63 114 71 32 119 65 130 "
-        "34 29 30 38 2 138 158 132 103 146 81 148 140 154 137 40 46 149 147 86 145 95 58 87 62 110 59 115 150 123 "
-        "106 118 105 94 144 73 93 23 70 9 52 135 126 14 90 33 61 120 0 85 5 139 107 1 25 153 50 27 151 157 13 36 "
-        "124 82 3 47 64 78 44 8 83 99 43 74 26 134 53 75 28 68 125 55 152 108 142 10 129 22 111 6 20 35 24 37 7 54 "
-        "51 96 133 100 56 4 117 19 42 76 48 80 97 79 116 45 121 102 60 72 15 128 11 21 57 122 18 89 98 88 127 104 "
-        "101"
-    ),
-}
-
-
-class ImageSet:
-    """The pictures of one split of one data set, decoded one at a time when asked for.
-
-    Args:
-        classes: names in label order.
-        labels: (n,) label of each picture.
-        source: gives picture i; picklable, so that loading processes can have it.
-        size: side in pixels of what networks see.
-        stored: side S in pixels of the square that a picture is squashed to.
-        augment: whether the augmentation of natural images suits these pictures.
-
-    Further attributes: `by_class`, for each class the indices of its pictures, ascending.
-
-    Raises InputError when a class has no picture.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        split: Split,
-        classes: list[str],
-        labels: np.ndarray,
-        source: Source,
-        *,
-        size: int,
-        stored: int,
-        normalisation: transforms.Normalisation = transforms.IMAGENET,
-        augment: bool = True,
-    ):
-        self.name, self.split, self.classes, self.source = name, split, classes, source
-        self.size, self.stored, self.normalisation, self.augment = size, stored, normalisation, augment
-        self.labels = np.asarray(labels, np.int64)
-        counts = np.bincount(self.labels, minlength=len(classes))
-        if not counts.all():
-            raise InputError(f"{name} {split}: class {classes[counts.argmin()]} has no picture; add some or remove it")
-        self.by_class = np.split(np.argsort(self.labels, kind="stable"), np.cumsum(counts)[:-1])
-        self._aspects = np.full(len(self.labels), np.nan)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def pixels(self, index: int) -> Tensor:
-        """Picture `index` squashed to a square: uint8 RGB (3, S, S). Raises InputError when it cannot be read."""
-        picture = self.source(index)
-        self._aspects[index] = picture.width / picture.height
-        if picture.size != (self.stored, self.stored):
-            picture = picture.resize((self.stored, self.stored), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-    def aspect(self, index: int) -> float:
-        """Width / height of picture `index` before it was squashed; free once its pixels were read."""
-        if np.isnan(self._aspects[index]):
-            self.pixels(index)
-        return float(self._aspects[index])
-
-    def describe(self) -> dict[str, Any]:
-        """What a model trained on this should say of its data, for json: whatever it takes to feed it pictures."""
-        return {
-            "dataset": self.name,
-            "classes": self.classes,
-            "size": self.size,
-            "normalisation": self.normalisation.to_dict(),
-            "augment": self.augment,
-        }
-
 
 def open_dataset(
-    name: DatasetName, root: str | os.PathLike, split: Split, *, size: int | None = None, seed: int = 0
+    name: DatasetName,
+    root: str | os.PathLike,
+    split: Split,
+    *,
+    size: int | None = None,
+    seed: int = 0,
+    cache: bool = False,
 ) -> ImageSet:
     """The pictures of one split of a data set.
 
     Args:
-        root: the data set's folder, or one that holds it under its usual name. Glyphs need none.
-        size: side in pixels of what networks see; by default 32 for glyphs, 28 for Omniglot and 84 for photographs.
+        root: the data set's folder, or one that holds it under its usual name. Glyphs need none but for the cache.
+        size: side in pixels of what networks see; by default 28 for Omniglot, 32 for glyphs and CIFAR, 84 for the rest.
         seed: of the pictures of glyphs, and of the class split of a folder without train, val and test folders. The
             other data sets have one fixed split.
+        cache: keep decoded pictures in a memory map in `root`/.fewshot_cache, as `ImageSet.cached` does.
 
     Raises InputError naming the folder or file that is missing, incomplete or unreadable.
     """
     if split not in get_args(Split):
         raise InputError(f"split {split!r}: must be one of {', '.join(get_args(Split))}")
     root = Path(root)
+    opened = _open(name, root, split, size, seed)
+    return opened.cached(root / CACHE_FOLDER) if cache else opened
+
+
+def _open(name: DatasetName, root: Path, split: Split, size: int | None, seed: int) -> ImageSet:
     match name:
         case "glyphs":
             return _open_glyphs(split, size or 32, seed)
         case "omniglot":
             return _open_omniglot(root, split, size or 28)
+        case "cifar_fs" | "fc100":
+            return _open_cifar(name, root, split, size or 32)
         case "cub":
             return _open_cub(root, split, size or SIDE)
         case "mini_imagenet":
@@ -203,6 +111,9 @@ class _Files:
     def __call__(self, index: int) -> Image.Image:
         return read_picture(self.paths[index])
 
+    def version(self) -> object:
+        return [_file_version(path) for path in self.paths]
+
 
 @dataclass(frozen=True)
 class _Buffers:
@@ -213,6 +124,14 @@ class _Buffers:
 
     def __call__(self, index: int) -> Image.Image:
         return _decode(io.BytesIO(self.buffers[index]), f"{self.path}, picture {index}")
+
+    def version(self) -> object:
+        return _file_version(self.path)
+
+
+def _file_version(path: str) -> tuple[str, int, int]:
+    status = os.stat(path)
+    return os.path.basename(path), status.st_size, status.st_mtime_ns  # of folders only what is in them counts
 
 
 @dataclass(frozen=True)
@@ -227,6 +146,11 @@ class _Glyphs:
         number, picture = divmod(index, GLYPHS_PER_CLASS)
         return Image.fromarray(glyph(self.first + number, self.seed, picture, self.size))
 
+    def version(self) -> object:
+        # the program that draws may change: a picture of each of sixteen classes would show it
+        some = [np.asarray(self(number * GLYPHS_PER_CLASS)) for number in range(16)]
+        return self, zlib.crc32(np.stack(some).tobytes())
+
 
 @dataclass(frozen=True)
 class _Drawings:
@@ -238,6 +162,22 @@ class _Drawings:
         number, drawing = divmod(index, OMNIGLOT_DRAWINGS)
         character, turns = divmod(number, 4)
         return Image.fromarray(np.rot90(self.ink[character, drawing], turns)).convert("RGB")
+
+    def version(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Pictures in memory: uint8 RGB (n, 3, H, W)."""
+
+    pixels: np.ndarray
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self.pixels[index].transpose(1, 2, 0)))
+
+    def version(self) -> None:
+        return None
 
 
 def _open_glyphs(split: Split, size: int, seed: int) -> ImageSet:
@@ -270,19 +210,21 @@ def _open_photographs(
     return ImageSet(name, split, classes, labels, source, size=size, stored=stored)
 
 
-def _find(root: Path, name: str, subfolders: tuple[str, ...], wanted: tuple[str, ...]) -> Path:
+def _find(root: Path, name: DatasetName, subfolders: tuple[str, ...], wanted: tuple[str, ...]) -> Path:
     """The data set's folder: `root` or one of its usual subfolders, whichever holds one of the wanted entries."""
     homes = [*(root / folder for folder in subfolders), root]
     for home in homes:
         if any((home / entry).exists() for entry in wanted):
             return home
     expected = " or ".join(str(home / wanted[0]) for home in homes)
-    raise InputError(f"{root}: no {name} here; expected {expected}")
+    raise InputError(
+        f"{root}: no {name} here; expected {expected}; scripts/prepare_data.py {name} gets it, or says where it is"
+    )
 
 
 def _open_omniglot(root: Path, split: Split, size: int) -> ImageSet:
     archives = tuple(f"{part}.zip" for part in OMNIGLOT_PARTS)
-    home = _find(root, "Omniglot", ("omniglot-py", "omniglot"), OMNIGLOT_PARTS + archives)
+    home = _find(root, "omniglot", ("omniglot-py", "omniglot"), OMNIGLOT_PARTS + archives)
     characters: dict[str, list[tuple[str, bytes]]] = {}  # ALPHABET/characterNN -> its drawings
     for part in OMNIGLOT_PARTS:
         for file, encoded in _omniglot_drawings(home, part):
@@ -321,8 +263,25 @@ def _ink(encoded: bytes, name: str, size: int) -> np.ndarray:
     return 255 - np.asarray(paper)
 
 
+def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, size: int) -> ImageSet:
+    """A part of CIFAR-100's classes with all their pictures, those for training and those for testing."""
+    home = _find(root, name, ("cifar100",), ("cifar-100-python",)) / "cifar-100-python"
+    parts = [_unpickle(home / part) for part in ("train", "test")]
+    names = _unpickle(home / "meta")["fine_label_names"]
+    fine, coarse = (np.concatenate([part[f"{key}_labels"] for part in parts]) for key in ("fine", "coarse"))
+    if name == "fc100":
+        chosen = np.unique(fine[np.isin(coarse, FC100[split])])
+    else:
+        split_of = {listed: part for part, classes in CIFAR_FS.items() for listed in classes.split()}
+        chosen = np.array([i for i, listed in enumerate(names) if split_of.get(listed, "train") == split])
+    ours = np.isin(fine, chosen)
+    pixels = np.concatenate([part["data"] for part in parts])[ours].reshape(-1, 3, 32, 32)
+    labels = np.searchsorted(chosen, fine[ours])
+    return _open_photographs(name, split, [names[i] for i in chosen], labels, _Pixels(pixels), size)
+
+
 def _open_cub(root: Path, split: Split, size: int) -> ImageSet:
-    images = _find(root, "CUB-200-2011", ("CUB_200_2011",), ("images",)) / "images"
+    images = _find(root, "cub", ("CUB_200_2011",), ("images",)) / "images"
     folders = {int(path.name[:3]): path for path in _subfolders(images) if re.match(r"\d{3}\.", path.name)}
     for number in range(1, 201):
         if number not in folders:
@@ -373,7 +332,7 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _open_mini_imagenet(root: Path, split: Split, size: int) -> ImageSet:
-    home = _find(root, "mini-ImageNet", ("mini_imagenet",), ("images",))
+    home = _find(root, "mini_imagenet", ("mini_imagenet",), ("images",))
     table = home / f"{split}.csv"
     if not table.is_file():
         raise InputError(f"{table}: missing; Ravi and Larochelle's split belongs there")
@@ -424,7 +383,7 @@ def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path
 
 
 def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
-    home = _find(root, "tiered-ImageNet", ("tiered_imagenet",), (f"{split}_labels.pkl",))
+    home = _find(root, "tiered_imagenet", ("tiered_imagenet",), (f"{split}_labels.pkl",))
     table = home / f"{split}_labels.pkl"
     found = _unpickle(table)
     names, specific = list(found["label_specific_str"]), np.asarray(found["label_specific"])

@@ -1,0 +1,96 @@
+"""Decode once: the stored squares of an image set in one file, which all processes map into memory and share.
+
+The file is a plain .npy of one record (aspect, pixels (3, S, S)) per picture. Squares are what a set hands out in any
+case, so a cache changes no number; their side S, chosen where the set is opened, is large enough for random crops: all
+but the smallest 3 % of those have at least as many pixels as the network sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from fewshot import InputError
+
+if TYPE_CHECKING:
+    from fewshot.data.image_set import ImageSet
+
+LAYOUT = 1  # counts up when a picture comes to be stored in another way, so that no older file is taken for a new one
+CHUNK = 512  # pictures decoded before they are written
+
+
+class Squares:
+    """The squares in a file: `pixels` uint8 (n, 3, S, S) and `aspects` float64 (n,), read when they are looked at.
+
+    Raises InputError naming a file that is damaged.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            records = np.load(path, mmap_mode="r")
+        except (OSError, EOFError, ValueError) as error:
+            raise InputError(f"{path}: not readable as a cache ({error}); delete it to have it made again") from error
+        self.path = path
+        self.pixels, self.aspects = np.asarray(records["pixels"]), np.asarray(records["aspect"])
+
+    def __reduce__(self) -> tuple:
+        return Squares, (self.path,)  # a loading process opens the file instead of being sent its contents
+
+
+def squares(dataset: ImageSet, folder: Path, version: object) -> Squares:
+    """The squares of a data set, decoded into a file of `folder` unless they are there.
+
+    `version` is something whose repr changes when the pictures do. Files of the same set, split and S with another
+    version are stale and removed; whoever has one open keeps it. Processes that find no file at the same time each make
+    one, and the last one stays: right, but wasteful, so let one go first (Accelerate's `local_main_process_first`). A
+    process that is killed leaves a .tmp file behind, which may be deleted.
+
+    Raises InputError when the folder cannot be written to, and for a picture that cannot be read.
+    """
+    digest = hashlib.sha256(repr((LAYOUT, len(dataset), version)).encode()).hexdigest()[:12]
+    prefix = f"{dataset.name}-{dataset.split}-{dataset.stored}"
+    path = folder / f"{prefix}-{digest}.npy"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(path, dataset)
+            for stale in set(folder.glob(f"{prefix}-*.npy")) - {path}:
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot keep decoded pictures here ({error}); make it writable, or make room, or give a "
+                "folder of your own that has a link to the data in it, or do without the cache"
+            ) from error
+    return Squares(path)
+
+
+def _write(path: Path, dataset: ImageSet) -> None:
+    """Decode all pictures into a file of this process's own, which becomes `path` once it is whole."""
+    n, side = len(dataset), dataset.stored
+    kind = np.dtype([("aspect", "<f8"), ("pixels", "u1", (3, side, side))])
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (n,)}
+
+    def record(index: int) -> bytes:
+        pixels = dataset.pixels(index).numpy()
+        return np.array((dataset.aspect(index), pixels), kind).tobytes()
+
+    own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    progress = tqdm(total=n, desc=f"decoding {dataset.name} {dataset.split}", leave=False, dynamic_ncols=True)
+    try:
+        # Written, not mapped: on a full disk writing raises an error, storing through a memory map kills the process.
+        with progress, own.open("wb") as file, ThreadPoolExecutor() as pool:
+            np.lib.format.write_array_header_1_0(file, header)
+            for first in range(0, n, CHUNK):
+                numbers = range(first, min(first + CHUNK, n))
+                file.writelines(pool.map(record, numbers))
+                progress.update(len(numbers))
+        os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)

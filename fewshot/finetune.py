@@ -1,0 +1,359 @@
+"""Meta-test by fine-tuning: a new classifier for every task, trained on its support features, all tasks at once.
+
+Baseline and Baseline++ (Chen et al., 2019, https://arxiv.org/abs/1904.04232, section 3) and Negative Margin (Liu et
+al., 2020, https://arxiv.org/abs/2003.12060) meet a task with a classifier initialised at random, which SGD then trains
+on batches of the support features. `linear`, `cosine` and `normalised` compute what torch.optim.SGD would make of
+`nn.Linear`, `heads.CosineLinear` and `heads.NegMargin`, up to rounding, but put the weights together only once, at the
+end. That is exact because SGD never leaves the span of the initial weights and the support features:
+
+Let w be the weight vector of one class (its bias is the weight of a feature that is always 1), w_0 its initial value
+and x_1 ... x_n the supports' features. The loss sees w only through the products z_i = w x_i, so that a step is
+
+    q = sum_batch h_i x_i + d w        h_i: derivative of the batch's loss by z_i; d: weight decay
+    u = momentum u + damp q            damp: 1 in the first step, as in PyTorch, then 1 - dampening
+    w = w - lr u
+
+and w = a w_0 + sum_i b_i x_i at any time. The products z_j, the coefficients b_j and the share a are linear in w, hence
+follow the same three lines, each with its own part of q, which the Gram matrix K_ij = x_i x_j provides:
+
+    of w    z_j                           b_j                             a
+    of q    sum_batch h_i K_ij + d z_j    h_j (0 out of batch) + d b_j    d a
+
+A step costs n * batch * ways multiplications, however long the features are.
+
+A cosine classifier has logits t g w x / |w| of features x of length 1, with a temperature t and a gain g that is learnt
+or 1. With p_i, the gradient of the batch's loss by logit i (softmax minus target, over the batch's size),
+
+    h_i = p_i t g / |w|        d = weight decay - sum_batch h_i z_i / |w|²
+    gradient by g = sum_batch p_i z_i t / |w| + weight decay g
+    |w|² = a² |w_0|² + sum_i b_i (z_i + a w_0 x_i)
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewshot import InputError
+
+
+@torch.no_grad()
+def linear(
+    support: Tensor,
+    query: Tensor,
+    ways: int,
+    *,
+    steps: int,
+    batch_size: int = 4,
+    drop_last: bool = True,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    dampening: float = 0.9,
+    weight_decay: float = 1e-3,
+    batches: Iterable[Tensor] | None = None,
+    init: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Logits (tasks, queries, ways) of linear classifiers with bias: Baseline.
+
+    What is random, first the initial weights and then the batches, comes from torch's global generator on the CPU. Give
+    some hundred tasks at once: fewer take hardly less time.
+
+    Args:
+        support: features (tasks, ways * shots, D), all shots of class 0 first.
+        query: features (tasks, queries, D).
+        steps: of SGD, each on one batch. Every pass over a task's supports takes them in a new random order.
+        batch_size: supports in a batch.
+        drop_last: whether to leave out the last batch of a pass if it is smaller.
+        lr, momentum, dampening, weight_decay: those of torch.optim.SGD.
+        batches: in place of random ones, `steps` tensors (tasks, size) of indices into the supports.
+        init: in place of `nn.Linear`'s, initial weights (tasks, ways, D) and biases (tasks, ways).
+
+    Raises:
+        InputError: there are fewer supports than `batch_size`, and `drop_last` leaves none of them.
+    """
+    weight, bias = init or (_uniform(support, ways, support.shape[2]), _uniform(support, ways))
+    heads = LinearHeads(support, weight, bias, SGD(lr, momentum, dampening, weight_decay))
+    batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
+    return _train(heads, batches, steps).logits(query)
+
+
+@torch.no_grad()
+def cosine(
+    support: Tensor,
+    query: Tensor,
+    ways: int,
+    *,
+    temperature: float,
+    steps: int,
+    batch_size: int = 4,
+    drop_last: bool = True,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    dampening: float = 0.9,
+    weight_decay: float = 1e-3,
+    batches: Iterable[Tensor] | None = None,
+    init: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Logits (tasks, queries, ways) of weight-normalised cosine classifiers with learnt gains: Baseline++.
+
+    Args:
+        temperature: multiplies the cosines.
+        init: in place of `heads.CosineLinear`'s, initial weights (tasks, ways, D) and gains (tasks, ways).
+
+    The other arguments and the errors are those of `linear`.
+    """
+    if init is None:
+        weight = _uniform(support, ways, support.shape[2])
+        init = weight, weight.norm(dim=2)
+    sgd = SGD(lr, momentum, dampening, weight_decay)
+    heads = CosineHeads(support, *init, sgd, temperature, eps=1e-5)
+    batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
+    return _train(heads, batches, steps).logits(query)
+
+
+@torch.no_grad()
+def normalised(
+    support: Tensor,
+    query: Tensor,
+    ways: int,
+    *,
+    temperature: float,
+    margin: float = 0.0,
+    steps: int,
+    batch_size: int = 4,
+    drop_last: bool = False,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    dampening: float = 0.9,
+    weight_decay: float = 1e-3,
+    batches: Iterable[Tensor] | None = None,
+    init: Tensor | None = None,
+) -> Tensor:
+    """Logits (tasks, queries, ways) of cosine classifiers without gain: Negative Margin.
+
+    Args:
+        temperature: multiplies the cosines.
+        margin: subtracted from the true class's cosine while training.
+        init: in place of `heads.NegMargin`'s, initial weights (tasks, ways, D).
+
+    The other arguments and the errors are those of `linear`.
+    """
+    weight = _uniform(support, ways, support.shape[2]) if init is None else init
+    sgd = SGD(lr, momentum, dampening, weight_decay)
+    # added to the norm, 1e-12 does what F.normalize's lower bound of 1e-12 does: it matters to features of 0 alone
+    heads = CosineHeads(support, weight, None, sgd, temperature, eps=1e-12, margin=margin)
+    batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
+    return _train(heads, batches, steps).logits(query)
+
+
+def random_batches(support: Tensor, steps: int, batch_size: int, drop_last: bool) -> Iterator[Tensor]:
+    """`steps` batches, indices (tasks, size) into the supports; for the arguments and the errors see `linear`."""
+    tasks, n = support.shape[:2]
+    per_pass = n // batch_size if drop_last else math.ceil(n / batch_size)
+    if per_pass == 0:
+        raise InputError(f"{n} supports make no batch of {batch_size}: lower batch_size or unset drop_last")
+    # all passes move to the device at once: a copy between steps would wait for the device
+    orders = torch.rand(math.ceil(steps / per_pass), tasks, n).argsort(2).mT.contiguous().to(support.device)
+    for step in range(steps):
+        order = orders[step // per_pass]  # (n, tasks)
+        first = step % per_pass * batch_size
+        yield order[first : first + batch_size].mT
+
+
+def _uniform(support: Tensor, *shape: int) -> Tensor:
+    """Weights or biases (tasks, *shape) as PyTorch initialises those of a linear layer on the supports' features."""
+    bound = support.shape[2] ** -0.5
+    return torch.empty(len(support), *shape).uniform_(-bound, bound).to(support.device)
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Arguments of torch.optim.SGD."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+
+
+class GramWeights:
+    """The weight vectors of every task and class under SGD, known only by what the module's recursion follows.
+
+    Tasks are the last dimension of all tensors: the only long one, so that elementwise operations have long rows.
+
+    Args:
+        gram: K, inner products (tasks, n, n) of the supports' features.
+        products: of the supports' features and the initial weights, (tasks, n, ways).
+
+    Attributes:
+        products: z, (n, ways, tasks).
+        coefficients: b, (n, ways, tasks).
+        share: a, (ways, tasks).
+        damp: the factor of the next step's gradient.
+    """
+
+    def __init__(self, gram: Tensor, products: Tensor, sgd: SGD):
+        tasks, n = gram.shape[:2]
+        self.sgd = sgd
+        self.gram = gram.flatten(0, 1)  # (tasks * n, n)
+        self.first_row = n * torch.arange(tasks, device=gram.device)
+        products = products.permute(1, 2, 0)
+        self.state = torch.cat([products, torch.zeros_like(products), torch.ones_like(products[:1])])
+        self.velocity = torch.zeros_like(self.state)  # u, (2 n + 1, ways, tasks)
+        self.products, self.coefficients, self.share = self.state[:n], self.state[n : 2 * n], self.state[2 * n]
+        self.damp = 1.0
+
+    def products_of(self, batch: Tensor) -> Tensor:
+        """The products (size, ways, tasks) of supports `batch` (size, tasks)."""
+        return self.products.gather(0, batch[:, None].expand(-1, self.products.shape[1], -1))
+
+    def step(self, batch: Tensor, gradient: Tensor, decay: Tensor) -> None:
+        """One step of SGD.
+
+        Args:
+            batch: indices of supports (size, tasks).
+            gradient: h of these supports (size, ways, tasks).
+            decay: d, broadcast to (ways, tasks).
+        """
+        n = len(self.products)
+        rows = self.gram.index_select(0, (batch + self.first_row).flatten())
+        rows = rows.view(*batch.shape, n).mT.contiguous()  # (size, n, tasks)
+        gradient = gradient * self.damp
+        self.velocity.mul_(self.sgd.momentum)
+        for row, h in zip(rows, gradient):
+            self.velocity[:n].addcmul_(row[:, None], h)
+        self.velocity.scatter_add_(0, (batch + n)[:, None].expand_as(gradient), gradient)
+        self.velocity.addcmul_(self.state, decay, value=self.damp)
+        self.state.add_(self.velocity, alpha=-self.sgd.lr)
+        # torch.optim.SGD has no dampening without momentum
+        self.damp = 1 - self.sgd.dampening if self.sgd.momentum else 1.0
+
+
+class LinearHeads:
+    """A linear classifier for each task, trained on `support` (tasks, ways * shots, D), class-major.
+
+    Args:
+        weight, bias: initial, (tasks, ways, D) and (tasks, ways).
+    """
+
+    def __init__(self, support: Tensor, weight: Tensor, bias: Tensor, sgd: SGD):
+        self.support, self.weight, self.bias = support, weight, bias
+        self.shots = support.shape[1] // weight.shape[1]
+        # + 1 and + bias: the feature that is always 1
+        self.weights = GramWeights(_inner(support, support) + 1, _inner(support, weight) + bias[:, None], sgd)
+        self.decay = bias.new_full((1, 1), sgd.weight_decay)
+
+    def step(self, batch: Tensor) -> Tensor:
+        """One step on supports `batch` (tasks, size). Returns their logits (tasks, size, ways) before it."""
+        batch = batch.mT
+        logits = self.weights.products_of(batch)
+        self.weights.step(batch, _loss_gradient(logits, batch // self.shots), self.decay)
+        return logits.permute(2, 0, 1)
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """Weights (tasks, ways, D) and biases (tasks, ways) by now."""
+        share, coefficients = self.weights.share.mT, self.weights.coefficients.permute(2, 1, 0)
+        weight = share[..., None] * self.weight + _inner(coefficients, self.support.mT)
+        return weight, share * self.bias + coefficients.sum(2)
+
+    def logits(self, query: Tensor) -> Tensor:
+        """Logits (tasks, queries, ways) of features (tasks, queries, D)."""
+        weight, bias = self.trained()
+        return _inner(query, weight) + bias[:, None]
+
+
+class CosineHeads:
+    """A cosine classifier for each task, trained on `support` (tasks, ways * shots, D), class-major.
+
+    Args:
+        weight: initial, (tasks, ways, D).
+        gain: initial, (tasks, ways); or None for gains that stay 1.
+        temperature: multiplies the cosines.
+        eps: added to the norm of features.
+        margin: subtracted from the true class's cosine while training.
+    """
+
+    def __init__(
+        self,
+        support: Tensor,
+        weight: Tensor,
+        gain: Tensor | None,
+        sgd: SGD,
+        temperature: float,
+        eps: float,
+        margin: float = 0.0,
+    ):
+        self.support, self.weight, self.sgd = support, weight, sgd
+        self.temperature, self.eps, self.margin = temperature, eps, margin
+        self.shots = support.shape[1] // weight.shape[1]
+        self.norms = self._norms(support)
+        gram = _inner(support, support) / (self.norms * self.norms.mT)
+        self.weights = GramWeights(gram, _inner(support, weight) / self.norms, sgd)
+        self.initial_products = self.weights.products.clone()
+        self.initial_square = weight.norm(dim=2).square().mT.contiguous()  # (ways, tasks)
+        self.learns_gain = gain is not None
+        self.gain = torch.ones_like(self.initial_square)
+        if self.learns_gain:
+            self.gain.copy_(gain.mT)
+        self.gain_velocity = torch.zeros_like(self.gain)
+
+    def step(self, batch: Tensor) -> Tensor:
+        """One step on supports `batch` (tasks, size). Returns their logits (tasks, size, ways) before it."""
+        batch = batch.mT
+        labels = batch // self.shots
+        products = self.weights.products_of(batch)  # (size, ways, tasks)
+        square = self._squares()
+        unit = self.temperature * square.rsqrt()
+        scale = unit * self.gain
+        logits = products * scale
+        if self.margin:
+            logits.scatter_(1, labels[:, None], -self.temperature * self.margin, reduce="add")
+        gradient = _loss_gradient(logits, labels)
+        slope = (gradient * products).sum(0)  # (ways, tasks)
+        damp, decay = self.weights.damp, self.sgd.weight_decay
+        self.weights.step(batch, gradient * scale, decay - slope * scale / square)
+        if self.learns_gain:
+            self.gain_velocity.mul_(self.sgd.momentum).add_(slope * unit + decay * self.gain, alpha=damp)
+            self.gain.add_(self.gain_velocity, alpha=-self.sgd.lr)
+        return logits.permute(2, 0, 1)
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """Weights (tasks, ways, D) and gains (tasks, ways) by now."""
+        coefficients = self.weights.coefficients.permute(2, 1, 0) / self.norms.mT
+        weight = self.weights.share.mT[..., None] * self.weight + _inner(coefficients, self.support.mT)
+        return weight, self.gain.mT
+
+    def logits(self, query: Tensor) -> Tensor:
+        """Logits (tasks, queries, ways) of features (tasks, queries, D), without margin."""
+        weight, gain = self.trained()
+        scale = self.temperature * gain / weight.norm(dim=2)
+        return _inner(query, weight) * scale[:, None] / self._norms(query)
+
+    def _norms(self, features: Tensor) -> Tensor:
+        """(tasks, m, 1) of features (tasks, m, D)."""
+        return features.float().norm(dim=2, keepdim=True) + self.eps
+
+    def _squares(self) -> Tensor:
+        """Squared norms (ways, tasks) of the weights."""
+        w = self.weights
+        cross = w.coefficients * torch.addcmul(w.products, w.share, self.initial_products)
+        return cross.sum(0) + w.share.square() * self.initial_square
+
+
+def _train(heads: LinearHeads | CosineHeads, batches: Iterable[Tensor], steps: int) -> LinearHeads | CosineHeads:
+    for _, batch in zip(range(steps), batches, strict=True):
+        heads.step(batch)
+    return heads
+
+
+def _loss_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of each task's mean cross-entropy by its logits (size, ways, tasks), for labels (size, tasks)."""
+    return logits.softmax(1).scatter_(1, labels[:, None], -1, reduce="add").div_(len(logits))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products (tasks, n, m) of rows of (tasks, n, D) and (tasks, m, D), in float32 also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().mT

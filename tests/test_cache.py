@@ -1,0 +1,188 @@
+"""A cache changes no number, is made once, follows its source, and is never seen half made."""
+
+import os
+import pickle
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot import InputError
+from fewshot.data import cache, classification, episodes, transforms
+from fewshot.data.classification import open_dataset
+from fewshot.data.image_set import ImageSet
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three classes of four photographs of different sizes, in noise."""
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            noise = rng.integers(0, 256, (40 + 5 * i, 60, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / "train" / name / f"{i}.png")
+    return tmp_path
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / classification.CACHE_FOLDER).iterdir())
+
+
+def same(ours: ImageSet, plain: ImageSet) -> bool:
+    return all(
+        torch.equal(ours.pixels(i), plain.pixels(i)) and ours.aspect(i) == plain.aspect(i) for i in range(len(plain))
+    )
+
+
+def test_cached_pictures_are_the_decoded_ones(root, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 5)  # so that there are several, the last one short
+    plain = open_dataset("folder", root, "train")
+    cached = open_dataset("folder", root, "train", cache=True)
+    assert same(cached, plain)
+    assert cached.aspect(3) == 60 / 55 and cached.pixels(0).dtype == torch.uint8
+    [name] = files(root)
+    assert name.startswith(f"folder-train-{plain.stored}-") and name.endswith(".npy")
+    assert cached.describe() == plain.describe() and cached.cached(root) is cached
+    cached.pixels(0).zero_()  # what is handed out is nobody else's
+    assert same(cached, plain)
+
+
+def test_pictures_are_decoded_once(root, monkeypatch):
+    first = open_dataset("folder", root, "train", cache=True)
+
+    def never(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(cache, "_write", never)
+    os.utime(root / "train")  # a folder's own time is of no account
+    again = open_dataset("folder", root, "train", cache=True)
+    assert same(again, first)
+
+
+@pytest.mark.parametrize("change", ["content", "time", "more", "name"])
+def test_another_source_is_decoded_anew(root, change):
+    old = open_dataset("folder", root, "train", cache=True)
+    other = open_dataset("folder", root, "train", size=16, cache=True)  # another S: this one stays
+    [before] = set(files(root)) - {other.source.path.name}
+    picture = root / "train" / "b" / "1.png"
+    if change == "content":
+        Image.new("RGB", (60, 45), "red").save(picture)
+    elif change == "time":
+        os.utime(picture, (0, 0))
+    elif change == "name":
+        picture.rename(picture.with_name("9.png"))
+    else:
+        Image.new("RGB", (60, 45), "red").save(root / "train" / "b" / "4.png")
+    new = open_dataset("folder", root, "train", cache=True)
+    assert same(new, open_dataset("folder", root, "train"))
+    assert before not in files(root) and len(files(root)) == 2
+    assert old.pixels(0).shape == new.pixels(0).shape  # who had the removed file open goes on
+
+
+def test_a_moved_data_set_keeps_its_cache(root, tmp_path_factory, monkeypatch):
+    open_dataset("folder", root, "train", cache=True)
+    moved = tmp_path_factory.mktemp("elsewhere") / "data"
+    root.rename(moved)
+    names = files(moved)
+    monkeypatch.chdir(moved.parent)
+    open_dataset("folder", "data", "train", cache=True)
+    assert files(moved) == names
+
+
+def test_workers_open_the_file_instead_of_being_sent_it(root):
+    cached = open_dataset("folder", root, "train", cache=True)
+    sent = pickle.dumps(cached)
+    assert len(sent) < cached.source.pixels.nbytes / 2
+    assert same(pickle.loads(sent), cached)
+
+
+def test_episodes_are_the_same_from_a_cache(root):
+    batches = []
+    for dataset in (open_dataset("folder", root, "train", size=32, cache=kept) for kept in (False, True)):
+        transform = transforms.train_transform(dataset)
+        where = {"rank": 0, "world": 1, "device": "cpu", "workers": 0}
+        loader = episodes.episode_loader(
+            dataset, 2, 1, 2, tasks=1, seed=0, start=0, steps=3, transform=transform, **where
+        )
+        batches.append([(episode.support, episode.query) for episode in loader])
+    for plain, cached in zip(*batches):
+        assert all(torch.equal(a, b) for a, b in zip(plain, cached))
+
+
+def _open_cached(root: Path, begin: float) -> int:
+    time.sleep(max(0, begin - time.time()))  # all at once
+    return int(open_dataset("folder", root, "train", cache=True).pixels(7).sum())
+
+
+def test_processes_that_build_at_once_leave_one_whole_file(root):
+    with ProcessPoolExecutor(3, get_context("fork")) as pool:
+        sums = list(pool.map(_open_cached, [root] * 3, [time.time() + 0.2] * 3))
+    assert sums == [int(open_dataset("folder", root, "train").pixels(7).sum())] * 3
+    assert len(files(root)) == 1
+
+
+def test_nothing_is_left_of_a_build_that_fails(root):
+    dataset = open_dataset("folder", root, "train")
+    broken = root / "train" / "c" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"c/2\.png: not readable as a picture"):
+        dataset.cached(root / classification.CACHE_FOLDER)
+    assert files(root) == []
+
+
+def test_a_folder_that_cannot_be_written_to(root, monkeypatch):
+    (root / classification.CACHE_FOLDER).write_text("in the way")
+    with pytest.raises(InputError, match=r"\.fewshot_cache: cannot keep decoded pictures here .*link to the data"):
+        open_dataset("folder", root, "train", cache=True)
+    (root / classification.CACHE_FOLDER).unlink()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "replace", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        open_dataset("folder", root, "train", cache=True)
+    assert files(root) == []
+
+
+@pytest.mark.parametrize("left", [0, 300])
+def test_a_damaged_file_is_named(root, left):
+    path = open_dataset("folder", root, "train", cache=True).source.path
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(InputError) as caught:
+        open_dataset("folder", root, "train", cache=True)
+    assert str(caught.value).startswith(f"{path}: not readable as a cache")
+
+
+def test_glyphs_are_drawn_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(classification, "GLYPHS_PER_CLASS", 2)
+    plain = open_dataset("glyphs", tmp_path, "val")
+    assert same(open_dataset("glyphs", tmp_path, "val", cache=True), plain)
+    [name] = files(tmp_path)
+    assert name.startswith("glyphs-val-32-")
+    draw = classification.glyph
+    monkeypatch.setattr(classification, "glyph", lambda *arguments: 255 - draw(*arguments))  # another way of drawing
+    redrawn = open_dataset("glyphs", tmp_path, "val", cache=True)
+    assert torch.equal(redrawn.pixels(5), 255 - plain_pixels(draw, 66, 1)) and files(tmp_path) != [name]
+
+
+def plain_pixels(draw, class_id: int, index: int) -> torch.Tensor:
+    return torch.from_numpy(draw(class_id, 0, index, 32)).permute(2, 0, 1)
+
+
+def test_pictures_in_memory_need_no_cache(tmp_path):
+    class InMemory:
+        def __call__(self, index: int) -> Image.Image:
+            return Image.new("RGB", (8, 8))
+
+        def version(self) -> None:
+            return None
+
+    dataset = ImageSet("some", "val", ["a"], np.zeros(3), InMemory(), size=8, stored=8)
+    assert dataset.cached(tmp_path) is dataset and not list(tmp_path.iterdir())
