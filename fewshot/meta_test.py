@@ -58,10 +58,14 @@ class Result:
         return f"{self.accuracy:.2f} ± {self.ci95:.2f} %"
 
 
-def metrics(results: dict[int, Result], ways: int) -> dict:
-    """What metrics.json holds of results by shots."""
+def report(record: run.Record, results: dict[int, Result], ways: int, save_tasks: bool = False) -> None:
+    """Print the results by shots, finish the run with its metrics.json, and with every task's accuracy if asked."""
+    for shots, result in results.items():
+        record.accelerator.print(f"{ways}-way {shots}-shot, {len(result.per_task)} tasks: {result}")
+    if save_tasks and record.accelerator.is_main_process:
+        run.write_json(record.folder / "tasks.json", {k: r.per_task.tolist() for k, r in results.items()})
     shots = {str(k): {"accuracy": round(r.accuracy, 4), "ci95": round(r.ci95, 4)} for k, r in results.items()}
-    return {"ways": ways, "tasks": len(next(iter(results.values())).per_task), "shots": shots}
+    record.finish({"ways": ways, "tasks": len(next(iter(results.values())).per_task), "shots": shots})
 
 
 @torch.no_grad()

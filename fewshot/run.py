@@ -93,7 +93,7 @@ def scaled(
     ratio = batch / published
     wanted = args.iters or max(1, round(steps / ratio))
     stretch = wanted / steps
-    rate = args.lr or lr * ratio
+    rate = lr * ratio if args.lr is None else args.lr
     if ratio != 1:
         accelerator.print(f"batch of {batch}, published {published}: {wanted} steps at rate {rate:g} (linear rule)")
     return batch, wanted, rate, tuple(round(m * stretch) for m in milestones), round(warmup * stretch)

@@ -70,6 +70,19 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], source: str | Path, f
     model.load_state_dict(given, strict=False)
 
 
+def fill_part(module: nn.Module, path: str | Path, prefix: str) -> None:
+    """Copy the tensors of the model file `path` whose names begin with `prefix` into `module`; all must fit.
+
+    Raises:
+        InputError: as `load` and `fill` do, or no tensor has such a name.
+    """
+    state, _ = load(path)
+    part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if not part:
+        raise InputError(f"{path} has no tensor {prefix}*: it is no classifier of this project")
+    fill(module, part, path)
+
+
 def commit() -> str:
     """The git commit of this code, with a + when files differ from it; "unknown" outside a git checkout."""
     here = Path(__file__).parent

@@ -3,9 +3,8 @@
 A class is the mean of its support features, and a query belongs to the class whose mean is nearest.
 
     accelerate launch recipes/proto_net.py
-    accelerate launch recipes/proto_net.py --dataset mini_imagenet --data-root data --backbone resnet12
-    accelerate launch recipes/proto_net.py --dataset omniglot --shots 1 5
-    accelerate launch recipes/proto_net.py --test-only --tasks 10000
+    accelerate launch recipes/proto_net.py --dataset omniglot --data-root data
+    accelerate launch recipes/proto_net.py --dataset mini_imagenet --init runs/baseline/mini_imagenet/model.safetensors
 """
 
 from dataclasses import dataclass
@@ -16,26 +15,28 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, heads, run
+from fewshot import backbones, heads, run, weights
 from fewshot.data import episodes, transforms
-from fewshot.data.classification import open_dataset
-from fewshot.meta_test import meta_test, metrics
+from fewshot.data.classification import DatasetName, open_dataset
+from fewshot.meta_test import meta_test, report
 
 # episodes (ways, shots, queries) and steps: as published, but for glyphs and Omniglot quick on a CPU
 QUICK, OMNIGLOT, PUBLISHED = ((5, 5, 16), 1000), ((60, 1, 5), 500), ((5, 5, 16), 100_000)
 SCHEDULE = {"glyphs": QUICK, "omniglot": OMNIGLOT, "cub": PUBLISHED, "mini_imagenet": PUBLISHED}
-SCHEDULE |= {"tiered_imagenet": PUBLISHED, "folder": PUBLISHED}
+SCHEDULE |= {"tiered_imagenet": PUBLISHED, "cifar_fs": PUBLISHED, "fc100": PUBLISHED, "folder": PUBLISHED}
 
 
 @dataclass
 class Args:
     # data
-    dataset: Literal["glyphs", "omniglot", "cub", "mini_imagenet", "tiered_imagenet", "folder"] = "glyphs"  # learn on
+    dataset: DatasetName = "glyphs"  # what to learn on
     data_root: str = "data"  # folder that holds the data set
+    cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
     tasks: int = 2000  # test tasks
+    save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
     train_ways: int | None = None  # classes in a training episode; by default as published, like the next two
     train_shots: int | None = None  # support images per class in a training episode
@@ -49,6 +50,7 @@ class Args:
     # model
     backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
     distance: Literal["squared", "euclidean"] = "squared"  # the paper's, or mmfewshot's (not squared)
+    init: str | None = None  # start from the backbone of this model file, say a trained baseline
     # run
     out: str | None = None  # where everything goes; by default runs/proto_net/<dataset>
     seed: int = 0  # the only source of randomness
@@ -81,19 +83,23 @@ def main(args: Args) -> None:
     out = args.out or f"runs/proto_net/{args.dataset}"
 
     # data
-    train_set, val_set, test_set = (open_dataset(args.dataset, args.data_root, s) for s in ("train", "val", "test"))
+    with accelerator.local_main_process_first():  # one process fills the cache
+        train_set, val_set, test_set = (
+            open_dataset(args.dataset, args.data_root, split, cache=args.cache) for split in ("train", "val", "test")
+        )
     episodes.check(train_set, ways, shots, queries)
     for split in (val_set, test_set):
         episodes.check(split, args.ways, max(args.shots), args.queries)
 
     # model
     model = ProtoNet(backbones.build(args.backbone, train_set.size), args.distance)
+    if args.init:
+        weights.fill_part(model.features, args.init, "features.")
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = run.warmup_step(optimizer, milestones=args.milestones)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
-
     record = run.Record(accelerator, "proto_net", args, out, model, optimizer, scheduler, train_set.describe())
+    test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
     if not args.test_only:
@@ -129,9 +135,7 @@ def main(args: Args) -> None:
     # test
     record.load_best()
     results = meta_test(accelerator, model, test_set, shots=args.shots, tasks=args.tasks, **test)
-    for k, result in results.items():
-        accelerator.print(f"{args.dataset}, {args.ways}-way {k}-shot, {args.tasks} tasks: {result}")
-    record.finish(metrics(results, args.ways))
+    report(record, results, args.ways, args.save_tasks)
 
 
 if __name__ == "__main__":

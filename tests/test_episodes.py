@@ -47,7 +47,7 @@ def load(dataset: ImageSet, ways=3, shots=2, queries=4, **options) -> list[episo
     return list(episodes.episode_loader(dataset, ways, shots, queries, **options))
 
 
-def batches(dataset: ImageSet, **options) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(dataset: ImageSet, **options) -> list[tuple[torch.Tensor, ...]]:
     defaults = {"seed": 0, "start": 0, "rank": 0, "world": 1, "device": "cpu", "workers": 0}
     options = {**defaults, "transform": transforms.train_transform(dataset), **options}
     return list(episodes.class_batch_loader(dataset, **options))
@@ -214,22 +214,23 @@ def test_an_unreadable_picture_is_named_in_one_line(tmp_path, workers):
 def test_supervised_batches_are_endless_permutations():
     dataset = numbered(classes=5, images=4)  # 20 images in batches of 8: two epochs are five batches
     drawn = batches(dataset, batch_size=8, steps=5)
-    indices = torch.cat([shown(images) for images, _ in drawn])
+    indices = torch.cat([shown(images) for images, _, _ in drawn])
     for epoch in indices.split(20):
         assert sorted(epoch.tolist()) == list(range(20))
     assert indices[:20].tolist() != indices[20:].tolist()
-    assert torch.cat([labels for _, labels in drawn]).tolist() == dataset.labels[indices].tolist()
+    assert torch.cat([numbers for _, _, numbers in drawn]).tolist() == indices.tolist()
+    assert torch.cat([labels for _, labels, _ in drawn]).tolist() == dataset.labels[indices].tolist()
 
 
 def test_supervised_batches_resume_and_divide():
     dataset = numbered(classes=5, images=4, augment=True)
     straight = batches(dataset, batch_size=8, steps=5)
     resumed = batches(dataset, batch_size=8, start=2, steps=5, workers=1)
-    for (images, labels), (again, same_labels) in zip(straight[2:], resumed, strict=True):
+    for (images, labels, _), (again, same_labels, _) in zip(straight[2:], resumed, strict=True):
         assert torch.equal(images, again) and torch.equal(labels, same_labels)
     for rank in range(2):
         share = batches(dataset, batch_size=8, steps=5, rank=rank, world=2)
-        for (images, labels), (mine, my_labels) in zip(straight, share, strict=True):
+        for (images, labels, _), (mine, my_labels, _) in zip(straight, share, strict=True):
             torch.testing.assert_close(mine, images[rank::2], atol=1e-4, rtol=0)
             assert torch.equal(my_labels, labels[rank::2])
 

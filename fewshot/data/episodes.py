@@ -154,8 +154,10 @@ def class_batch_loader(
     device: torch.device | str,
     transform: Transform,
     workers: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (images (b, 3, H, W), labels (b,)) of steps `start` to `steps` - 1: ordinary supervised training.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches (images (b, 3, H, W), labels (b,), image indices (b,)) of ordinary supervised training.
+
+    They are those of steps `start` to `steps` - 1.
 
     Samples come from an endless row of permutations of the data set, so that batches are always full. Step t is of
     samples t * batch_size to (t + 1) * batch_size - 1, of which process `rank` of `world` takes every world-th:
@@ -164,7 +166,7 @@ def class_batch_loader(
     _check_share(batch_size, world, "images")
     plan = _SupervisedPlan(dataset.labels, batch_size, seed, rank, world, transform.draws)
     batches = _load(dataset, plan, range(start, steps), device, transform, workers)
-    return ((images, labels) for images, (labels,) in batches)
+    return ((images, labels, indices) for images, (labels, indices) in batches)
 
 
 def image_loader(
@@ -230,7 +232,7 @@ class _SupervisedPlan:
         n = len(self.labels)
         images = np.array([_order(n, self.seed, sample // n)[sample % n] for sample in samples])
         uniforms = np.stack([_rng(AUGMENTATION, self.seed, i).random(self.draws, np.float32) for i in samples])
-        return _Step(images, uniforms, (self.labels[images],))
+        return _Step(images, uniforms, (self.labels[images], images))
 
 
 @dataclass(frozen=True)

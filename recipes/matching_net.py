@@ -1,0 +1,138 @@
+"""Matching Networks (Vinyals et al., 2016, https://arxiv.org/abs/1606.04080), without full context embeddings.
+
+A query attends to every support by the softmax of their cosine; a class is as probable as its supports are attended to.
+
+    accelerate launch recipes/matching_net.py
+    accelerate launch recipes/matching_net.py --dataset mini_imagenet --data-root data --backbone resnet12
+    accelerate launch recipes/matching_net.py --temperature 10 --iters 500
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from fewshot import backbones, heads, run
+from fewshot.data import episodes, transforms
+from fewshot.data.classification import DatasetName, open_dataset
+from fewshot.meta_test import meta_test, report
+
+# episodes (ways, shots, queries) and steps: as published, but for glyphs and Omniglot quick on a CPU
+QUICK, OMNIGLOT, PUBLISHED = ((5, 5, 16), 1000), ((60, 1, 5), 500), ((5, 5, 16), 100_000)
+SCHEDULE = {"glyphs": QUICK, "omniglot": OMNIGLOT, "cub": PUBLISHED, "mini_imagenet": PUBLISHED}
+SCHEDULE |= {"tiered_imagenet": PUBLISHED, "cifar_fs": PUBLISHED, "fc100": PUBLISHED, "folder": PUBLISHED}
+
+
+@dataclass
+class Args:
+    # data
+    dataset: DatasetName = "glyphs"  # what to learn on
+    data_root: str = "data"  # folder that holds the data set
+    cache: bool = False  # decode the pictures once, into a memory map beside the data
+    ways: int = 5  # classes in a test task
+    shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
+    queries: int = 15  # query images per class in a test task
+    tasks: int = 2000  # test tasks
+    save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
+    # training
+    train_ways: int | None = None  # classes in a training episode; by default as published, like the next two
+    train_shots: int | None = None  # support images per class in a training episode
+    train_queries: int | None = None  # query images per class in a training episode
+    batch_size: int = 1  # episodes per step, over all processes
+    iters: int | None = None  # steps; by default the data set's published schedule
+    lr: float = 1e-3  # Adam's learning rate
+    eval_every: int = 2000  # steps between validations, each of which also saves
+    val_tasks: int = 500  # validation tasks
+    # model
+    backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
+    temperature: float = 100.0  # of the attention
+    # run
+    out: str | None = None  # where everything goes; by default runs/matching_net/<dataset>
+    seed: int = 0  # the only source of randomness
+    workers: int = 2  # data-loading processes
+    resume: bool = False  # go on from the last state in --out
+    test_only: bool = False  # only test the best model in --out
+    wandb: bool = False  # log to Weights & Biases
+
+
+class MatchingNet(nn.Module):
+    def __init__(self, backbone: nn.Module, temperature: float):
+        super().__init__()
+        self.features, self.temperature = backbone, temperature
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Log-probabilities (tasks, queries, ways) of features (tasks, n, D), the supports class by class."""
+        return heads.matching(support, query, ways, self.temperature)
+
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """The same of images (tasks, n, 3, H, W)."""
+        support, query = (self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query))
+        return self.classify(support, query, ways)
+
+
+def main(args: Args) -> None:
+    accelerator = run.start(args)
+    (ways, shots, queries), iters = SCHEDULE[args.dataset]
+    ways, shots = args.train_ways or ways, args.train_shots or shots
+    queries, iters = args.train_queries or queries, args.iters or iters
+    out = args.out or f"runs/matching_net/{args.dataset}"
+
+    # data
+    with accelerator.local_main_process_first():  # one process fills the cache
+        train_set, val_set, test_set = (
+            open_dataset(args.dataset, args.data_root, split, cache=args.cache) for split in ("train", "val", "test")
+        )
+    episodes.check(train_set, ways, shots, queries)
+    for split in (val_set, test_set):
+        episodes.check(split, args.ways, max(args.shots), args.queries)
+
+    # model
+    model = MatchingNet(backbones.build(args.backbone, train_set.size), args.temperature)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    scheduler = run.warmup_step(optimizer)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    record = run.Record(accelerator, "matching_net", args, out, model, optimizer, scheduler, train_set.describe())
+    test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
+
+    # train
+    if not args.test_only:
+        loader = episodes.episode_loader(
+            train_set,
+            ways,
+            shots,
+            queries,
+            tasks=args.batch_size,
+            seed=args.seed,
+            start=record.step,
+            steps=iters,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            device=accelerator.device,
+            transform=transforms.train_transform(train_set),
+            workers=args.workers,
+        )
+        model.train()
+        for step, episode in record.steps(loader, iters):
+            log_probs = model(episode.support, episode.query, ways)  # (tasks, queries, ways)
+            loss = F.nll_loss(log_probs.flatten(0, 1), episode.query_labels.flatten())
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            record.log(step, {"loss": loss}, ids=episode.indices.tolist())
+
+            if step % args.eval_every == 0 or step == iters:
+                result = meta_test(accelerator, model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+                record.save(step, score=result[args.shots[0]].accuracy)
+
+    # test
+    record.load_best()
+    results = meta_test(accelerator, model, test_set, shots=args.shots, tasks=args.tasks, **test)
+    report(record, results, args.ways, args.save_tasks)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

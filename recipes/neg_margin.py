@@ -1,0 +1,145 @@
+"""Negative Margin (Liu et al., 2020, https://arxiv.org/abs/2003.12060).
+
+Cosine classifiers whose target gets a margin *below* zero in training: classes may overlap, so that new ones find room.
+
+    accelerate launch recipes/neg_margin.py
+    accelerate launch recipes/neg_margin.py --dataset cub --data-root data --backbone resnet12
+    accelerate launch recipes/neg_margin.py --margin -0.02 --iters 500
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from fewshot import backbones, finetune, heads, run
+from fewshot.data import episodes, transforms
+from fewshot.data.classification import DatasetName, open_dataset
+from fewshot.meta_test import meta_test, report
+
+# steps, milestones and warm-up: as published (200 epochs, tiered-ImageNet 100), but for glyphs and Omniglot quick
+QUICK, EPOCHS_200 = (1000, (600, 850), 50), (120_000, (36_000, 72_000), 3000)
+SCHEDULE = {"glyphs": QUICK, "omniglot": QUICK, "cub": (18_400, (5_520, 11_040), 3000), "mini_imagenet": EPOCHS_200}
+SCHEDULE |= {"cifar_fs": EPOCHS_200, "fc100": EPOCHS_200, "folder": EPOCHS_200}
+SCHEDULE |= {"tiered_imagenet": (701_100, (210_330, 420_660), 5000)}
+MARGIN = {
+    "cub": -0.01,
+    "tiered_imagenet": -0.02,
+}  # else -0.005; tiered-ImageNet with another backbone than conv4: -0.01
+
+
+@dataclass
+class Args:
+    # data
+    dataset: DatasetName = "glyphs"  # what to learn on
+    data_root: str = "data"  # folder that holds the data set
+    cache: bool = False  # decode the pictures once, into a memory map beside the data
+    ways: int = 5  # classes in a test task
+    shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
+    queries: int = 15  # query images per class in a test task
+    tasks: int = 2000  # test tasks
+    save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
+    # training
+    batch_size: int = 64  # images per step, over all processes
+    iters: int | None = None  # steps; by default the data set's published schedule
+    lr: float = 0.05  # SGD's learning rate, after the warm-up
+    eval_every: int = 2000  # steps between validations, each of which also saves
+    val_tasks: int = 100  # validation tasks
+    # model
+    backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
+    margin: float | None = None  # of the target's cosine in training; by default as published for the data set
+    temperature: float = 10.0  # of training logits
+    test_temperature: float = 5.0  # of a test task's logits
+    # run
+    out: str | None = None  # where everything goes; by default runs/neg_margin/<dataset>
+    seed: int = 0  # the only source of randomness
+    workers: int = 2  # data-loading processes
+    resume: bool = False  # go on from the last state in --out
+    test_only: bool = False  # only test the best model in --out
+    wandb: bool = False  # log to Weights & Biases
+
+
+class NegMargin(nn.Module):
+    tasks_at_once = 512  # heads that are fine-tuned side by side
+
+    def __init__(self, backbone: nn.Module, classes: int, margin: float, temperature: float, test_temperature: float):
+        super().__init__()
+        self.features, self.test_temperature = backbone, test_temperature
+        self.head = heads.NegMargin(backbone.out_features, classes, margin, temperature)
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each task's supports."""
+        steps = 150 if support.shape[1] == ways else 600
+        return finetune.normalised(support, query, ways, steps=steps, temperature=self.test_temperature)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Logits (b, classes) of the training classes for images (b, 3, H, W), with the margin on `labels` (b,)."""
+        return self.head(self.features(images), labels)
+
+
+def main(args: Args) -> None:
+    accelerator = run.start(args)
+    published, milestones, warmup = SCHEDULE[args.dataset]
+    iters = args.iters or published
+    milestones = [milestone * iters // published for milestone in milestones]
+    out = args.out or f"runs/neg_margin/{args.dataset}"
+
+    # data
+    with accelerator.local_main_process_first():  # one process fills the cache
+        train_set, val_set, test_set = (
+            open_dataset(args.dataset, args.data_root, split, cache=args.cache) for split in ("train", "val", "test")
+        )
+    for split in (val_set, test_set):
+        episodes.check(split, args.ways, max(args.shots), args.queries)
+
+    # model
+    margin = MARGIN.get(args.dataset, -0.005)
+    if args.dataset == "tiered_imagenet" and args.backbone != "conv4":
+        margin = -0.01
+    margin = margin if args.margin is None else args.margin
+    backbone = backbones.build(args.backbone, train_set.size)
+    model = NegMargin(backbone, len(train_set.classes), margin, args.temperature, args.test_temperature)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    scheduler = run.warmup_step(optimizer, warmup=warmup * iters // published, ratio=0.25, milestones=milestones)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    record = run.Record(accelerator, "neg_margin", args, out, model, optimizer, scheduler, train_set.describe())
+    test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
+
+    # train
+    if not args.test_only:
+        loader = episodes.class_batch_loader(
+            train_set,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            start=record.step,
+            steps=iters,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            device=accelerator.device,
+            transform=transforms.train_transform(train_set),
+            workers=args.workers,
+        )
+        model.train()
+        for step, (images, labels, indices) in record.steps(loader, iters):
+            loss = F.cross_entropy(model(images, labels), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            record.log(step, {"loss": loss}, ids=indices.tolist())
+
+            if step % args.eval_every == 0 or step == iters:
+                result = meta_test(accelerator, model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+                record.save(step, score=result[args.shots[0]].accuracy)
+
+    # test
+    record.load_best()
+    results = meta_test(accelerator, model, test_set, shots=args.shots, tasks=args.tasks, **test)
+    report(record, results, args.ways, args.save_tasks)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
