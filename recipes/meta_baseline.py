@@ -23,7 +23,7 @@ from fewshot.meta_test import meta_test, report
 
 # episodes (ways, shots, queries), steps, learning rate, milestones and warm-up: as published, but for glyphs and
 # Omniglot quick on a CPU, and at a rate that also learns without --init
-QUICK, OMNIGLOT = ((10, 5, 5), 800, 0.05, (600,), 50), ((60, 1, 5), 500, 0.05, (400,), 50)
+QUICK, OMNIGLOT = ((10, 5, 5), 500, 0.05, (400,), 50), ((60, 1, 5), 500, 0.05, (400,), 50)
 PUBLISHED = ((10, 5, 5), 100_000, 0.001, (20_000, 40_000), 3000)
 SCHEDULE = {"glyphs": QUICK, "omniglot": OMNIGLOT, "cub": PUBLISHED, "mini_imagenet": PUBLISHED}
 SCHEDULE |= {"cifar_fs": PUBLISHED, "fc100": PUBLISHED, "folder": PUBLISHED}

@@ -21,7 +21,7 @@ from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.meta_test import meta_test, report
 
 # steps, milestones and warm-up: as published (200 epochs, tiered-ImageNet 100), but for glyphs and Omniglot quick
-QUICK, EPOCHS_200 = (1000, (600, 850), 50), (120_000, (36_000, 72_000), 3000)
+QUICK, EPOCHS_200 = (500, (300, 425), 25), (120_000, (36_000, 72_000), 3000)
 SCHEDULE = {"glyphs": QUICK, "omniglot": QUICK, "cub": (18_400, (5_520, 11_040), 3000), "mini_imagenet": EPOCHS_200}
 SCHEDULE |= {"cifar_fs": EPOCHS_200, "fc100": EPOCHS_200, "folder": EPOCHS_200}
 SCHEDULE |= {"tiered_imagenet": (701_100, (210_330, 420_660), 5000)}

@@ -1,7 +1,7 @@
 """How fast the parts are, each beside what it must keep up with, measured in one process.
 
     python scripts/benchmark.py glyphs
-    python scripts/benchmark.py glyphs --json glyphs.json
+    python scripts/benchmark.py meta-test --json meta_test.json
 
 Every row names what is measured, ours, what it is compared with, and their ratio. Machines are noisy: compare ratios of
 one run, and repeat it.
@@ -16,13 +16,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
 
-from fewshot import backbones, heads
+from fewshot import backbones, finetune, heads
 from fewshot.data import detection, episodes, transforms
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph, scene
 from fewshot.data.support import NWayKShot
 from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.meta_test import CHUNK_BYTES
+
+WAYS, QUERIES = 5, 15  # of the tasks that are timed
 
 
 @dataclass
@@ -98,12 +102,79 @@ def glyph_rows() -> list[Row]:
     ]
 
 
-BENCHMARKS = {"glyphs": glyph_rows}
+def plain_prototype(support: Tensor, query: Tensor, shots: int) -> Tensor:
+    """One task as one writes it first: logits (queries, ways) of features (ways * shots, D) and (queries, D)."""
+    prototypes = torch.stack([support[k * shots : (k + 1) * shots].mean(0) for k in range(WAYS)])
+    return -torch.cdist(query, prototypes).square()
+
+
+def plain_finetune(head: nn.Module, support: Tensor, query: Tensor, shots: int) -> Tensor:
+    """One task by torch.optim.SGD on the real head, as mmfewshot does."""
+    labels = torch.arange(WAYS).repeat_interleave(shots)
+    sgd = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, dampening=0.9, weight_decay=1e-3)
+    for batch in finetune.random_batches(support[None], 150 if shots == 1 else 600, 4, drop_last=True):
+        loss = F.cross_entropy(head(support[batch[0]]), labels[batch[0]])
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    with torch.no_grad():
+        return head(query)
+
+
+def meta_test_rows() -> list[Row]:
+    """Tasks per second from features on: all at once, beside a loop over tasks (ours / plain above 1)."""
+    rows = []
+    for width in (1600, 640):
+        for shots in (1, 5):
+            steps = {"steps": 150 if shots == 1 else 600}
+            support = torch.randn(512, WAYS, 1, width) + 0.5 * torch.randn(512, WAYS, shots, width)
+            support, query = support.flatten(1, 2).relu(), torch.randn(512, WAYS * QUERIES, width).relu()
+            many, few = (512, 20), (512, 3 if shots == 1 else 1)  # tasks that each side does
+            cases = {
+                "prototypes": (
+                    # in chunks that stay in the cache, as meta_test has them
+                    lambda s, q, chunk=max(1, CHUNK_BYTES // (4 * width * WAYS * (shots + QUERIES))): [
+                        heads.prototype(s[i : i + chunk], q[i : i + chunk], WAYS) for i in range(0, len(s), chunk)
+                    ],
+                    lambda s, q, shots=shots: plain_prototype(s, q, shots),
+                    many,
+                ),
+                "linear, fine-tuned": (
+                    lambda s, q, steps=steps: finetune.linear(s, q, WAYS, **steps),
+                    lambda s, q, shots=shots, width=width: plain_finetune(nn.Linear(width, WAYS), s, q, shots),
+                    few,
+                ),
+                "cosine, fine-tuned": (
+                    lambda s, q, steps=steps: finetune.cosine(s, q, WAYS, temperature=2.0, **steps),
+                    lambda s, q, shots=shots, width=width: plain_finetune(
+                        heads.CosineLinear(width, WAYS, 2.0), s, q, shots
+                    ),
+                    few,
+                ),
+                "normalised, fine-tuned": (
+                    lambda s, q, steps=steps: finetune.normalised(s, q, WAYS, temperature=5.0, drop_last=True, **steps),
+                    lambda s, q, shots=shots, width=width: plain_finetune(
+                        heads.NegMargin(width, WAYS, 0.0, 5.0), s, q, shots
+                    ),
+                    few,
+                ),
+            }
+            for name, (ours, plain, (at_once, one_by_one)) in cases.items():
+                fast = at_once / seconds(lambda: ours(support, query), repeat=3)  # noqa: B023  (called at once)
+                slow = one_by_one / seconds(
+                    lambda: [plain(support[i], query[i]) for i in range(one_by_one)],  # noqa: B023
+                    repeat=3,
+                )
+                rows.append(Row(f"{name}, {shots}-shot, {width} features", fast, slow, "tasks/s"))
+    return rows
+
+
+BENCHMARKS = {"glyphs": glyph_rows, "meta-test": meta_test_rows}
 
 
 @dataclass
 class Args:
-    what: tyro.conf.Positional[str]  # glyphs
+    what: tyro.conf.Positional[str]  # glyphs or meta-test
     json: Path | None = None  # also write the rows to this file
     threads: int | None = None  # of torch; by default all cores
 
