@@ -129,11 +129,12 @@ def meta_test_rows() -> list[Row]:
             steps = {"steps": 150 if shots == 1 else 600}
             support = torch.randn(512, WAYS, 1, width) + 0.5 * torch.randn(512, WAYS, shots, width)
             support, query = support.flatten(1, 2).relu(), torch.randn(512, WAYS * QUERIES, width).relu()
+            chunk = max(1, CHUNK_BYTES // (4 * width * WAYS * (shots + QUERIES)))
             many, few = (512, 20), (512, 3 if shots == 1 else 1)  # tasks that each side does
             cases = {
                 "prototypes": (
                     # in chunks that stay in the cache, as meta_test has them
-                    lambda s, q, chunk=max(1, CHUNK_BYTES // (4 * width * WAYS * (shots + QUERIES))): [
+                    lambda s, q, chunk=chunk: [
                         heads.prototype(s[i : i + chunk], q[i : i + chunk], WAYS) for i in range(0, len(s), chunk)
                     ],
                     lambda s, q, shots=shots: plain_prototype(s, q, shots),
