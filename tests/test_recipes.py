@@ -125,6 +125,20 @@ def test_classifier_end_to_end(recipe, tmp_path):
     assert mean == pytest.approx(result["shots"]["5"]["accuracy"], abs=1e-3)
 
 
+def test_the_documentations_own_recipe_runs(tmp_path):
+    """README, "Your own recipe": copy, change ten lines, run, from any folder."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    source = (ROOT / "recipes" / "proto_net.py").read_text()
+    source = re.sub(r"class ProtoNet.*?(?=    def forward)", lambda _: block + "\n", source, flags=re.S)
+    built = "MyMethod(backbones.build(args.backbone, train_set.size))"
+    assert built in (ROOT / "README.md").read_text()
+    source = re.sub(r"ProtoNet\(backbones.*", built, source)
+    (tmp_path / "my_method.py").write_text(source)
+    command = [sys.executable, str(tmp_path / "my_method.py"), *EPISODIC.split(), "--out", str(tmp_path / "run")]
+    subprocess.run([*command, "--workers", "0"], cwd=tmp_path, check=True, capture_output=True)
+    assert "log_temperature" in load_file(tmp_path / "run" / "model.safetensors")
+
+
 def test_a_trained_backbone_can_be_taken_over(tmp_path):
     run_here("baseline", f"{QUICK['baseline']} --out {tmp_path / 'a'}")
     model = tmp_path / "a" / "model.safetensors"
