@@ -1,0 +1,137 @@
+"""MAML, Model-Agnostic Meta-Learning (Finn et al., 2017, https://arxiv.org/abs/1703.03400).
+
+Weights are trained so that a few steps of gradient descent on a task's supports solve the task: the loss is that of the
+queries after those steps, and its gradient goes through them.
+
+    accelerate launch recipes/maml.py
+    accelerate launch recipes/maml.py --dataset mini_imagenet --data-root data --first-order
+    accelerate launch recipes/maml.py --test-only --tasks 2000 --test-steps 10
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+
+from fewshot import backbones, run
+from fewshot.data import episodes, transforms
+from fewshot.data.classification import DatasetName, open_dataset
+from fewshot.maml import MAML
+from fewshot.meta_test import meta_test_images, report
+
+# episodes per step, steps, learning rates outside and inside, and test tasks: as published, but for glyphs and Omniglot
+# quick on a CPU
+QUICK, PUBLISHED = (2, 120, 3e-3, 0.05, 300), (8, 12_500, 1e-3, 0.01, 2000)
+SCHEDULE = {"glyphs": QUICK, "omniglot": QUICK, "cub": PUBLISHED, "mini_imagenet": PUBLISHED}
+SCHEDULE |= {"tiered_imagenet": PUBLISHED, "cifar_fs": PUBLISHED, "fc100": PUBLISHED, "folder": PUBLISHED}
+
+
+@dataclass
+class Args:
+    # data
+    dataset: DatasetName = "glyphs"  # what to learn on
+    data_root: str = "data"  # folder that holds the data set
+    cache: bool = False  # decode the pictures once, into a memory map beside the data
+    ways: int = 5  # classes in a task, in training too
+    shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
+    queries: int = 15  # query images per class in a test task
+    tasks: int | None = None  # test tasks; by default 2000, but for glyphs and Omniglot 300
+    save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
+    # training
+    train_shots: int = 5  # support images per class in a training episode
+    train_queries: int = 16  # query images per class in a training episode
+    batch_size: int | None = None  # episodes per step, over all processes; by default as published, like the next two
+    iters: int | None = None  # steps
+    lr: float | None = None  # Adam's learning rate
+    eval_every: int = 250  # steps between validations, each of which also saves
+    val_tasks: int = 100  # validation tasks
+    # model
+    backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
+    inner_steps: int = 2  # steps on a training episode's supports
+    inner_lr: float | None = None  # learning rate of these steps; by default as published
+    test_steps: int = 5  # steps on a test task's supports
+    first_order: bool = False  # leave out second derivatives: faster, with an approximate gradient
+    at_once: int | None = None  # tasks computed at once: fewer take less memory; by default 4, on a CPU 1
+    # run
+    out: str | None = None  # where everything goes; by default runs/maml/<dataset>
+    seed: int = 0  # the only source of randomness
+    workers: int = 2  # data-loading processes
+    resume: bool = False  # go on from the last state in --out
+    test_only: bool = False  # only test the best model in --out
+    wandb: bool = False  # log to Weights & Biases
+
+
+def main(args: Args) -> None:
+    accelerator = run.start(args)
+    batch_size, iters, lr, inner_lr, tasks = SCHEDULE[args.dataset]
+    batch_size, iters, tasks = args.batch_size or batch_size, args.iters or iters, args.tasks or tasks
+    lr, inner_lr = (lr if args.lr is None else args.lr), (inner_lr if args.inner_lr is None else args.inner_lr)
+    out = args.out or f"runs/maml/{args.dataset}"
+
+    # data
+    with accelerator.local_main_process_first():  # one process fills the cache
+        train_set, val_set, test_set = (
+            open_dataset(args.dataset, args.data_root, split, cache=args.cache) for split in ("train", "val", "test")
+        )
+    episodes.check(train_set, args.ways, args.train_shots, args.train_queries)
+    for split in (val_set, test_set):
+        episodes.check(split, args.ways, max(args.shots), args.queries)
+
+    # model
+    model = MAML(
+        backbones.build(args.backbone, train_set.size),
+        args.ways,
+        steps=args.inner_steps,
+        lr=inner_lr,
+        test_steps=args.test_steps,
+        first_order=args.first_order,
+        at_once=args.at_once,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    scheduler = run.warmup_step(optimizer)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    record = run.Record(accelerator, "maml", args, out, model, optimizer, scheduler, train_set.describe())
+    test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
+
+    # train
+    if not args.test_only:
+        loader = episodes.episode_loader(
+            train_set,
+            args.ways,
+            args.train_shots,
+            args.train_queries,
+            tasks=batch_size,
+            seed=args.seed,
+            start=record.step,
+            steps=iters,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            device=accelerator.device,
+            transform=transforms.train_transform(train_set),
+            workers=args.workers,
+        )
+        model.train()
+        for step, episode in record.steps(loader, iters):
+            # which output of the head stands for which class is by chance, as an episode's classes come in random order
+            loss = model(episode.support, episode.support_labels, episode.query, episode.query_labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            record.log(step, {"loss": loss}, ids=episode.indices.tolist())
+
+            if step % args.eval_every == 0 or step == iters:
+                result = meta_test_images(
+                    accelerator, model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test
+                )
+                record.save(step, score=result[args.shots[0]].accuracy)
+
+    # test
+    record.load_best()
+    results = meta_test_images(accelerator, model, test_set, shots=args.shots, tasks=tasks, **test)
+    report(record, results, args.ways, args.save_tasks)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
