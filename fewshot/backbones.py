@@ -288,7 +288,7 @@ class C4(nn.Module):
     Attributes:
         stride: input pixels per cell of the map.
         out_channels: of the map.
-        stage4: RoI features (n, out_channels, k, k) -> (n, stage4_channels, k / 2, k / 2), of `small` (.., k / 2 - 2, ..).
+        stage4: RoI features (n, out_channels, k, k) -> (n, stage4_channels, k / 2, k / 2); `small`: one vector.
         stage4_channels: of stage 4's result.
         roi_size: the k that RoIs are best aligned to.
         anchor_scales: sides of square anchors in units of the stride.
@@ -424,7 +424,7 @@ def _small(architecture: dict) -> C4:
         (_small_layer(24, 32, 2, blocks=1), _small_layer(32, 64, 2, blocks=2), _small_layer(64, 96, 1, blocks=2)),
         nn.Sequential(
             _small_layer(96, 128, 2, blocks=1),
-            # of a 6 x 6 RoI this sees all: where its strokes are tells a character, which a mean over the map would lose
+            # this sees a whole RoI: where strokes are tells a character, which a mean over the map would lose
             nn.Conv2d(128, 256, 3, bias=False),
             nn.GroupNorm(8, 256),
             nn.ReLU(inplace=True),
