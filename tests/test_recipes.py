@@ -225,6 +225,14 @@ def test_bf16_under_accelerate_launch(recipe, tmp_path):
     assert list(tmp_path.rglob("metrics.json"))
 
 
+def test_wandb_logs_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --stage base --out {tmp_path} --wandb")
+    assert list(tmp_path.glob("base/wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("base/wandb/offline-run-*/files/media/images/detections_*.png"))
+
+
 def test_errors_are_one_line(tmp_path):
     done = launch("proto_net", f"--dataset omniglot --data-root {tmp_path}", launcher="--quiet")
     assert done.returncode != 0
