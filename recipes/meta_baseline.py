@@ -82,7 +82,7 @@ def main(args: Args) -> None:
     (ways, shots, queries), published, lr, milestones, warmup = SCHEDULE[args.dataset]
     ways, shots = args.train_ways or ways, args.train_shots or shots
     queries, iters = args.train_queries or queries, args.iters or published
-    milestones = [milestone * iters // published for milestone in milestones]
+    milestones, warmup = [m * iters // published for m in milestones], warmup * iters // published
     out = args.out or f"runs/meta_baseline/{args.dataset}"
 
     # data
