@@ -1,12 +1,13 @@
-"""Run a detector over a test set: every picture once, by any number of processes, boxes in the pictures' own pixels."""
+"""Run a detector over a test set, every picture once by any number of processes, and report how good it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from fewshot import run
+from fewshot import evaluate, run, show
 from fewshot.data import detection
 from fewshot.data.detection import DetectionSet, Pipeline
 from fewshot.data.transforms import Normalisation
@@ -49,3 +50,44 @@ def detect(
             found |= in_original_pixels(batch, results)
             bar.update(len(batch.ids))
     return run.gather_by_id(accelerator, found)
+
+
+def report(
+    record: run.Record,
+    found: dict[str, Detections],
+    dataset: DetectionSet,
+    *,
+    stage: str,
+    trained_on: Sequence[str],
+    args: Any,
+) -> None:
+    """Print how good the detections are and by what protocol, and finish the run.
+
+    Writes metrics.json, detections.json (COCO's format for results) and detections.png.
+
+    Args:
+        found: what `detect` gave for `dataset`, the test part.
+        stage: "base" or "finetune".
+        trained_on: the classes of the training data.
+        args: the recipe's, of which this reads dataset, split, shots, shot_lists, seed and classwise.
+    """
+    protocol = {
+        "dataset": args.dataset,
+        "split": args.split if args.dataset in ("glyphs", "voc") else None,
+        "stage": stage,
+        "trained_on": "novel classes" if set(trained_on) <= set(dataset.novel) else "base classes",
+        "shots": None,
+        "test_pictures": len(dataset),
+        "test_time_augmentation": "none",
+    }
+    if stage == "finetune":
+        if set(trained_on) > set(dataset.novel):
+            protocol["trained_on"] = "base and novel classes"
+        drawn = f"lists in {args.shot_lists}" if args.shot_lists else f"drawn by seed {args.seed}"
+        protocol["shots"] = f"{args.shots} of each class, {drawn}"
+    result = evaluate.evaluate(found, dataset)
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.items() if value is not None)
+    record.accelerator.print(f"protocol: {said}\n{evaluate.table(result, args.classwise)}")
+    if record.accelerator.is_main_process:
+        run.write_json(record.folder / "detections.json", evaluate.coco_json(found, dataset))
+    record.finish({**result, "protocol": protocol}, {"detections": show.detections(dataset, found)})

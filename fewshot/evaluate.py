@@ -264,14 +264,24 @@ def in_original_pixels(batch: Batch, found: Sequence[tuple[Tensor, Tensor, Tenso
     return result
 
 
-def table(result: Mapping[str, Mapping[str, float]]) -> str:
-    """A result as text: a line per number with base, novel and all, then the classes."""
+def coco_json(found: Mapping[str, Detections], dataset: DetectionSet) -> list[dict[str, Any]]:
+    """Detections in COCO's format for results: boxes [x, y, width, height], categories counted from 1 and named."""
+    objects = []
+    for id, (boxes, scores, labels) in found.items():
+        for item in _coco_objects(int(id) if id.isdigit() else id, boxes, labels, score=scores):
+            name = dataset.classes[item["category_id"]]
+            objects.append({**item, "category_id": item["category_id"] + 1, "category": name})
+    return objects
+
+
+def table(result: Mapping[str, Mapping[str, float]], classwise: bool = False) -> str:
+    """A result as text: a line per number with base, novel and all, then if `classwise` the classes."""
     lines = [f"{'':16}" + "".join(f"{group:>8}" for group in ("base", "novel", "all"))]
     for key, groups in result.items():
         if key != "per_class":
             cells = (f"{groups[group]:8.1f}" if group in groups else f"{'-':>8}" for group in ("base", "novel", "all"))
             lines.append(f"{key:16}" + "".join(cells))
-    if result.get("per_class"):
+    if classwise:
         lines.append("")
         lines += [f"{name:16}{value:8.1f}" for name, value in result["per_class"].items()]
     return "\n".join(lines)

@@ -15,15 +15,15 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import InputError, backbones, evaluate, run, show, weights
+from fewshot import InputError, backbones, run, weights
 from fewshot.data import detection
 from fewshot.data.support import NWayKShot
-from fewshot.detect import detect
+from fewshot.detect import detect, report
 from fewshot.detectors.meta_rcnn import MetaRCNN
 
 # (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures: the published schedules, but for the
 # embedded glyphs a quick one.
-BATCH = {"glyphs": 8, "voc": 32}
+BATCH = {"glyphs": 8, "voc": 32, "coco": 32}
 SCHEDULE = {
     "glyphs": {
         "base": (600, 0.04, (480,), 50),
@@ -41,28 +41,34 @@ SCHEDULE = {
         5: (800, 0.001, (), 0),
         10: (1000, 0.001, (), 0),
     },
+    "coco": {"base": (120_000, 0.005, (110_000,), 0), 10: (5000, 0.001, (), 0), 30: (8000, 0.001, (), 0)},
 }
 # (shorter side, longer side, flip) of query pictures, then the side of supports and how many a base class has at most;
 # glyphs are characters: never mirrored
 PICTURES = {"glyphs": (None, None, False, 80, 30), "voc": (600, 1000, True, 224, 200)}
+PICTURES["coco"] = PICTURES["voc"]
 # RoIs per training picture, hidden channels of the RPN, proposals before and after NMS
 SIZES = {
     "glyphs": {"rois": 32, "rpn_channels": 128, "train_proposals": (1000, 100), "test_proposals": (1000, 100)},
     "voc": {"rois": 128, "rpn_channels": 512, "train_proposals": (12000, 2000), "test_proposals": (6000, 300)},
 }
+SIZES["coco"] = SIZES["voc"]
+
+Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
 
 
 @dataclass
 class Args:
     # data
-    dataset: Literal["glyphs", "voc"] = "glyphs"  # what to learn on
+    dataset: Literal["glyphs", "voc", "coco"] = "glyphs"  # what to learn on
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
-    shots: Literal[1, 2, 3, 5, 10] = 10  # boxes per class to fine-tune on
+    shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
     shot_lists: str | None = None  # folder of published few-shot lists; by default shots are drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     test_images: int | None = None  # test on only the first so many pictures
+    classwise: bool = False  # also print the result of every class
     # training
     stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
     base: str | None = None  # base model to fine-tune; by default this recipe's own in --out
@@ -71,7 +77,8 @@ class Args:
     lr: float | None = None  # learning rate; by default the published schedule
     save_every: int = 200  # steps between saves of the state
     # model
-    backbone: Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"] | None = None  # small or resnet101
+    backbone: Backbone | None = None  # by default small for glyphs, else as published
+    style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
     # run
     out: str | None = None  # where everything goes; by default runs/meta_rcnn/<dataset>-split<split>
@@ -84,6 +91,8 @@ class Args:
 
 def main(args: Args) -> None:
     accelerator = run.start(args)
+    if args.shots not in SCHEDULE[args.dataset]:
+        raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
     args.out = args.out or f"runs/meta_rcnn/{args.dataset}-split{args.split}"
     args.base = args.base or f"{args.out}/base/model.safetensors"
     if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
@@ -122,11 +131,12 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
             raise InputError(f"{args.base} knows {', '.join(base['classes'])}; this needs {', '.join(train_set.base)}")
         trunk = backbones.c4(**base["architecture"])
     else:
-        name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
+        name = args.backbone or {"glyphs": "small", "voc": "resnet101", "coco": "resnet50"}[args.dataset]
         source = args.weights or ("none" if name == "small" else "imagenet")
         # frozen batch norm needs statistics to be frozen at
         norm = "group" if source == "none" and name.startswith("resnet") else None
-        trunk = backbones.c4(name, weights=source, meta=True, norm=norm)
+        style = args.style if name.startswith("resnet") else None
+        trunk = backbones.c4(name, weights=source, meta=True, style=style, norm=norm)
         trunk.freeze(0 if source == "none" else 2)
     model = MetaRCNN(trunk, len(train_set.classes), **SIZES[args.dataset])
     if finetune:
@@ -189,9 +199,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     detector.set_prototypes(*(torch.cat(part) for part in zip(*vectors)))
     record.save_model()
     found = detect(accelerator, detector.detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
-    result = evaluate.evaluate(found, test_set)
-    accelerator.print(evaluate.table(result))
-    record.finish(result, {"detections": show.detections(test_set, found)})
+    report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
 
 
 if __name__ == "__main__":

@@ -310,4 +310,17 @@ def test_table_shows_groups_and_classes():
     result = {"AP50": {"base": 61.25, "all": 7.0}, "per_class": {"bird": 12.34}}
     lines = evaluate.table(result).splitlines()
     assert lines[0].split() == ["base", "novel", "all"] and lines[1].split() == ["AP50", "61.2", "-", "7.0"]
+    assert len(lines) == 2
+    lines = evaluate.table(result, classwise=True).splitlines()
     assert lines[-1].split() == ["bird", "12.3"]
+
+
+def test_coco_json():
+    dataset = detection.open_detection("glyphs", "", part="test")
+    dataset = dataset.with_records(dataset.records[:2])
+    boxes = np.array([[1.0, 2, 11, 22]])
+    found = {r.id: Detections(boxes, np.array([0.5]), np.array([3])) for r in dataset.records}
+    items = evaluate.coco_json(found, dataset)
+    assert [i["image_id"] for i in items] == [r.id for r in dataset.records]
+    assert items[0]["bbox"] == [1, 2, 10, 20] and items[0]["category_id"] == 4 and items[0]["score"] == 0.5
+    assert items[0]["category"] == dataset.classes[3]

@@ -123,7 +123,7 @@ def test_an_image_without_objects_gives_background_only():
 
 
 def test_roi_losses_by_hand():
-    rois = RoIs(torch.zeros(3, 4), torch.tensor([1, 0, 2]), torch.tensor([[0.5, 0, 0, 0], [0, 0, 3.0, 0]]), None)
+    rois = RoIs(torch.zeros(3, 4), torch.tensor([1, 0, 2]), torch.tensor([[0.5, 0, 0, 0], [0, 0, 3.0, 0]]), None, None)
     logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
     losses = faster_rcnn.roi_losses(logits, torch.zeros(3, 2, 4), rois)
     assert losses["cls"].item() == pytest.approx(F.cross_entropy(logits, rois.labels).item())
@@ -176,3 +176,40 @@ def test_sizes_are_clamped_on_both_sides():
     )
     assert (small[0, 2] - small[0, 0]).item() == pytest.approx(100 * 16 / 1000, rel=1e-4)
     assert large[0, 2].item() == pytest.approx(50 + 50 * math.exp(faster_rcnn.MAX_LOG_SIZE), rel=1e-4)
+
+
+def test_pyramid_cuts_each_roi_from_its_level():
+    torch.manual_seed(0)
+    strides = (4, 8, 16)
+    features = [torch.randn(2, 3, 128 // s, 128 // s) for s in strides]
+    # sides 20 and 55 belong to the finest level (below 2 * 56), 112 to the next, 120 x 500 (245) to the coarsest
+    boxes = [torch.tensor([[3.0, 4, 23, 24], [10, 10, 122, 122.0]]), torch.tensor([[5.0, 5, 60, 60], [0, 0, 120, 500]])]
+    cut = faster_rcnn.pyramid_align(features, boxes, 7, strides)
+    for row, (image, i, level) in enumerate([(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 2)]):
+        alone = faster_rcnn.roi_align(features[level][image : image + 1], [boxes[image][i : i + 1]], 7, strides[level])
+        assert torch.equal(cut[row], alone[0])
+
+
+def test_negative_pairs_turn_positives_into_background():
+    torch.manual_seed(0)
+    rpn = RPN(4, 8, strides=(8,), scales=(4,))
+    outputs = rpn.outputs(rpn.maps([torch.randn(2, 4, 8, 8)]))
+    sizes, truth = [(64, 64)] * 2, [torch.tensor([[8.0, 8, 40, 40]])] * 2
+    torch.manual_seed(1)
+    both = rpn.losses(*outputs, sizes, truth)
+    torch.manual_seed(1)
+    one = rpn.losses(*outputs, sizes, truth, negative_pairs=[False, True])
+    logits, _, anchors = outputs
+    assignment, _ = faster_rcnn.assign(anchors[0], truth[0], 0.7, 0.3, 0.3)
+    positive = logits[0][1, assignment >= 0]  # turning round costs softplus(x) - softplus(-x) = x of each
+    sampled = 2 * ((assignment >= 0).sum() + (assignment == faster_rcnn.NEGATIVE).sum())
+    assert len(positive) > 0 and sampled <= 2 * 256
+    assert (one["rpn_cls"] - both["rpn_cls"]).item() == pytest.approx((positive.sum() / sampled).item(), abs=1e-6)
+    assert 0 < one["rpn_box"] < both["rpn_box"]
+
+
+def test_nms_with_offset_counts_a_pixel_more():
+    boxes, scores = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 4.1]]), torch.tensor([0.9, 0.8])
+    labels = torch.zeros(2, dtype=torch.int64)
+    assert len(faster_rcnn.nms_by_class(boxes, scores, labels, 0.5)) == 2  # IoU 36.9 / 81
+    assert len(faster_rcnn.nms_by_class(boxes, scores, labels, 0.5, offset=1)) == 1  # IoU 51 / 100

@@ -33,13 +33,14 @@ class RoIs(NamedTuple):
     """The sampled RoIs of one image, positives first, with their targets.
 
     boxes (n, 4); labels (n,) with background = number of classes; deltas (positives, 4); matched (positives,), the
-    index of each positive's ground-truth box.
+    index of each positive's ground-truth box; overlaps (positives,), its IoU with that box.
     """
 
     boxes: Tensor
     labels: Tensor
     deltas: Tensor
     matched: Tensor
+    overlaps: Tensor
 
 
 # ------------------------------------------------------------------------------------------------- boxes and targets
@@ -128,6 +129,8 @@ class RPN(nn.Module):
         border: train only on anchors inside the image.
         train_proposals, test_proposals: (kept before NMS per level, kept after).
         number: anchors sampled per image, half of them positive.
+        reg_beta: of the smooth-L1 box loss; 0 makes it L1.
+        nms_offset: pixels that count to a box's width and height in NMS; 1 is the convention of old.
     """
 
     def __init__(
@@ -143,11 +146,14 @@ class RPN(nn.Module):
         train_proposals: tuple[int, int] = (2000, 1000),
         test_proposals: tuple[int, int] = (1000, 1000),
         number: int = 256,
+        reg_beta: float = 0.0,
+        nms_offset: int = 0,
     ):
         super().__init__()
         self.strides, self.scales, self.ratios = strides, scales, ratios
         self.softmax, self.border, self.number = softmax, border, number
         self.train_proposals, self.test_proposals = train_proposals, test_proposals
+        self.reg_beta, self.nms_offset = reg_beta, nms_offset
         anchors = len(scales) * len(ratios)
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.cls = nn.Conv2d(channels, anchors * (2 if softmax else 1), 1)
@@ -192,7 +198,7 @@ class RPN(nn.Module):
             box, score, level = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
             keep = (box[:, 2:] > box[:, :2]).all(1).nonzero()[:, 0]
             box, score, level = box[keep], score[keep], level[keep]
-            keep = ops.batched_nms(box, score, level, 0.7)[:after]
+            keep = nms_by_class(box, score, level, 0.7, self.nms_offset)[:after]
             found.append(torch.cat([box[keep], score[keep, None]], 1))
         return found
 
@@ -203,8 +209,13 @@ class RPN(nn.Module):
         anchors: list[Tensor],
         sizes: Sequence[tuple[int, int]],
         truth: Sequence[Tensor],
+        negative_pairs: Sequence[bool] | None = None,
     ) -> dict[str, Tensor]:
-        """`rpn_cls` and `rpn_box`: cross-entropy and L1 over the sampled anchors, both divided by their number."""
+        """`rpn_cls` and `rpn_box`: cross-entropy and (smooth) L1 over the sampled anchors, divided by their number.
+
+        Where `negative_pairs` says so, an image is one in which the boxes are not to be found: anchors are sampled as
+        ever, but the positives among them count as background, without a box (Attention-RPN).
+        """
         logit, delta, anchor = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
         cls = reg = logit.sum() * 0
         total = 0
@@ -215,10 +226,12 @@ class RPN(nn.Module):
                 inside = ((anchor[:, :2] >= 0) & (anchor[:, 2:] < limit)).all(1).nonzero()[:, 0]
             assignment, _ = assign(anchor[inside], boxes, 0.7, 0.3, low_quality=0.3)
             positive, negative = sample(assignment, self.number, 0.5)
+            total += max(len(positive), 1) + max(len(negative), 1)
+            if negative_pairs is not None and negative_pairs[i]:
+                positive, negative = positive[:0], torch.cat([positive, negative])
             target = encode(boxes[assignment[positive]], anchor[inside[positive]], RPN_STD)
             cls = cls + F.softplus(-logit[i, inside[positive]]).sum() + F.softplus(logit[i, inside[negative]]).sum()
-            reg = reg + (delta[i, inside[positive]] - target).abs().sum()
-            total += max(len(positive), 1) + max(len(negative), 1)
+            reg = reg + F.smooth_l1_loss(delta[i, inside[positive]], target, reduction="sum", beta=self.reg_beta)
         return {"rpn_cls": cls / total, "rpn_box": reg / total}
 
 
@@ -238,20 +251,54 @@ def sample_rois(
     sampled = []
     for proposal, box, label in zip(proposals, truth, labels, strict=True):
         candidates = torch.cat([box, proposal[:, :4]])
-        assignment, _ = assign(candidates, box, threshold, threshold)
+        assignment, overlap = assign(candidates, box, threshold, threshold)
         assignment[: len(box)] = torch.arange(len(box), device=box.device)  # a box is a positive of itself
         positive, negative = sample(assignment, number, fraction)
         matched = assignment[positive]
         background = label.new_full((len(negative),), classes)
         deltas = encode(box[matched], candidates[positive], ROI_STD)
         chosen = candidates[torch.cat([positive, negative])]
-        sampled.append(RoIs(chosen, torch.cat([label[matched], background]), deltas, matched))
+        sampled.append(RoIs(chosen, torch.cat([label[matched], background]), deltas, matched, overlap[positive]))
     return sampled
 
 
 def roi_align(features: Tensor, boxes: Sequence[Tensor], size: int, stride: int) -> Tensor:
     """RoI features (RoIs of all images, channels, size, size) of one level; half-pixel aligned, adaptive sampling."""
     return ops.roi_align(features.float(), [b[:, :4] for b in boxes], size, 1 / stride, sampling_ratio=-1, aligned=True)
+
+
+def pyramid_align(
+    features: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    size: int,
+    strides: Sequence[int],
+    *,
+    sampling: int = -1,
+    aligned: bool = True,
+) -> Tensor:
+    """RoI features (RoIs of all images, channels, size, size), each RoI's from the level that fits its size.
+
+    A box of side s belongs to level floor(log2(s / 14 strides of the finest)), so that finer levels get smaller boxes
+    (Lin et al., 2017, equation 1). `sampling`: points per bin and side, -1 for as many as there are pixels.
+    """
+    image = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
+    rois = torch.cat([image, torch.cat([b[:, :4] for b in boxes])], 1)  # (RoIs, 5)
+    side = (rois[:, 3:] - rois[:, 1:3]).clamp(min=0).prod(1).sqrt()
+    level = (side / (14 * strides[0]) + 1e-6).log2().floor().clamp(0, len(strides) - 1)
+    result = features[0].new_zeros(len(rois), features[0].shape[1], size, size, dtype=torch.float32)
+    for i, (feature, stride) in enumerate(zip(features, strides)):
+        mine = (level == i).nonzero()[:, 0]
+        cut = ops.roi_align(feature.float(), rois[mine], size, 1 / stride, sampling_ratio=sampling, aligned=aligned)
+        result = result.index_copy(0, mine, cut)
+    return result
+
+
+def nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, offset: int = 0) -> Tensor:
+    """Indices of boxes (n, 4) that stay, best first: none overlaps a better one of its class by more than `threshold`.
+
+    `offset` pixels count to each width and height.
+    """
+    return ops.batched_nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, classes, threshold)
 
 
 def roi_losses(logits: Tensor, deltas: Tensor, rois: RoIs, beta: float = 1.0) -> dict[str, Tensor]:
@@ -278,6 +325,7 @@ def detections(
     *,
     score_above: float = 0.05,
     nms: float = 0.5,
+    nms_offset: int = 0,
     most: int = 100,
 ) -> Detections:
     """Softmax, decode, threshold, NMS class by class, and the `most` best of one image.
@@ -288,5 +336,5 @@ def detections(
     boxes = decode(deltas, proposals[:, :4], ROI_STD, size)
     row, label = (scores > score_above).nonzero(as_tuple=True)
     box, score = boxes[row, label], scores[row, label]
-    keep = ops.batched_nms(box, score, label, nms)[:most]
+    keep = nms_by_class(box, score, label, nms, nms_offset)[:most]
     return Detections(box[keep], score[keep], label[keep])
