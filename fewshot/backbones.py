@@ -61,6 +61,9 @@ class ConvNet(nn.Module):
     ):
         super().__init__()
         self.flatten, self.out_channels = flatten, 64
+        # on a CPU 1.5 times as fast, forward and backward; its rounding errors are larger, though, and second
+        # derivatives do not bear them: MAML turns it off
+        self.channels_last = True
         blocks, side = [], image_size
         for i in range(depth):
             conv = nn.Conv2d(64 if i else 3, 64, 3, padding=int(i in pad))
@@ -74,6 +77,8 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Vectors (n, out_features), a map's values in the order (channel, row, column), or maps."""
+        if images.device.type == "cpu" and self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         maps = self.blocks(images)
         return maps.flatten(1) if self.flatten else maps
 

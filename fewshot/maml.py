@@ -100,6 +100,7 @@ class MAML(nn.Module):
         self.ways, self.steps, self.lr, self.test_steps = ways, steps, lr, test_steps
         self.first_order, self.at_once = first_order, at_once
         batch_statistics(self)
+        backbone.channels_last = False
 
     def forward(self, support: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor) -> Tensor:
         """The meta-objective: mean cross-entropy of the queries after adaptation to the supports (section 2.2).
