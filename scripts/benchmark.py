@@ -2,11 +2,13 @@
 
     python scripts/benchmark.py glyphs
     python scripts/benchmark.py meta-test --json meta_test.json
+    python scripts/benchmark.py train --dataset mini_imagenet --data-root data
 
 Every row names what is measured, ours, what it is compared with, and their ratio. Machines are noisy: compare ratios of
 one run, and repeat it.
 """
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -20,10 +22,11 @@ from torch import Tensor, nn
 
 from fewshot import backbones, finetune, heads
 from fewshot.data import detection, episodes, transforms
-from fewshot.data.classification import open_dataset
+from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.data.glyphs import glyph, scene
 from fewshot.data.support import NWayKShot
 from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.maml import MAML
 from fewshot.meta_test import CHUNK_BYTES
 
 WAYS, QUERIES = 5, 15  # of the tasks that are timed
@@ -170,12 +173,84 @@ def meta_test_rows() -> list[Row]:
     return rows
 
 
-BENCHMARKS = {"glyphs": glyph_rows, "meta-test": meta_test_rows}
+def plain_maml_test(network: nn.Module, support: Tensor, query: Tensor, steps: int, lr: float) -> Tensor:
+    """One task adapted as one writes it first: a copy of the network, torch.optim.SGD on the supports, the queries."""
+    adapted, labels = copy.deepcopy(network), torch.arange(WAYS).repeat_interleave(len(support) // WAYS)
+    sgd = torch.optim.SGD(adapted.parameters(), lr=lr)
+    for _ in range(steps):
+        sgd.zero_grad()
+        F.cross_entropy(adapted(support), labels).backward()
+        sgd.step()
+    with torch.no_grad():
+        return adapted(query)
+
+
+def maml_rows() -> list[Row]:
+    """MAML's test on 84 x 84 pictures, where all of the network adapts to each task."""
+    rows = []
+    for shots in (1, 5):
+        model = MAML(backbones.build("conv4", 84), WAYS)
+        support, query = torch.randn(2, WAYS * shots, 3, 84, 84), torch.randn(2, WAYS * QUERIES, 3, 84, 84)
+        network = nn.Sequential(model.features, model.head)
+        ours = 2 / seconds(lambda: model.predict(support, query, WAYS), repeat=3)  # noqa: B023  (called at once)
+        loop = seconds(lambda: plain_maml_test(network, support[0], query[0], 5, 0.01), repeat=3)  # noqa: B023
+        rows.append(Row(f"MAML, 5 steps, {shots}-shot, 84x84 pictures", ours, 1 / loop, "tasks/s"))
+    return rows
+
+
+def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) -> list[Row]:
+    """Training on pictures decoded once (ours) and decoded every time (plain), and a ProtoNet episode."""
+    rates, shares = [], []
+    for cache in (True, False):
+        train_set = open_dataset(dataset, data_root, "train", cache=cache)
+        net = backbones.build("conv4", train_set.size)
+        model = nn.Sequential(net, nn.Linear(net.out_features, len(train_set.classes)))
+        loader = episodes.class_batch_loader(
+            train_set,
+            batch_size=64,
+            seed=0,
+            start=0,
+            steps=steps + 2,
+            rank=0,
+            world=1,
+            device="cpu",
+            transform=transforms.train_transform(train_set),
+            workers=workers,
+        )
+        waited, ends, begin = [], [], time.perf_counter()
+        for images, labels, _ in loader:
+            waited.append(time.perf_counter() - begin)
+            F.cross_entropy(model(images), labels).backward()
+            begin = time.perf_counter()
+            ends.append(begin)
+        whole = ends[-1] - ends[1]  # the first two steps wait for the loading processes to start
+        rates.append(64 * steps / whole)
+        shares.append(100 * sum(waited[2:]) / whole)
+    net = backbones.build("conv4", 84)
+    support, query = torch.randn(25, 3, 84, 84), torch.randn(80, 3, 84, 84)
+    labels = torch.arange(WAYS).repeat_interleave(16)
+
+    def episode() -> None:
+        F.cross_entropy(heads.prototype(net(support)[None], net(query)[None], WAYS)[0], labels).backward()
+
+    episode_seconds = []
+    for net.channels_last in (True, False):
+        episode_seconds.append(seconds(episode))
+    return [
+        Row(f"training on {dataset}, cached / decoded each time", *rates, "images/s"),
+        Row("of that time, waiting for pictures", *shares, "%"),
+        Row("ProtoNet episode of 105 84x84, channels last / not", *episode_seconds, "s"),
+    ]
+
+
+BENCHMARKS = {"glyphs": glyph_rows, "meta-test": lambda: meta_test_rows() + maml_rows(), "train": train_rows}
 
 
 @dataclass
 class Args:
-    what: tyro.conf.Positional[str]  # glyphs or meta-test
+    what: tyro.conf.Positional[str]  # glyphs, meta-test or train
+    dataset: DatasetName = "glyphs"  # for train: whose pictures
+    data_root: str = "data"  # folder that holds the data set
     json: Path | None = None  # also write the rows to this file
     threads: int | None = None  # of torch; by default all cores
 
@@ -185,7 +260,7 @@ def main(args: Args) -> None:
         raise SystemExit(f"no benchmark {args.what!r}: choose from {', '.join(BENCHMARKS)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = BENCHMARKS[args.what]()
+    rows = BENCHMARKS[args.what](*((args.dataset, args.data_root) if args.what == "train" else ()))
     print(f"{'':56}{'ours':>12}{'plain':>12}{'ratio':>9}")
     for row in rows:
         print(f"{row.name:56}{row.ours:12.4g}{row.plain:12.4g}{row.ratio:9.2f}  {row.unit}")
