@@ -73,6 +73,27 @@ def test_equals_the_reference(name):
         close(logits[0].softmax(1), expected, 1e-5)
 
 
+@pytest.mark.parametrize("shots", [1, 5])
+def test_negative_margin_with_the_softmax_metric_trains_as_the_reference(shots):
+    """That head is for training alone: tests adapt the cosine one. Here it takes the reference's steps by itself."""
+    case = golden("cls_finetune")[f"neg_margin_softmax_5way_{shots}shot"]
+    cfg, (init,) = case["cfg"], stored_start(case)
+    support, query = (stored_features(case["episode"], *part)[0] for part in (("support", shots), ("query", 3)))
+    labels = torch.arange(WAYS).repeat_interleave(shots)
+    head = heads.NegMargin(128, WAYS, cfg["margin"], cfg["temperature"], metric="softmax")
+    head.load_state_dict({"weight": init[0]})
+    close(head(query).softmax(1), case["query_prob_start"], 1e-5)
+    sgd = torch.optim.SGD(head.parameters(), **SGD)
+    for batch, expected in zip(case["batches"], case["loss_per_step"], strict=True):
+        loss = F.cross_entropy(head(support[batch], labels[batch]), labels[batch])
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    close(head.weight, case["params_end"]["weight"], 1e-5)
+    close(head(query).softmax(1), case["query_prob_end"], 1e-5)
+
+
 def episodes(shots: int, tasks: int = 3, d: int = 160) -> tuple[Tensor, Tensor]:
     """Supports (tasks, 5 * shots, d) and queries (tasks, 15, d) that look like a backbone's features."""
     r = torch.Generator().manual_seed(shots)
