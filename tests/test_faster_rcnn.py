@@ -118,14 +118,14 @@ def test_an_image_without_objects_gives_background_only():
         [random_boxes(30)], [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], classes=3, number=16
     )
     assert rois.labels.tolist() == [3] * 16 and rois.deltas.shape == (0, 4)
-    losses = faster_rcnn.roi_losses(torch.randn(16, 4, requires_grad=True), torch.randn(16, 3, 4), rois)
+    losses = faster_rcnn.roi_losses(torch.randn(16, 4, requires_grad=True), torch.randn(16, 3, 4), [rois])
     assert losses["box"] == 0 and losses["cls"] > 0
 
 
 def test_roi_losses_by_hand():
     rois = RoIs(torch.zeros(3, 4), torch.tensor([1, 0, 2]), torch.tensor([[0.5, 0, 0, 0], [0, 0, 3.0, 0]]), None, None)
     logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
-    losses = faster_rcnn.roi_losses(logits, torch.zeros(3, 2, 4), rois)
+    losses = faster_rcnn.roi_losses(logits, torch.zeros(3, 2, 4), [rois])
     assert losses["cls"].item() == pytest.approx(F.cross_entropy(logits, rois.labels).item())
     assert losses["box"].item() == pytest.approx((0.5 * 0.25 + 2.5) / 3)
 

@@ -301,18 +301,19 @@ def nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: floa
     return ops.batched_nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, classes, threshold)
 
 
-def roi_losses(logits: Tensor, deltas: Tensor, rois: RoIs, beta: float = 1.0) -> dict[str, Tensor]:
-    """`cls` and `box` of one image's RoIs (or several images' together).
+def roi_losses(logits: Tensor, deltas: Tensor, rois: Sequence[RoIs], beta: float = 1.0) -> dict[str, Tensor]:
+    """`cls` and `box` of the RoIs of one or several images together.
 
     logits (n, classes + 1), background last; deltas (n, classes, 4). Cross-entropy is averaged over the n RoIs; the
     smooth-L1 (L1 with `beta` 0) of the positives' own class is summed and divided by n as well.
     """
-    n = max(len(rois.labels), 1)
-    positives = len(rois.deltas)
-    own = deltas[torch.arange(positives, device=deltas.device), rois.labels[:positives]]
+    labels, targets = torch.cat([r.labels for r in rois]), torch.cat([r.deltas for r in rois])
+    n = max(len(labels), 1)
+    positive = (labels < deltas.shape[1]).nonzero()[:, 0]
+    own = deltas[positive, labels[positive]]
     return {
-        "cls": F.cross_entropy(logits.float(), rois.labels, reduction="sum") / n,
-        "box": F.smooth_l1_loss(own.float(), rois.deltas, reduction="sum", beta=beta) / n,
+        "cls": F.cross_entropy(logits.float(), labels, reduction="sum") / n,
+        "box": F.smooth_l1_loss(own.float(), targets, reduction="sum", beta=beta) / n,
     }
 
 

@@ -106,7 +106,7 @@ class MetaRCNN(nn.Module):
         for query, roi, label in zip(queries, rois, drawn, strict=True):
             for vector in vectors[support_labels == label]:
                 logits, deltas = self.cls(query * vector), self.reg(query * vector).view(-1, self.classes, 4)
-                for name, loss in faster_rcnn.roi_losses(logits, deltas, roi).items():
+                for name, loss in faster_rcnn.roi_losses(logits, deltas, [roi]).items():
                     total[name] = total[name] + loss / len(queries)
         meta = F.cross_entropy(self.meta(vectors).float(), support_labels) / len(vectors)
         return {**total, "meta": meta}

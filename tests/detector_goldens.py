@@ -1,0 +1,97 @@
+"""What the detectors' tests share: the reference's pictures, its names of tensors, and how its results are compared."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from naming_rule import GAINS, close, image, weight
+from torch import Tensor, nn
+
+from fewshot.data.transforms import CAFFE, Normalisation
+from fewshot.detectors.faster_rcnn import RPN, Detections
+
+SIZE = (256, 320)  # height and width of the reference's pictures
+EVERY = 10**7  # number of samples that takes all
+
+
+def normalised(name: str, height: int = SIZE[0], width: int = SIZE[1], by: Normalisation = CAFFE) -> Tensor:
+    """The reference's picture `name` (3, height, width) as the network sees it."""
+    return by(torch.from_numpy(image(name, height, width)).permute(2, 0, 1))
+
+
+def fill(
+    module: nn.Module, shapes: Mapping[str, Sequence[int]], our_key: Callable[[str], str], own: Sequence[str] = ()
+):
+    """Give a detector the reference's weights; `own` are the only tensors that the reference lacks."""
+    state = {
+        our_key(key): torch.from_numpy(weight(key, shape, GAINS))
+        for key, shape in shapes.items()
+        if not key.endswith("num_batches_tracked") and not key.startswith("support_backbone.")
+    }
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    assert sorted(missing) == sorted(own) and not unexpected, f"missing {missing}, left over {unexpected}"
+
+
+def pyramid_key(key: str) -> str | None:
+    """The reference's name of a tensor of backbone, neck or RPN -> ours; None for another."""
+    if key.startswith("backbone.layer"):
+        stage = int(key[len("backbone.layer")]) - 1
+        return f"trunk.stages.{stage}." + key.split(".", 2)[2]
+    if key.startswith("backbone."):
+        return key.replace("backbone.", "trunk.", 1)
+    if key.startswith("neck."):
+        _, part, level, _, kind = key.split(".")
+        return f"trunk.{'lateral' if part == 'lateral_convs' else 'output'}.{level}.{kind}"
+    if key.startswith("rpn_head."):
+        return "rpn." + key.removeprefix("rpn_head.rpn_")
+    return None
+
+
+def check_rpn(rpn: RPN, features: Sequence[Tensor], expected: Mapping[str, Any]) -> None:
+    """Raw maps of every level and the proposals of one picture."""
+    maps = rpn.maps(features)
+    for (cls, reg), wanted_cls, wanted_reg in zip(maps, expected["rpn_cls"], expected["rpn_reg"], strict=True):
+        close(cls, wanted_cls)
+        close(reg, wanted_reg)
+    (proposals,) = rpn.proposals(*rpn.outputs(maps), [SIZE])
+    check_proposals(proposals, expected["rpn_proposals"])
+
+
+def check_proposals(proposals: Tensor, expected: Mapping[str, Any]) -> None:
+    """The same number, and the best ones equal; the reference's may lack their scores."""
+    assert len(proposals) == expected["count"]
+    wanted = torch.tensor(expected["top"])
+    assert torch.allclose(proposals[: len(wanted), :4], wanted[:, :4], atol=0.05)
+    if wanted.shape[1] == 5:
+        assert torch.allclose(proposals[: len(wanted), 4], wanted[:, 4], atol=1e-4)
+
+
+def check_detections(found: Detections, expected: Mapping[str, Any]) -> None:
+    """The same classes, scores to 1e-4 and boxes to 0.05 pixels."""
+    assert len(found.scores) == expected["count"]
+    counts = torch.bincount(found.labels, minlength=len(expected["per_class"])).tolist()
+    assert counts == list(expected["per_class"])
+    wanted = torch.tensor(expected["top"])
+    n = len(wanted)
+    assert found.labels[:n].tolist() == wanted[:, 0].tolist()
+    assert torch.allclose(found.scores[:n], wanted[:, 1], atol=1e-4)
+    assert torch.allclose(found.boxes[:n], wanted[:, 2:], atol=0.05)
+
+
+def check_gradients(model: nn.Module, norms: Mapping[str, float | None], our_key: Callable[[str], str]) -> None:
+    """The norm of each parameter's gradient; those that are rounding errors of 0 are left out."""
+    for key, norm in norms.items():
+        gradient = model.get_parameter(our_key(key)).grad
+        if norm is None:
+            assert gradient is None, key
+        elif norm > 1e-5:
+            assert gradient is not None and gradient.norm().item() == pytest.approx(norm, rel=2e-3), key
+
+
+def training_batch(train: Mapping[str, Any], by: Normalisation = CAFFE) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The reference's two training pictures, their boxes and labels."""
+    images = torch.stack([normalised(f"train{i}", by=by) for i in range(2)])
+    boxes = [torch.tensor(b) for b in train["gt_boxes"]]
+    return images, boxes, [torch.tensor(c) for c in train["gt_labels"]]

@@ -1,0 +1,93 @@
+"""FSCE against the reference's outputs, losses and gradients."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from detector_goldens import EVERY, SIZE, check_detections, check_gradients, fill, normalised, training_batch
+from naming_rule import array, close, golden
+from test_tfa import HEAD, pyramid_key
+
+from fewshot import fpn
+from fewshot.detectors import faster_rcnn
+from fewshot.detectors.fsce import FSCE, contrastive_loss
+
+GOLDEN = golden("fsce")
+TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]
+
+
+def our_key(key: str) -> str:
+    """The reference's name of a tensor -> ours."""
+    if (ours := pyramid_key(key)) is not None:
+        return ours
+    layer, kind = key.removeprefix("roi_head.bbox_head.").rsplit(".", 1)
+    return f"{HEAD.get(layer) or layer.replace('contrastive_head', 'contrast')}.{kind}"
+
+
+@pytest.fixture(scope="module")
+def model() -> FSCE:
+    trunk = fpn.fpn("resnet50", style="caffe")
+    model = FSCE(trunk, 20, above=0.8, cosine=True, rois=EVERY, threshold=0.4, train_proposals=(2000, 50))
+    fill(model, GOLDEN["state"], our_key)
+    model.rpn.number, model.strength = EVERY, 0.5
+    return model.eval()
+
+
+@torch.no_grad()
+def test_outputs_and_detections(model):
+    query, fixed = normalised("query0")[None], torch.tensor(TEST["fixed_proposals"])
+    vectors = model.roi_vectors(model.trunk(query), [fixed])
+    logits, deltas = model.head(vectors)
+    close(logits, TEST["cls_score"])
+    close(deltas.flatten(1), TEST["bbox_pred"])
+    close(model.encode(vectors), TEST["contrast_feat"])
+    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE), TEST["det_fixed"])
+    check_detections(model.detect(query, [SIZE])[0], TEST["det_e2e"])
+
+
+def test_losses_and_gradients(model):
+    images, boxes, labels = training_batch(TRAIN)
+    model.train()
+    proposals = [torch.tensor(p) for p in TRAIN["fixed_proposals"]]
+    rois = faster_rcnn.sample_rois(proposals, boxes, labels, classes=20, number=EVERY, threshold=0.4)
+    losses = model.head_losses(model.roi_vectors(model.trunk(images), [r.boxes for r in rois]), rois)
+    names = {"cls": "loss_cls", "box": "loss_bbox", "contrast": "loss_contrast"}
+    for ours, theirs in names.items():
+        assert losses[ours].item() == pytest.approx(TRAIN["fixed"]["losses"][theirs], rel=1e-4)
+    model.zero_grad()
+    sum(losses.values()).backward()
+    check_gradients(model, TRAIN["fixed"]["grad_norms"], our_key)
+    losses = model(images, [SIZE] * 2, boxes, labels)
+    for ours, theirs in names.items():
+        assert losses[ours].item() == pytest.approx(TRAIN["e2e"]["losses"][theirs], rel=1e-4)
+    for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
+        assert losses[ours].item() == pytest.approx(sum(TRAIN["e2e"]["losses"][theirs]), rel=1e-4)
+
+
+SUPCON = golden("supcon")
+
+
+@pytest.mark.parametrize("weighting", ["none", "linear", "exp"])
+@pytest.mark.parametrize("above", [0.3, 0.5, 0.8, 1.5])
+def test_contrastive_loss_equals_the_reference(weighting, above):
+    raw = torch.from_numpy(array("supcon/feat", (40, 16))).requires_grad_()
+    features = F.normalize(raw, dim=1)
+    features.retain_grad()
+    overlaps = torch.from_numpy(array("supcon/iou", (40,), "uniform"))
+    close(overlaps, SUPCON["ious"])
+    labels = torch.tensor(SUPCON["labels"])
+    loss = 0.5 * contrastive_loss(features, labels, overlaps, above=above, weighting=weighting)
+    expected = SUPCON[f"{weighting}_thr{above}"]
+    loss.backward()
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5, abs=1e-9)
+    norm = expected.get("feat_grad_norm", expected.get("grad_norm"))
+    assert np.isclose(features.grad.norm().item(), norm, rtol=1e-4) or np.isclose(
+        raw.grad.norm().item(), norm, rtol=1e-4
+    )
+
+
+def test_contrastive_loss_by_hand():
+    features = torch.tensor([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0.6, 0.8]])
+    labels, overlaps = torch.tensor([0, 0, 1, 2]), torch.tensor([0.9, 0.7, 0.85, 0])
+    assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.5) == pytest.approx(0.03559398, rel=1e-5)
+    assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.8) == pytest.approx(0.00449704, rel=1e-5)

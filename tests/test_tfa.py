@@ -1,0 +1,111 @@
+"""TFA against the reference's outputs, losses and gradients, and the growing of its box head."""
+
+import pytest
+import torch
+from detector_goldens import (
+    EVERY,
+    SIZE,
+    check_detections,
+    check_gradients,
+    check_rpn,
+    fill,
+    normalised,
+    pyramid_key,
+    training_batch,
+)
+from naming_rule import close, golden
+
+from fewshot import fpn
+from fewshot.detectors import faster_rcnn, tfa
+from fewshot.detectors.tfa import TFA
+
+GOLDEN = golden("tfa")
+TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]
+HEAD = {"fc_cls": "cls", "fc_reg": "reg", "shared_fcs.0": "fc1", "shared_fcs.1": "fc2"}
+
+
+def our_key(key: str) -> str:
+    """The reference's name of a tensor -> ours."""
+    if (ours := pyramid_key(key)) is not None:
+        return ours
+    layer, kind = key.removeprefix("roi_head.bbox_head.").rsplit(".", 1)
+    return f"{HEAD[layer]}.{kind}"
+
+
+@pytest.fixture(scope="module")
+def model() -> TFA:
+    trunk = fpn.fpn("resnet50", style="caffe")
+    model = TFA(trunk, 20, cosine=True, rois=EVERY, train_proposals=(2000, 50))
+    fill(model, GOLDEN["state"], our_key)
+    model.rpn.number = EVERY
+    return model.eval()
+
+
+@torch.no_grad()
+def test_outputs_and_detections(model):
+    query = normalised("query0")[None]
+    close(query, TEST["input"])
+    for ours, expected in zip(model.trunk.body(query), TEST["backbone"], strict=True):
+        close(ours, expected)
+    features = model.trunk(query)
+    for ours, expected in zip(features, TEST["neck"], strict=True):
+        close(ours, expected)
+    check_rpn(model.rpn, features, TEST)
+    fixed = torch.tensor(TEST["fixed_proposals"])
+    close(model.roi_features(features, [fixed]), TEST["roi_align"])
+    logits, deltas = model.head(model.roi_vectors(features, [fixed]))
+    close(logits, TEST["cls_score"])
+    close(deltas.flatten(1), TEST["bbox_pred"])
+    close(model.cls.weight, TEST["fc_cls_weight_after_forward"])
+    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE), TEST["det_fixed"])
+    (found,) = model.detect(query, [SIZE])
+    check_detections(found, TEST["det_e2e"])
+
+
+def test_losses_and_gradients(model):
+    images, boxes, labels = training_batch(TRAIN)
+    model.train()
+    features = model.trunk(images)
+    proposals = [torch.tensor(p) for p in TRAIN["fixed_proposals"]]
+    rois = faster_rcnn.sample_rois(proposals, boxes, labels, classes=20, number=EVERY)
+    losses = model.head_losses(model.roi_vectors(features, [r.boxes for r in rois]), rois)
+    expected = TRAIN["fixed"]
+    assert losses["cls"].item() == pytest.approx(expected["losses"]["loss_cls"], rel=1e-4)
+    assert losses["box"].item() == pytest.approx(expected["losses"]["loss_bbox"], rel=1e-4)
+    model.zero_grad()
+    sum(losses.values()).backward()
+    check_gradients(model, expected["grad_norms"], our_key)
+
+    losses, expected = model(images, [SIZE] * 2, boxes, labels), TRAIN["e2e"]["losses"]
+    for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
+        assert losses[ours].item() == pytest.approx(sum(expected[theirs]), rel=1e-4)
+    assert losses["cls"].item() == pytest.approx(expected["loss_cls"], rel=1e-4)
+    assert losses["box"].item() == pytest.approx(expected["loss_bbox"], rel=1e-4)
+    model.zero_grad()
+    (losses["rpn_cls"] + losses["rpn_box"]).backward()
+    check_gradients(model, TRAIN["e2e"]["rpn_loss_grad_norms"], our_key)
+
+
+def test_the_box_head_grows_by_names():
+    torch.manual_seed(0)
+    trunk = fpn.fpn("small")
+    base, novel = TFA(trunk, 2, width=8), TFA(trunk, 1, width=8)
+    base.reg.bias.data.normal_()
+    novel.reg.bias.data.normal_()
+    state, more = base.state_dict(), novel.state_dict()
+    classes = ["cat", "dog", "bird"]  # the base classes need not come first
+    for novel_state in (None, more):
+        grown = tfa.grow(state, ["cat", "bird"], classes, novel_state, ["dog"])
+        model = TFA(trunk, 3, cosine=True, width=8)
+        assert model.load_state_dict(grown)
+        for row, old in ((0, 0), (2, 1), (3, 2)):  # cat, bird, background
+            assert torch.equal(grown["cls.weight"][row], state["cls.weight"][old])
+        for row, old in ((0, 0), (2, 1)):
+            assert torch.equal(grown["reg.weight"].view(3, 4, 8)[row], state["reg.weight"].view(2, 4, 8)[old])
+            assert torch.equal(grown["reg.bias"].view(3, 4)[row], state["reg.bias"].view(2, 4)[old])
+        if novel_state is None:
+            assert 0 < grown["cls.weight"][1].abs().max() < 0.1 and grown["reg.bias"].view(3, 4)[1].eq(0).all()
+        else:
+            assert torch.equal(grown["cls.weight"][1], more["cls.weight"][0])
+            assert torch.equal(grown["reg.bias"].view(3, 4)[1], more["reg.bias"])
+    assert torch.equal(grown["fc1.weight"], state["fc1.weight"])
