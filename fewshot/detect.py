@@ -67,7 +67,7 @@ def report(
 
     Args:
         found: what `detect` gave for `dataset`, the test part.
-        stage: "base" or "finetune".
+        stage: "base", or a stage of fine-tuning.
         trained_on: the classes of the training data.
         args: the recipe's, of which this reads dataset, split, shots, shot_lists, seed and classwise.
     """
@@ -80,7 +80,7 @@ def report(
         "test_pictures": len(dataset),
         "test_time_augmentation": "none",
     }
-    if stage == "finetune":
+    if stage != "base":
         if set(trained_on) > set(dataset.novel):
             protocol["trained_on"] = "base and novel classes"
         drawn = f"lists in {args.shot_lists}" if args.shot_lists else f"drawn by seed {args.seed}"
