@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from naming_rule import GAINS, close, image, weight
+from naming_rule import GAINS, boxes, close, image, weight
 from torch import Tensor, nn
 
 from fewshot.data.transforms import CAFFE, Normalisation
@@ -73,7 +73,7 @@ def check_detections(found: Detections, expected: Mapping[str, Any]) -> None:
     assert len(found.scores) == expected["count"]
     counts = torch.bincount(found.labels, minlength=len(expected["per_class"])).tolist()
     assert counts == list(expected["per_class"])
-    wanted = torch.tensor(expected["top"])
+    wanted = torch.tensor(expected["top"]).view(-1, 6)
     n = len(wanted)
     assert found.labels[:n].tolist() == wanted[:, 0].tolist()
     assert torch.allclose(found.scores[:n], wanted[:, 1], atol=1e-4)
@@ -93,5 +93,16 @@ def check_gradients(model: nn.Module, norms: Mapping[str, float | None], our_key
 def training_batch(train: Mapping[str, Any], by: Normalisation = CAFFE) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The reference's two training pictures, their boxes and labels."""
     images = torch.stack([normalised(f"train{i}", by=by) for i in range(2)])
-    boxes = [torch.tensor(b) for b in train["gt_boxes"]]
-    return images, boxes, [torch.tensor(c) for c in train["gt_labels"]]
+    truth = [torch.tensor(b) for b in train["gt_boxes"]]
+    return images, truth, [torch.tensor(c) for c in train["gt_labels"]]
+
+
+def support_stack(order: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The reference's supports (n, 4, 224, 224) with their box as mask, and their labels; `order`: (class, shot)."""
+    stacks = []
+    for c, s in order:
+        x1, y1, x2, y2 = boxes(f"supbox_c{c}_s{s}", 1, 224, 224, lo=60, hi=0.9)[0].astype(int)
+        mask = torch.zeros(1, 224, 224)
+        mask[:, y1:y2, x1:x2] = 1
+        stacks.append(torch.cat([normalised(f"support_c{c}_s{s}", 224, 224), mask]))
+    return torch.stack(stacks), torch.tensor([c for c, _ in order])

@@ -1,21 +1,24 @@
 """Meta R-CNN against the reference's outputs, losses and gradients, weights given by the naming rule."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from naming_rule import GAINS, boxes, close, image, weight
-from torch import Tensor
+from detector_goldens import (
+    EVERY,
+    SIZE,
+    check_detections,
+    check_gradients,
+    check_rpn,
+    fill,
+    normalised,
+    support_stack,
+    training_batch,
+)
+from naming_rule import close, golden
 
 from fewshot import backbones
-from fewshot.data import transforms
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.meta_rcnn import MetaRCNN
 
-GOLDEN = json.loads((Path(__file__).parent / "goldens" / "meta_rcnn.json").read_text())
-TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]
-SIZE = (256, 320)
 HEAD = {"fc_cls": "cls", "fc_reg": "reg", "fc_meta": "meta", "rpn_conv": "conv", "rpn_cls": "cls", "rpn_reg": "reg"}
 
 
@@ -29,154 +32,98 @@ def our_key(key: str) -> str:
     return ("rpn." if prefix == ["rpn_head"] else "") + f"{HEAD[layer]}.{kind}"
 
 
-def normalised(name: str, height: int, width: int) -> Tensor:
-    return transforms.CAFFE(torch.from_numpy(image(name, height, width)).permute(2, 0, 1))
-
-
-@pytest.fixture(scope="module")
-def model() -> MetaRCNN:
-    model = MetaRCNN(backbones.c4("resnet50", meta=True, style="caffe"), 20)
-    state = {
-        our_key(key): torch.from_numpy(weight(key, shape, GAINS))
-        for key, shape in GOLDEN["state"].items()
-        if not key.endswith("num_batches_tracked")
-    }
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert missing == ["prototypes", "known"] and not unexpected
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def supports() -> tuple[Tensor, Tensor]:
-    stacks = []
-    for c, s in TEST["support_order"]:
-        x1, y1, x2, y2 = boxes(f"supbox_c{c}_s{s}", 1, 224, 224, lo=60, hi=0.9)[0].astype(int)
-        mask = torch.zeros(1, 224, 224)
-        mask[:, y1:y2, x1:x2] = 1
-        stacks.append(torch.cat([normalised(f"support_c{c}_s{s}", 224, 224), mask]))
-    return torch.stack(stacks), torch.tensor([c for c, _ in TEST["support_order"]])
+@pytest.fixture(scope="module", params=["meta_rcnn", "meta_rcnn_r101_15"])
+def case(request) -> tuple[MetaRCNN, dict]:
+    """A detector with the reference's weights, and its results: ResNet-50 and 20 classes, ResNet-101 and 15."""
+    expected = golden(request.param)
+    trunk = backbones.c4(f"resnet{expected['depth']}", meta=True, style="caffe")
+    model = MetaRCNN(trunk, expected["num_classes"])
+    fill(model, expected["state"], our_key, own=["prototypes", "known"])
+    return model.eval(), expected
 
 
 @torch.no_grad()
-def test_query_path(model):
-    query = normalised("query0", *SIZE)[None]
-    close(query, TEST["input"])
+def test_query_path(case):
+    model, expected = case[0], case[1]["test"]
+    query = normalised("query0")[None]
+    close(query, expected["input"])
     features = model.trunk(query)
-    close(features, TEST["backbone"][0])
-    ((cls, reg),) = model.rpn.maps([features])
-    close(cls, TEST["rpn_cls"][0])
-    close(reg, TEST["rpn_reg"][0])
-    (proposals,) = model.rpn.proposals(*model.rpn.outputs([(cls, reg)]), [SIZE])
-    assert len(proposals) == TEST["rpn_proposals"]["count"]
-    wanted = torch.tensor(TEST["rpn_proposals"]["top"])
-    assert torch.allclose(proposals[:30, :4], wanted[:, :4], atol=0.05)
-    assert torch.allclose(proposals[:30, 4], wanted[:, 4], atol=1e-4)
-    fixed = torch.tensor(TEST["fixed_proposals"])
-    aligned = faster_rcnn.roi_align(features, [fixed], 14, 16)
-    close(aligned, TEST["roi_align"])
-    close(model.roi_vectors(features, [fixed]), TEST["roi_shared_head"])
-
-
-def check_detections(found: faster_rcnn.Detections, golden: dict) -> None:
-    assert len(found.scores) == golden["count"]
-    assert torch.bincount(found.labels, minlength=20).tolist() == golden["per_class"]
-    wanted = torch.tensor(golden["top"])
-    n = len(wanted)
-    assert found.labels[:n].tolist() == wanted[:, 0].tolist()
-    assert torch.allclose(found.scores[:n], wanted[:, 1], atol=1e-4)
-    assert torch.allclose(found.boxes[:n], wanted[:, 2:], atol=0.05)
+    close(features, expected["backbone"][0])
+    check_rpn(model.rpn, [features], expected)
+    fixed = torch.tensor(expected["fixed_proposals"])
+    close(faster_rcnn.roi_align(features, [fixed], 14, 16), expected["roi_align"])
+    close(model.roi_vectors(features, [fixed]), expected["roi_shared_head"])
 
 
 @torch.no_grad()
-def test_support_path_and_detections(model, supports):
-    stack, labels = supports
-    close(stack, TEST["support_input"])
-    close(model.trunk(stack, support=True), TEST["support_backbone"][0])
+def test_support_path_and_detections(case):
+    model, expected = case[0].eval(), case[1]["test"]
+    stack, labels = support_stack(expected["support_order"])
+    close(stack, expected["support_input"])
+    close(model.trunk(stack, support=True), expected["support_backbone"][0])
     vectors = model.support_vectors(stack)
-    close(vectors, TEST["support_roi_feat"])
+    close(vectors, expected["support_roi_feat"])
     model.set_prototypes(vectors, labels)
-    for c, golden in TEST["support_class_feat"].items():
-        close(model.prototypes[int(c)][None], golden)
+    for c, wanted in expected["support_class_feat"].items():
+        close(model.prototypes[int(c)][None], wanted)
 
-    query, fixed = normalised("query0", *SIZE)[None], torch.tensor(TEST["fixed_proposals"])
+    query, fixed = normalised("query0")[None], torch.tensor(expected["fixed_proposals"])
     queries = model.roi_vectors(model.trunk(query), [fixed])
-    for c, golden in TEST["per_support_class"].items():  # the head as in training, a class at a time
-        close(model.cls(queries * model.prototypes[int(c)]), golden["cls_score"])
-        close(model.reg(queries * model.prototypes[int(c)]), golden["bbox_pred"])
-    logits, deltas = model.classify(queries)  # all classes folded into one matmul
-    assert torch.allclose(logits, torch.tensor(TEST["merged_cls_score"]), atol=1e-4)
-    close(deltas.flatten(1), TEST["merged_bbox_pred"])
-    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3), TEST["det_fixed"])
+    for c, wanted in expected["per_support_class"].items():  # the head as in training, a class at a time
+        aggregated = model.aggregate(queries, model.prototypes[int(c)])
+        close(model.cls(aggregated), wanted["cls_score"])
+        close(model.reg(aggregated), wanted["bbox_pred"])
+    logits, deltas = model.classify(queries)  # all classes at once
+    assert torch.allclose(logits, torch.tensor(expected["merged_cls_score"]), atol=1e-4)
+    close(deltas.flatten(1), expected["merged_bbox_pred"])
+    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3), expected["det_fixed"])
     (found,) = model.detect(query, [SIZE])
-    check_detections(found, TEST["det_e2e"])
+    check_detections(found, expected["det_e2e"])
 
     some = torch.isin(labels, torch.tensor([1, 4, 7]))
     model.set_prototypes(vectors[some], labels[some])
     assert model.known.nonzero()[:, 0].tolist() == [1, 4, 7]
     logits, deltas = model.classify(queries)
-    close(logits, TEST["merged_cls_score_supports_only_1_4_7"])
+    close(logits, expected["merged_cls_score_supports_only_1_4_7"])
     found = faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3)
-    check_detections(found, TEST["det_fixed_supports_only_1_4_7"])
+    check_detections(found, expected["det_fixed_supports_only_1_4_7"])
 
 
-def training_batch() -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    images = torch.stack([normalised(f"train{i}", *SIZE) for i in range(2)])
-    truth = [torch.tensor(b) for b in TRAIN["gt_boxes"]]
-    labels = [torch.tensor(c) for c in TRAIN["gt_labels"]]
-    stacks = []
-    for c in range(20):
-        x1, y1, x2, y2 = boxes(f"supbox_c{c}_s0", 1, 224, 224, lo=60, hi=0.9)[0].astype(int)
-        mask = torch.zeros(1, 224, 224)
-        mask[:, y1:y2, x1:x2] = 1
-        stacks.append(torch.cat([normalised(f"support_c{c}_s0", 224, 224), mask]))
-    return images, truth, labels, torch.stack(stacks)
-
-
-def reference_norms(model: MetaRCNN, norms: dict[str, float | None]) -> None:
-    for key, norm in norms.items():
-        gradient = model.get_parameter(our_key(key)).grad
-        if norm is None:
-            assert gradient is None, key
-        elif norm > 1e-5:
-            assert gradient.norm().item() == pytest.approx(norm, rel=2e-3), key
-
-
-def test_training_losses_and_gradients(model):
-    images, truth, labels, stack = training_batch()
-    model.train()
+def test_training_losses_and_gradients(case):
+    model, train = case[0].train(), case[1]["train"]
+    classes = model.classes
+    images, truth, labels = training_batch(train)
+    stack, support_labels = support_stack([(c, 0) for c in range(classes)])
     model.zero_grad()
     features = model.trunk(images)
-    rois = faster_rcnn.sample_rois(
-        [torch.tensor(p) for p in TRAIN["fixed_proposals"]], truth, labels, classes=20, number=10**7
-    )
+    proposals = [torch.tensor(p) for p in train["fixed_proposals"]]
+    rois = faster_rcnn.sample_rois(proposals, truth, labels, classes=classes, number=EVERY)
     counts = [[len(r.deltas), len(r.boxes) - len(r.deltas)] for r in rois]
-    assert counts == TRAIN["fixed"]["samples_pos_neg"]
+    assert counts == train["fixed"]["samples_pos_neg"]
     queries = model.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
     drawn = [label[0] for label in labels]
-    losses = model.head_losses(queries, rois, drawn, model.support_vectors(stack), torch.arange(20))
-    golden = TRAIN["fixed"]["losses"]
-    assert losses["cls"].item() == pytest.approx(golden["loss_cls"], rel=1e-4)
-    assert losses["box"].item() == pytest.approx(golden["loss_bbox"], rel=1e-4)
-    assert losses["meta"].item() == pytest.approx(golden["loss_meta_cls"], rel=1e-4)
+    losses = model.head_losses(queries, rois, drawn, model.support_vectors(stack), support_labels)
+    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls")):
+        assert losses[ours].item() == pytest.approx(train["fixed"]["losses"][theirs], rel=1e-4)
     sum(losses.values()).backward()
-    reference_norms(model, TRAIN["fixed"]["grad_norms"])
+    check_gradients(model, train["fixed"]["grad_norms"], our_key)
 
 
-def test_whole_training_step(model):
-    images, truth, labels, stack = training_batch()
-    model.train()
+def test_whole_training_step(case):
+    model, train = case[0].train(), case[1]["train"]
+    images, truth, labels = training_batch(train)
+    stack, support_labels = support_stack([(c, 0) for c in range(model.classes)])
     model.zero_grad()
-    model.rois = model.rpn.number = 10**7
+    model.rois = model.rpn.number = EVERY
     model.rpn.train_proposals = (12000, 50)
-    losses = model(images, [SIZE, SIZE], truth, labels, stack, torch.arange(20))
-    golden = TRAIN["e2e"]["losses"]
-    assert losses["rpn_cls"].item() == pytest.approx(golden["loss_rpn_cls"][0], rel=1e-4)
-    assert losses["rpn_box"].item() == pytest.approx(golden["loss_rpn_bbox"][0], rel=1e-4)
-    assert losses["cls"].item() == pytest.approx(golden["loss_cls"], rel=1e-4)
-    assert losses["box"].item() == pytest.approx(golden["loss_bbox"], rel=1e-4)
-    assert losses["meta"].item() == pytest.approx(golden["loss_meta_cls"], rel=1e-4)
+    losses = model(images, [SIZE, SIZE], truth, labels, stack, support_labels)
+    expected = train["e2e"]["losses"]
+    for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
+        assert losses[ours].item() == pytest.approx(expected[theirs][0], rel=1e-4)
+    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls")):
+        assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-4)
     (losses["rpn_cls"] + losses["rpn_box"]).backward()
-    reference_norms(model, TRAIN["e2e"]["rpn_loss_grad_norms"])
+    check_gradients(model, train["e2e"]["rpn_loss_grad_norms"], our_key)
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ class MetaRCNN(nn.Module):
         trunk: convolutional trunk with `stage4` and a 4-channel entrance for supports (image and box mask).
         classes: number of classes; background is index `classes`.
         rois: sampled per training image.
-        proposals: (before, after NMS) for training and for testing.
+        train_proposals, test_proposals: (kept before NMS, kept after).
+        head_channels: of what the last layers classify; by default a RoI vector's.
 
     Buffers: `prototypes` (classes, D), the mean support vector of each class that has supports (`known`), so that the
     saved model detects without any support image.
@@ -33,6 +34,7 @@ class MetaRCNN(nn.Module):
         rpn_channels: int = 512,
         train_proposals: tuple[int, int] = (12000, 2000),
         test_proposals: tuple[int, int] = (6000, 300),
+        head_channels: int | None = None,
     ):
         super().__init__()
         self.trunk, self.classes, self.rois = trunk, classes, rois
@@ -46,8 +48,9 @@ class MetaRCNN(nn.Module):
             train_proposals=train_proposals,
             test_proposals=test_proposals,
         )
-        self.cls = nn.Linear(trunk.stage4_channels, classes + 1)
-        self.reg = nn.Linear(trunk.stage4_channels, classes * 4)
+        head_channels = head_channels or trunk.stage4_channels
+        self.cls = nn.Linear(head_channels, classes + 1)
+        self.reg = nn.Linear(head_channels, classes * 4)
         self.meta = nn.Linear(trunk.stage4_channels, classes)
         for layer, std in ((self.cls, 0.01), (self.reg, 0.001)):
             nn.init.normal_(layer.weight, std=std)
@@ -64,6 +67,10 @@ class MetaRCNN(nn.Module):
         """Vectors (RoIs, D) of boxes on the trunk's features: RoIAlign, stage 4, mean over the map."""
         aligned = faster_rcnn.roi_align(features, boxes, self.trunk.roi_size, self.trunk.stride)
         return self.trunk.stage4(aligned).float().mean((2, 3))
+
+    def aggregate(self, queries: Tensor, vector: Tensor) -> Tensor:
+        """RoI vectors (n, D) in the light of a class's support vector (D,): what the last layers see (n, channels)."""
+        return queries * vector
 
     def forward(
         self,
@@ -105,7 +112,8 @@ class MetaRCNN(nn.Module):
         total = {"cls": 0.0, "box": 0.0}
         for query, roi, label in zip(queries, rois, drawn, strict=True):
             for vector in vectors[support_labels == label]:
-                logits, deltas = self.cls(query * vector), self.reg(query * vector).view(-1, self.classes, 4)
+                aggregated = self.aggregate(query, vector)
+                logits, deltas = self.cls(aggregated), self.reg(aggregated).view(-1, self.classes, 4)
                 for name, loss in faster_rcnn.roi_losses(logits, deltas, [roi]).items():
                     total[name] = total[name] + loss / len(queries)
         meta = F.cross_entropy(self.meta(vectors).float(), support_labels) / len(vectors)

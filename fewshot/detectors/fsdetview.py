@@ -1,0 +1,79 @@
+"""FSDetView (Xiao and Marlet, 2020, https://arxiv.org/abs/2007.12107)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot.backbones import C4
+from fewshot.detectors.meta_rcnn import MetaRCNN
+
+CLASSES_AT_ONCE = 8  # in testing, so that the RoIs as all these classes see them fit in memory
+
+
+class Aggregator(nn.Module):
+    """A layer with batch norm and ReLU. In training it normalises by the RoIs of one image and one class at a time."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features)
+        nn.init.normal_(self.fc.weight, std=0.001)
+        nn.init.zeros_(self.fc.bias)
+        nn.init.normal_(self.norm.weight, mean=1.0, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in_features) -> (n, out_features)."""
+        return F.relu(self.norm(self.fc(x)))
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight (out, in) and bias (out,) of the layer with its batch norm's running statistics folded in."""
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        return self.fc.weight * scale[:, None], (self.fc.bias - self.norm.running_mean) * scale + self.norm.bias
+
+
+class FSDetView(MetaRCNN):
+    """Meta R-CNN whose RoIs are classified by their product with a class's vector, their difference from it, and as
+    they are (section 3.2, equation 4).
+
+    See `MetaRCNN` for the arguments. The two aggregators halve the channels.
+    """
+
+    def __init__(self, trunk: C4, classes: int, **more):
+        channels = trunk.stage4_channels
+        super().__init__(trunk, classes, head_channels=2 * (channels // 2) + channels, **more)
+        self.product, self.difference = (Aggregator(channels, channels // 2) for _ in range(2))
+
+    def aggregate(self, queries: Tensor, vector: Tensor) -> Tensor:
+        """RoI vectors (n, D) in the light of a class's support vector (D,): (n, 2D)."""
+        return torch.cat([self.product(queries * vector), self.difference(queries - vector), queries], 1)
+
+    def classify(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, classes + 1) and deltas (n, classes, 4) of RoI vectors (n, D) with every prototype at once.
+
+        As `MetaRCNN.classify`, but only what is linear folds: the difference's layer sees W (q - s) = W q - W s, whose
+        first term all classes share, as they do what the last layers make of q itself; and of the last layers each
+        class needs its own rows and the background's alone.
+        """
+        if not self.known.any():
+            raise RuntimeError("no class has a prototype yet: call set_prototypes with the vectors of some supports")
+        (weight1, bias1), (weight2, bias2) = self.product.folded(), self.difference.folded()
+        known = self.known.nonzero()[:, 0]
+        prototypes = self.prototypes[known]  # (k, D)
+        seen = weight1.shape[0] + weight2.shape[0]  # channels before those of q itself
+        shifted = F.linear(queries, weight2, bias2), F.linear(prototypes, weight2)  # (n, D / 2), (k, D / 2)
+        reg = self.reg.weight.view(self.classes, 4, -1)[known]
+        own = torch.cat([self.cls.weight[known][:, None], self.cls.weight[-1:].expand(len(known), 1, -1), reg], 1)
+        bias = torch.cat([self.cls.bias[known, None], self.cls.bias[-1:].expand(len(known), 1)], 1)
+        bias = torch.cat([bias, self.reg.bias.view(-1, 4)[known]], 1)  # (k, 6): class, background, deltas
+        outputs = []
+        for i in range(0, len(known), CLASSES_AT_ONCE):
+            part = slice(i, i + CLASSES_AT_ONCE)
+            product = F.relu(F.linear(queries * prototypes[part, None], weight1, bias1))  # (k, n, D / 2)
+            difference = F.relu(shifted[0] - shifted[1][part, None])
+            outputs.append(torch.cat([product, difference], 2) @ own[part, :, :seen].mT)  # (k, n, 6)
+        alone = F.linear(queries, own[..., seen:].flatten(0, 1)).unflatten(1, (-1, 6)).transpose(0, 1)
+        found = torch.cat(outputs) + alone + bias[:, None]
+        logits = found.new_zeros(len(queries), self.classes + 1)
+        deltas = found.new_zeros(len(queries), self.classes, 4)
+        logits[:, known], deltas[:, known] = found[..., 0].mT, found[..., 2:].transpose(0, 1)
+        logits[:, -1] = found[..., 1].mean(0)
+        return logits, deltas
