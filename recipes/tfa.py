@@ -25,7 +25,7 @@ from fewshot.detectors.tfa import TFA, grow
 BATCH = {"glyphs": 8, "voc": 16, "coco": 16}
 SCHEDULE = {
     "glyphs": {
-        "base": (600, 0.04, (480,), 50),
+        "base": (600, 0.02, (480,), 100),
         1: (100, 0.02, (80,), 10),
         2: (150, 0.02, (120,), 10),
         3: (150, 0.02, (120,), 10),
