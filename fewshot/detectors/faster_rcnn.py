@@ -211,7 +211,20 @@ class RPN(nn.Module):
         truth: Sequence[Tensor],
         negative_pairs: Sequence[bool] | None = None,
     ) -> dict[str, Tensor]:
-        """`rpn_cls` and `rpn_box`: cross-entropy and (smooth) L1 over the sampled anchors, divided by their number.
+        """`rpn_cls` and `rpn_box`: cross-entropy and (smooth) L1 over the sampled anchors, divided by their number."""
+        cls, reg, total = self.loss_sums(logits, deltas, anchors, sizes, truth, negative_pairs)
+        return {"rpn_cls": cls / total, "rpn_box": reg / total}
+
+    def loss_sums(
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        truth: Sequence[Tensor],
+        negative_pairs: Sequence[bool] | None = None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Cross-entropy and box loss, summed over the sampled anchors of all images, and how many these are.
 
         Where `negative_pairs` says so, an image is one in which the boxes are not to be found: anchors are sampled as
         ever, but the positives among them count as background, without a box (Attention-RPN).
@@ -232,7 +245,7 @@ class RPN(nn.Module):
             target = encode(boxes[assignment[positive]], anchor[inside[positive]], RPN_STD)
             cls = cls + F.softplus(-logit[i, inside[positive]]).sum() + F.softplus(logit[i, inside[negative]]).sum()
             reg = reg + F.smooth_l1_loss(delta[i, inside[positive]], target, reduction="sum", beta=self.reg_beta)
-        return {"rpn_cls": cls / total, "rpn_box": reg / total}
+        return cls, reg, total
 
 
 # ---------------------------------------------------------------------------------------------------------- stage two

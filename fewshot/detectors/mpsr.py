@@ -1,0 +1,205 @@
+"""MPSR, multi-scale positive sample refinement (Wu et al., 2020, https://arxiv.org/abs/2007.09384)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot.detectors import faster_rcnn
+from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
+from fewshot.fpn import FPN
+
+ROI_SIZE = 8  # cells per side of a RoI's features
+CLASS_CHANNELS = 64  # by which the RPN scores an anchor
+CROP_WEIGHT = 0.1  # of the crops' classification loss
+
+
+class CropLevels(NamedTuple):
+    """Where in the pyramid crops of single objects are looked at, scale by scale (section 3.3).
+
+    scales: sides of the crops in pixels. rpn: the level whose anchors have that size. roi: the level that RoIs of that
+    size are cut from. border: cells that the RPN leaves out on each side, so that its anchors are about the crop.
+    last_border: cells that the largest scale, for which there is no level of its own, leaves out before.
+    """
+
+    scales: tuple[int, ...]
+    rpn: tuple[int, ...]
+    roi: tuple[int, ...]
+    border: int
+    last_border: int
+
+
+PUBLISHED = CropLevels((32, 64, 128, 256, 512, 800), (0, 1, 2, 3, 4, 4), (0, 0, 0, 1, 2, 3), 3, 2)
+SMALL = CropLevels((24, 48, 96), (0, 1, 2), (0, 0, 0), 2, 0)  # of the small trunk: maps of 6 x 6 cells
+
+
+class TwoBranchRPN(RPN):
+    """An RPN that scores each anchor by channels of its own, which crops of objects train too.
+
+    Args:
+        per_batch: proposals kept in training over all images of a batch together.
+        more: of `RPN`; the proposals kept after NMS in training are `per_batch` alone.
+    """
+
+    def __init__(self, in_channels: int, channels: int, *, per_batch: int, **more):
+        super().__init__(in_channels, channels, border=True, reg_beta=1 / 9, nms_offset=1, **more)
+        self.per_batch, self.anchors = per_batch, self.cls.out_channels
+        self.cls_conv, self.cls = nn.Conv2d(channels, self.anchors * CLASS_CHANNELS, 1), nn.Conv2d(CLASS_CHANNELS, 1, 1)
+        for layer in (self.cls_conv, self.cls):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Logits (b, anchors, h, w) of maps (b, channels, h, w)."""
+        x = self.cls_conv(hidden)
+        logits = self.cls(x.reshape(-1, CLASS_CHANNELS, *x.shape[2:]))
+        return logits.view(len(hidden), self.anchors, *x.shape[2:])
+
+    def maps(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The raw (class map, delta map), each (images, channels, height, width), of every level."""
+        hidden = [F.relu(self.conv(level)) for level in features]
+        return [(self.score(h), self.reg(h)) for h in hidden]
+
+    def crop_scores(self, features: Sequence[Tensor], border: int) -> list[Tensor]:
+        """Logits (n, anchors, h, w) of crops' maps, without `border` cells on each side, where their edges show."""
+        hidden = [F.relu(self.conv(level)) for level in features]
+        return [self.score(h[..., border:-border, border:-border]) for h in hidden]
+
+    @torch.no_grad()
+    def proposals(self, logits, deltas, anchors, sizes) -> list[Tensor]:
+        """As `RPN.proposals`; in training the best of all images together."""
+        found = super().proposals(logits, deltas, anchors, sizes)
+        if not self.training:
+            return found
+        scores = torch.cat([boxes[:, 4] for boxes in found])
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[scores.sort(descending=True, stable=True).indices[: self.per_batch]] = True
+        return [boxes[mine] for boxes, mine in zip(found, kept.split([len(boxes) for boxes in found]))]
+
+
+class MPSR(nn.Module):
+    """Faster R-CNN with a feature pyramid, whose RPN and classifier also train on crops of single objects.
+
+    Args:
+        trunk: a feature pyramid.
+        classes: number of classes; background is index `classes`.
+        width: of the hidden layers of the box head's two branches.
+        rois: sampled per training image.
+        aligned: whether RoIs are cut half a pixel off, as they should be; the published models fine-tuned on VOC were
+            made from others that did not.
+        train_proposals, test_proposals: (kept before NMS per level, kept after: in training over a whole batch).
+    """
+
+    def __init__(
+        self,
+        trunk: FPN,
+        classes: int,
+        *,
+        width: int = 1024,
+        rois: int = 512,
+        aligned: bool = True,
+        rpn_channels: int = 256,
+        train_proposals: tuple[int, int] = (2000, 2000),
+        test_proposals: tuple[int, int] = (1000, 1000),
+    ):
+        super().__init__()
+        self.trunk, self.classes, self.rois, self.aligned = trunk, classes, rois, aligned
+        self.levels = SMALL if trunk.small else PUBLISHED
+        before, per_batch = train_proposals
+        self.rpn = TwoBranchRPN(
+            trunk.out_channels,
+            rpn_channels,
+            strides=trunk.strides,
+            scales=trunk.anchor_scales,
+            per_batch=per_batch,
+            train_proposals=(before, None),
+            test_proposals=test_proposals,
+        )
+        inside = trunk.out_channels * ROI_SIZE**2
+        self.cls_fc1, self.cls_fc2 = nn.Linear(inside, width), nn.Linear(width, width)
+        self.reg_fc1, self.reg_fc2 = nn.Linear(inside, width), nn.Linear(width, width)
+        self.cls, self.reg = nn.Linear(width, classes + 1), nn.Linear(width, 4)
+        for layer, std in ((self.cls, 0.01), (self.reg, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Maps (RoIs of all images, channels, 8, 8) of boxes, each from the level that fits its size."""
+        n = self.trunk.roi_levels
+        strides = self.trunk.strides[:n]
+        return faster_rcnn.pyramid_align(features[:n], boxes, ROI_SIZE, strides, sampling=2, aligned=self.aligned)
+
+    def classify(self, maps: Tensor) -> Tensor:
+        """Logits (n, classes + 1) of RoI maps (n, channels, 8, 8)."""
+        return self.cls(self.cls_fc2(F.relu(self.cls_fc1(maps.flatten(1)))))  # no ReLU after the second, as published
+
+    def regress(self, maps: Tensor) -> Tensor:
+        """Deltas (n, classes, 4) of RoI maps (n, channels, 8, 8): the same for all classes."""
+        deltas = self.reg(F.relu(self.reg_fc2(F.relu(self.reg_fc1(maps.flatten(1))))))
+        return deltas[:, None].expand(-1, self.classes, -1)
+
+    def crop_features(self, crops: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps for the RPN and for the classifier of crops (n, 3, s, s) of every scale."""
+        rpn, roi = [], []
+        for i, crop in enumerate(crops):
+            maps = self.trunk(crop)
+            rpn.append(maps[self.levels.rpn[i]])
+            roi.append(maps[self.levels.roi[i]])
+        if border := self.levels.last_border:
+            rpn[-1] = rpn[-1][..., border:-border, border:-border]
+        return rpn, roi
+
+    def classify_crops(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits (scales * n, classes + 1) of crops' maps (n, channels, h, w), scale by scale."""
+        return self.classify(torch.cat([F.adaptive_avg_pool2d(level.float(), ROI_SIZE) for level in maps]))
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        crops: Sequence[Tensor],
+        crop_labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """Training losses of normalised images (b, 3, H, W), and of crops (n, 3, s, s) of every scale with labels (n,).
+
+        All anchors at the centre of a crop are to be found, and count in the number by which both scores' losses are
+        divided (equation 2).
+        """
+        features = self.trunk(images)
+        rpn_maps, roi_maps = self.crop_features(crops)
+        outputs = self.rpn.outputs(self.rpn.maps(features))
+        cls, reg, number = self.rpn.loss_sums(*outputs, sizes, boxes)
+        refined = torch.cat([scores.flatten() for scores in self.rpn.crop_scores(rpn_maps, self.levels.border)]).float()
+        losses = {
+            "rpn_cls": cls / (number + len(refined)),
+            "rpn_crops": F.softplus(-refined).sum() / (number + len(refined)),
+            "rpn_box": reg / number,
+        }
+        rois = faster_rcnn.sample_rois(
+            self.rpn.proposals(*outputs, sizes), boxes, labels, classes=self.classes, number=self.rois
+        )
+        return losses | self.head_losses(features, rois, roi_maps, crop_labels)
+
+    def head_losses(
+        self, features: Sequence[Tensor], rois: Sequence[RoIs], crop_maps: Sequence[Tensor], crop_labels: Tensor
+    ) -> dict[str, Tensor]:
+        """`cls` and `box` of the RoIs of all images, and `crops`, the classification of the crops (equation 3)."""
+        maps = self.roi_features(features, [r.boxes for r in rois])
+        losses = faster_rcnn.roi_losses(self.classify(maps), self.regress(maps), rois, beta=1.0)
+        logits = self.classify_crops(crop_maps).float()
+        return losses | {"crops": CROP_WEIGHT * F.cross_entropy(logits, crop_labels.repeat(len(crop_maps)))}
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """Detections of every normalised image (b, 3, H, W), in pixels of that input."""
+        features = self.trunk(images)
+        proposals = self.rpn.proposals(*self.rpn.outputs(self.rpn.maps(features)), sizes)
+        maps = self.roi_features(features, proposals).split([len(p) for p in proposals])
+        return [
+            faster_rcnn.detections(self.classify(m), self.regress(m), proposal, size, nms_offset=1)
+            for m, proposal, size in zip(maps, proposals, sizes, strict=True)
+        ]
