@@ -440,14 +440,15 @@ def _train_item(
     samples = []
     for number in range(step * batch_size + rank, (step + 1) * batch_size, world):
         epoch, position = divmod(number, len(dataset))
-        index = _order(seed, epoch, len(dataset))[position]
+        index = order(seed, epoch, len(dataset))[position]
         samples.append(pipeline.sample(dataset, index, np.random.default_rng((AUGMENT, seed, number))))
     batch = collate(samples, pipeline.multiple)
     return (batch, extra(seed, step)) if extra is not None else batch
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation (n,) in which an epoch goes through n pictures."""
     return np.random.default_rng((ORDER, seed, epoch)).permutation(n)
 
 

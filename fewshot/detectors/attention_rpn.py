@@ -1,0 +1,280 @@
+"""Attention-RPN (Fan et al., 2020, https://arxiv.org/abs/1908.01998)."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot.backbones import C4
+from fewshot.detectors import faster_rcnn
+from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
+
+CLASSES_AT_ONCE = 5  # in testing, so that the RoIs of all of them fit in memory
+WHOLE = 7  # cells per side of the RoI maps for which the patch relation was made
+MATCH, BACKGROUND = 0, 1
+
+
+class Parts(NamedTuple):
+    """What a RoI, or a class's supports, bring into the three relations, before the two meet; n of either.
+
+    patch: (n, hidden, s, s). local: (n, channels, s, s). whole: (n, channels).
+    """
+
+    patch: Tensor
+    local: Tensor
+    whole: Tensor
+
+    def take(self, index: Tensor | slice) -> "Parts":
+        return Parts(*(part[index] for part in self))
+
+
+class MultiRelation(nn.Module):
+    """Whether a RoI shows what a support shows, by three relations whose logits add up (section 4.2.2).
+
+    Args:
+        channels: of the maps of RoIs and supports. side: of these maps.
+        hidden: channels of the patch relation.
+
+    The first layers of the patch and of the global relation are linear in the two maps that they see side by side, so
+    each map goes through its half of the weights alone, and once, however many others it is compared with.
+    """
+
+    def __init__(self, channels: int, side: int, hidden: int):
+        super().__init__()
+        self.channels, self.padding = channels, 0 if side >= WHOLE else 1
+        self.patch = nn.ModuleList(
+            [
+                nn.Conv2d(2 * channels, hidden, 1, bias=False),
+                nn.Conv2d(hidden, hidden, 3, padding=self.padding, bias=False),
+                nn.Conv2d(hidden, channels, 1, bias=False),
+            ]
+        )
+        self.local = nn.Conv2d(channels, channels, 1, bias=False)
+        self.whole = nn.ModuleList([nn.Linear(2 * channels, channels), nn.Linear(channels, channels)])
+        self.patch_cls, self.local_cls, self.whole_cls = (nn.Linear(channels, 2) for _ in range(3))
+        self.reg = nn.Linear(channels, 4)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(layer.weight, std=0.001 if layer is self.reg else 0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def query_parts(self, maps: Tensor) -> Parts:
+        """Of RoI maps (n, channels, s, s)."""
+        first, whole = self.patch[0].weight[:, : self.channels], self.whole[0].weight[:, : self.channels]
+        return Parts(F.conv2d(maps, first), self.local(maps), F.linear(maps.mean((2, 3)), whole))
+
+    def support_parts(self, maps: Tensor) -> Parts:
+        """Of the supports' maps (n, channels, s, s)."""
+        first, whole = self.patch[0].weight[:, self.channels :], self.whole[0].weight[:, self.channels :]
+        return Parts(F.conv2d(maps, first), self.local(maps), F.linear(maps.mean((2, 3)), whole, self.whole[0].bias))
+
+    def forward(self, query: Parts, support: Parts) -> tuple[Tensor, Tensor]:
+        """Logits (n, 2), match and background, and deltas (n, 4) of n RoIs, each beside its support (or beside one)."""
+        x = F.relu(query.patch + support.patch)
+        x = F.avg_pool2d(x, 3, stride=1, padding=self.padding, count_include_pad=False)
+        x = F.relu(self.patch[2](F.relu(self.patch[1](x)))).mean((2, 3))
+        near = F.relu((query.local * support.local).sum((2, 3)))  # depth-wise correlation of equal maps: one number
+        far = F.relu(self.whole[1](F.relu(query.whole + support.whole)))
+        return self.patch_cls(x) + self.local_cls(near) + self.whole_cls(far), self.reg(x)
+
+
+class AttentionRPN(nn.Module):
+    """A C4 Faster R-CNN that looks for what some supports show: in its RPN, and in the relations of its head.
+
+    Args:
+        trunk: convolutional trunk with `stage4`.
+        classes: number of classes whose prototypes the model keeps; no layer depends on it.
+        relation_channels: hidden channels of the patch relation.
+        rois: sampled per pair of image and class in training.
+        train_proposals, test_proposals: (kept before NMS, kept after) for each class.
+        shared_proposals: kept of all classes' together by `detect(share=True)`.
+
+    Buffers: `kernels` (classes, C) and `maps` (classes, D, s, s), means over each class's supports (where `known`), so
+    that the saved model detects without any support image.
+    """
+
+    def __init__(
+        self,
+        trunk: C4,
+        classes: int,
+        *,
+        rois: int = 128,
+        rpn_channels: int = 1024,
+        relation_channels: int = 512,
+        train_proposals: tuple[int, int] = (12000, 2000),
+        test_proposals: tuple[int, int] = (6000, 100),
+        shared_proposals: int = 100,
+    ):
+        super().__init__()
+        self.trunk, self.classes, self.rois, self.shared_proposals = trunk, classes, rois, shared_proposals
+        if trunk.architecture["name"] == "small":  # its stage 4 goes on to shrink a RoI to a vector
+            trunk.stage4 = trunk.stage4[0]
+        self.rpn = RPN(
+            trunk.out_channels,
+            rpn_channels,
+            strides=(trunk.stride,),
+            scales=trunk.anchor_scales,
+            train_proposals=train_proposals,
+            test_proposals=test_proposals,
+        )
+        with torch.no_grad():
+            example = trunk.stage4(torch.zeros(1, trunk.out_channels, trunk.roi_size, trunk.roi_size))
+        _, channels, side, _ = example.shape
+        self.relation = MultiRelation(channels, side, relation_channels)
+        self.register_buffer("kernels", torch.zeros(classes, trunk.out_channels))
+        self.register_buffer("maps", torch.zeros(classes, channels, side, side))
+        self.register_buffer("known", torch.zeros(classes, dtype=torch.bool))
+
+    def roi_maps(self, features: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """RoI maps of boxes on the trunk's features, before stage 4 (n, C, r, r) and after it (n, D, s, s)."""
+        aligned = faster_rcnn.roi_align(features, boxes, self.trunk.roi_size, self.trunk.stride)
+        return aligned, self.trunk.stage4(aligned)
+
+    def support_features(self, supports: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Kernels (n, C) and maps (n, D, s, s) of supports (n, 3, S, S) with one box each (n, 4), xyxy in pixels."""
+        aligned, maps = self.roi_maps(self.trunk(supports), list(boxes[:, None]))
+        return aligned.mean((2, 3)), maps.float()
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        boxes: Sequence[Tensor],
+        supports: Tensor,
+        support_boxes: Tensor,
+    ) -> dict[str, Tensor]:
+        """Training losses of normalised images (b, 3, H, W), each with the boxes of one class (section 4.3).
+
+        Args:
+            supports: (b, ways, shots, 3, S, S): for every image some of its class, then of classes that it lacks.
+            support_boxes: (b, ways, shots, 4).
+
+        Every image is searched for every way, which makes pairs: those of the classes that are there come first.
+        """
+        features = self.trunk(images)
+        b, ways, shots = supports.shape[:3]
+        parts = self.support_features(supports.flatten(0, 2), support_boxes.flatten(0, 2))
+        means = [part.unflatten(0, (b, ways, shots)).mean(2) for part in parts]
+        kernels, maps = (torch.cat([mean[:, 0], mean[:, 1:].flatten(0, 1)]) for mean in means)  # (pairs, ..)
+        image = [*range(b), *(i for i in range(b) for _ in range(ways - 1))]  # of every pair
+        negative = [pair >= b for pair in range(len(image))]
+        sizes, truth = [sizes[i] for i in image], [boxes[i] for i in image]
+
+        outputs = self.rpn.outputs(self.attended(features[image], kernels))
+        losses = self.rpn.losses(*outputs, sizes, truth, negative)
+        rois = faster_rcnn.sample_rois(
+            self.rpn.proposals(*outputs, sizes),
+            truth,
+            [torch.full((len(box),), MATCH, device=box.device) for box in truth],
+            classes=BACKGROUND,
+            number=self.rois,
+            fraction=0.5,
+        )
+        _, queries = self.roi_maps(features[image], [roi.boxes for roi in rois])
+        return losses | self.head_losses(queries, maps, rois, negative)
+
+    def attended(self, features: Tensor, kernels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The RPN's raw maps of features (n or 1, C, h, w), each channel scaled by a kernel (n, C) (equation 1)."""
+        return self.rpn.maps([features * kernels[:, :, None, None]])
+
+    def head_losses(
+        self, queries: Tensor, maps: Tensor, rois: Sequence[RoIs], negative: Sequence[bool]
+    ) -> dict[str, Tensor]:
+        """Losses of the second stage: maps of all pairs' RoIs (n, D, s, s) and of their supports (pairs, D, s, s).
+
+        Of the background only as much counts as there are matches twice, that which most looks like a match, in pairs
+        where the class is there, and as much as once in pairs where it is not (section 4.3, 1 : 2 : 1).
+        """
+        counts = torch.tensor([len(roi.boxes) for roi in rois], device=queries.device)
+        pair = torch.arange(len(rois), device=queries.device).repeat_interleave(counts)
+        logits, deltas = self.relation(self.relation.query_parts(queries), self.relation.support_parts(maps).take(pair))
+        absent = torch.tensor(negative, device=pair.device)[pair]
+        labels = torch.cat([roi.labels for roi in rois])
+        labels = torch.where(absent, BACKGROUND, labels)
+
+        match = (labels == MATCH).nonzero()[:, 0]
+        of_present = max(1, min(2 * len(match), len(labels) // 4))
+        of_absent = max(1, min(len(match), of_present))
+        hardest = logits[:, MATCH].detach().sort(descending=True, stable=True).indices
+        hardest = hardest[labels[hardest] == BACKGROUND]
+        away = absent[hardest]
+        chosen = torch.cat([match, hardest[~away][:of_present], hardest[away][:of_absent]])
+        targets = torch.cat([roi.deltas for roi, away in zip(rois, negative, strict=True) if not away])
+        return {
+            "cls": F.cross_entropy(logits[chosen].float(), labels[chosen]),
+            "box": F.l1_loss(deltas[match].float(), targets, reduction="sum") / len(labels),
+        }
+
+    @torch.no_grad()
+    def set_prototypes(self, supports: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Make each class's kernel and map the means over its supports; classes without any become unknown.
+
+        `supports`: batches of kernels (n, C), maps (n, D, s, s) and labels (n,).
+        """
+        self.kernels.zero_()
+        self.maps.zero_()
+        number = torch.zeros(self.classes, device=self.known.device)
+        for kernels, maps, labels in supports:
+            self.kernels.index_add_(0, labels, kernels)
+            self.maps.index_add_(0, labels, maps)
+            number.index_add_(0, labels, torch.ones_like(labels, dtype=number.dtype))
+        self.known.copy_(number > 0)
+        self.kernels /= number.clamp(min=1)[:, None]
+        self.maps /= number.clamp(min=1)[:, None, None, None]
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, sizes: Sequence[tuple[int, int]], share: bool = False) -> list[Detections]:
+        """Detections of every normalised image (b, 3, H, W), in pixels of that input. Needs `set_prototypes`.
+
+        Every class is searched for by itself and keeps up to a hundred boxes. With `share`, all classes are looked for
+        in one set of RoIs, the best proposals of any, so that stage 4 runs once: quicker, and not quite the same.
+        """
+        if not self.known.any():
+            raise RuntimeError("no class has a prototype yet: call set_prototypes with the features of some supports")
+        known = self.known.nonzero()[:, 0]
+        supports = self.relation.support_parts(self.maps[known])
+        find = self._detect_shared if share else self._detect_each
+        found = []
+        for feature, size in zip(self.trunk(images).split(1), sizes, strict=True):
+            per_class = find(feature, size, known, supports)
+            boxes, scores = torch.cat([d.boxes for d in per_class]), torch.cat([d.scores for d in per_class])
+            labels = known.repeat_interleave(torch.tensor([len(d.scores) for d in per_class], device=known.device))
+            order = scores.sort(descending=True, stable=True).indices
+            found.append(Detections(boxes[order], scores[order], labels[order]))
+        return found
+
+    def proposals(self, feature: Tensor, size: tuple[int, int], classes: Tensor) -> list[Tensor]:
+        """Proposals (n, 5) for each of `classes` on one image, whose map is `feature` (1, C, h, w)."""
+        outputs = self.rpn.outputs(self.attended(feature, self.kernels[classes]))
+        return self.rpn.proposals(*outputs, [size] * len(classes))
+
+    def _detect_each(self, feature: Tensor, size: tuple[int, int], known: Tensor, supports: Parts) -> list[Detections]:
+        found = []
+        for i in range(0, len(known), CLASSES_AT_ONCE):
+            proposals = self.proposals(feature, size, known[i : i + CLASSES_AT_ONCE])
+            counts = [len(proposal) for proposal in proposals]
+            _, maps = self.roi_maps(feature, [torch.cat(proposals)])
+            queries, start = self.relation.query_parts(maps), 0
+            for j, proposal in enumerate(proposals):
+                query = queries.take(slice(start, start + counts[j]))
+                logits, deltas = self.relation(query, supports.take(slice(i + j, i + j + 1)))
+                found.append(faster_rcnn.detections(logits, deltas[:, None], proposal, size))
+                start += counts[j]
+        return found
+
+    def _detect_shared(
+        self, feature: Tensor, size: tuple[int, int], known: Tensor, supports: Parts
+    ) -> list[Detections]:
+        parts = [self.proposals(feature, size, part) for part in known.split(CLASSES_AT_ONCE)]
+        union = torch.cat([proposal for part in parts for proposal in part])
+        alike = torch.zeros(len(union), dtype=torch.int64, device=union.device)
+        union = union[faster_rcnn.nms_by_class(union[:, :4], union[:, 4], alike, 0.7)[: self.shared_proposals]]
+        queries = self.relation.query_parts(self.roi_maps(feature, [union])[1])
+        found = []
+        for i in range(len(known)):
+            logits, deltas = self.relation(queries, supports.take(slice(i, i + 1)))
+            found.append(faster_rcnn.detections(logits, deltas[:, None], union, size))
+        return found
