@@ -1,6 +1,6 @@
 """Run a detector over a test set, every picture once by any number of processes, and report how good it is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ def report(
     stage: str,
     trained_on: Sequence[str],
     args: Any,
+    also: Mapping[str, str] | None = None,
 ) -> None:
     """Print how good the detections are and by what protocol, and finish the run.
 
@@ -70,6 +71,7 @@ def report(
         stage: "base", or a stage of fine-tuning.
         trained_on: the classes of the training data.
         args: the recipe's, of which this reads dataset, split, shots, shot_lists, seed and classwise.
+        also: more to say of the protocol.
     """
     protocol = {
         "dataset": args.dataset,
@@ -85,6 +87,7 @@ def report(
             protocol["trained_on"] = "base and novel classes"
         drawn = f"lists in {args.shot_lists}" if args.shot_lists else f"drawn by seed {args.seed}"
         protocol["shots"] = f"{args.shots} of each class, {drawn}"
+    protocol |= also or {}
     result = evaluate.evaluate(found, dataset)
     said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.items() if value is not None)
     record.accelerator.print(f"protocol: {said}\n{evaluate.table(result, args.classwise)}")

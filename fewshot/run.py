@@ -29,7 +29,7 @@ T = TypeVar("T")
 LOG_EVERY = 10  # steps between lines of log.jsonl; also how often the losses are brought from the device
 
 # Arguments that change how a run is carried out, not what it computes: a resumed run may change these.
-FREE_ARGS = {"resume", "wandb", "workers", "out", "test_only", "stage", "base", "save_every"}
+FREE_ARGS = {"resume", "wandb", "workers", "out", "test_only", "stage", "base", "save_every", "share_proposals"}
 
 
 def start(args: Any) -> Accelerator:

@@ -9,7 +9,7 @@ name them. Base classes train everything, then K shots of every class train ever
     accelerate launch recipes/mpsr.py --stage finetune --shots 1 --seed 3
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -204,7 +204,9 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     # test
     record.load_best()
     detector = accelerator.unwrap_model(model).eval()
-    found = detect(accelerator, detector.detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
+    found = detect(
+        accelerator, detector.detect, test_set, replace(pipeline, multiple=1), trunk.normalisation, workers=args.workers
+    )
     report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
 
 
