@@ -2,8 +2,8 @@
 
 Supports of a class say what to look for: their mean scales the channels that the RPN sees, and a head of three
 relations (global, local, patch) compares each RoI with them. It trains on pictures paired with a class that is there
-and with one that is not. Base classes train everything, then K shots the head. No layer belongs to a class, so a new one
-needs only its supports.
+and with one that is not. Base classes train everything, then K shots the head. No layer belongs to a class, so a new
+one needs only its supports.
 
     accelerate launch recipes/attention_rpn.py --shots 10
     accelerate launch recipes/attention_rpn.py --dataset voc --data-root data --split 1 --shots 10
@@ -22,6 +22,7 @@ from fewshot.data import detection
 from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detect import detect, report
 from fewshot.detectors.attention_rpn import AttentionRPN
+from fewshot.fold import folded
 
 # pictures of a global batch in base training and in fine-tuning, and the published schedules for them (steps, learning
 # rate, milestones, warm-up), but for the embedded glyphs a quick one
@@ -226,7 +227,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
             (*detector.support_features(s.normalised(trunk.normalisation), s.boxes), s.labels) for s in table
         )
     record.save_model()
-    search = partial(detector.detect, share=args.share_proposals)
+    search = partial(folded(detector).detect, share=args.share_proposals)
     also = {"proposals": "shared by all classes" if args.share_proposals else "of each class"}
     found = detect(accelerator, search, test_set, pipeline, trunk.normalisation, workers=args.workers)
     report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args, also=also)

@@ -20,6 +20,7 @@ from fewshot.data import detection
 from fewshot.data.support import NWayKShot
 from fewshot.detect import detect, report
 from fewshot.detectors.fsdetview import FSDetView
+from fewshot.fold import folded
 
 # (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures: the published schedules, but for the
 # embedded glyphs a quick one.
@@ -203,7 +204,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         vectors = [(detector.support_vectors(s.normalised(trunk.normalisation)), s.labels) for s in table]
     detector.set_prototypes(*(torch.cat(part) for part in zip(*vectors)))
     record.save_model()
-    found = detect(accelerator, detector.detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
+    found = detect(accelerator, folded(detector).detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
     report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
 
 

@@ -21,6 +21,7 @@ from fewshot.data.object_crops import ObjectCrops
 from fewshot.data.transforms import CAFFE_MPSR
 from fewshot.detect import detect, report
 from fewshot.detectors.mpsr import MPSR
+from fewshot.fold import folded
 
 # (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures and as many objects: the published
 # schedules, but for the embedded glyphs a quick one.
@@ -204,9 +205,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     # test
     record.load_best()
     detector = accelerator.unwrap_model(model).eval()
-    found = detect(
-        accelerator, detector.detect, test_set, replace(pipeline, multiple=1), trunk.normalisation, workers=args.workers
-    )
+    pipeline = replace(pipeline, multiple=1)
+    found = detect(accelerator, folded(detector).detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
     report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
 
 

@@ -19,6 +19,7 @@ from fewshot import InputError, fpn, run, weights
 from fewshot.data import detection
 from fewshot.detect import detect, report
 from fewshot.detectors.tfa import TFA, grow
+from fewshot.fold import folded
 
 # (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures: the published schedules, but for the
 # embedded glyphs a quick one.
@@ -216,7 +217,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     # test
     record.load_best()
     detector = accelerator.unwrap_model(model).eval()
-    found = detect(accelerator, detector.detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
+    found = detect(accelerator, folded(detector).detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
     report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
 
 

@@ -35,11 +35,23 @@ QUICK = {
     "relation_net": EPISODIC,
     "meta_baseline": EPISODIC,
     "maml": "--iters 8 --eval-every 4 --val-tasks 2 --tasks 4 --train-queries 4 --batch-size 2",
-    "meta_rcnn": "--iters 6 --save-every 3 --shots 1 --batch-size 2 --test-images 12",
+} | dict.fromkeys(
+    ("attention_rpn", "fsce", "fsdetview", "meta_rcnn", "mpsr", "tfa"),
+    "--iters 6 --save-every 3 --shots 1 --batch-size 2 --test-images 12",
+)
+DETECTORS = [recipe for recipe in RECIPES if "--shots 1" in QUICK[recipe]]
+CLASSIFIERS = [recipe for recipe in RECIPES if recipe not in DETECTORS]
+# what fine-tuning leaves as base training made it
+FROZEN = {
+    "attention_rpn": ("trunk.", "rpn."),
+    "fsce": ("trunk.conv1.", "trunk.stages."),
+    "fsdetview": ("trunk.", "rpn.", "product.fc.", "difference.fc."),
+    "meta_rcnn": ("trunk.", "rpn."),
+    "mpsr": (),
+    "tfa": ("trunk.", "rpn.", "fc1.", "fc2."),
 }
-CLASSIFIERS = [recipe for recipe in RECIPES if recipe != "meta_rcnn"]
 # the recipes that differ in how they train or test; their copies do the same, and are tried with -m slow
-DIFFERENT = {"baseline", "maml", "meta_rcnn", "proto_net"}
+DIFFERENT = {"attention_rpn", "baseline", "maml", "meta_rcnn", "mpsr", "proto_net"}
 EACH = [pytest.param(r, marks=[] if r in DIFFERENT else [pytest.mark.slow]) for r in RECIPES]
 
 
@@ -89,7 +101,8 @@ def test_copies_stay_in_line(recipe):
     common += ["resume", "test_only", "wandb"]
     assert not [name for name in common if name not in fields]
     schedule = load(recipe).SCHEDULE
-    assert recipe == "meta_rcnn" or set(schedule) == set(get_args(DatasetName)), "a data set without a schedule"
+    names = ("glyphs", "voc", "coco") if recipe in DETECTORS else get_args(DatasetName)
+    assert set(schedule) == set(names), "a data set without a schedule"
     for name in fields:  # every flag is explained in --help
         assert re.search(rf"^    {name}: .*  # .+", source, re.M), f"{name} has no comment"
 
@@ -151,35 +164,60 @@ def test_a_trained_backbone_can_be_taken_over(tmp_path):
         run_here("proto_net", f"{EPISODIC} --init {tmp_path / 'other.safetensors'} --out {tmp_path / 'c'}")
 
 
-def test_meta_rcnn_end_to_end(tmp_path):
-    run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path}")
+@pytest.mark.parametrize("recipe", DETECTORS)
+def test_detector_end_to_end(recipe, tmp_path):
+    run_here(recipe, f"{QUICK[recipe]} --out {tmp_path}")
     base, tuned = tmp_path / "base", tmp_path / "1shot-seed0"
     assert set(metrics(base)["AP50"]) == {"base", "all"}
     result = metrics(tuned)
     assert set(result["AP50"]) == {"base", "novel", "all"} and len(result["per_class"]) > 10
+    files = {"args.json", "log.jsonl", "curves.png", "model.safetensors", "last", "detections.png", "detections.json"}
     for folder in (base, tuned):
-        assert {"args.json", "log.jsonl", "curves.png", "model.safetensors", "last", "detections.png"} <= {
-            p.name for p in folder.iterdir()
-        }
+        assert files <= {p.name for p in folder.iterdir()}
     shots = json.loads((tuned / "shots.json").read_text())
     assert sum(len(picture["boxes"]) for picture in shots["pictures"]) == 20
-    state = load_file(tuned / "model.safetensors")
-    assert state["known"].all() and state["prototypes"].shape[0] == 20
-    frozen = load_file(base / "model.safetensors")
-    for name, tensor in frozen.items():
-        if name.startswith(("trunk.", "rpn.")):
-            assert torch.equal(tensor, state[name]), f"{name} moved in fine-tuning"
-    # the base model is there now: fine-tuning with another seed takes it
-    stamp = (base / "model.safetensors").stat().st_mtime_ns
+    before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    if "known" in after:
+        assert after["known"].all() and len(after["known"]) == 20
+    for name, tensor in before.items():
+        if name.startswith(FROZEN[recipe]):
+            assert torch.equal(tensor, after[name]), f"{name} moved in fine-tuning"
+    assert any(not torch.equal(before[name], after[name]) for name in before.keys() & after.keys()), "nothing learnt"
+
+
+def test_a_base_model_serves_many_fine_tunings(tmp_path):
+    run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --stage base --out {tmp_path}")
+    stamp = (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns
     run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --seed 1")
-    assert (base / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (tmp_path / "1shot-seed1" / "metrics.json").exists()
     with pytest.raises(InputError, match="knows glyph-00"):
         run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --stage finetune --split 2")
 
 
+def test_novel_classes_can_start_from_a_model_of_their_own(tmp_path):
+    """TFA's other initialisation: a model that learnt the novel classes alone lends its last layers' rows."""
+    flags = f"{QUICK['tfa']} --out {tmp_path}"
+    run_here("tfa", f"{flags} --stage base")
+    run_here("tfa", f"{flags} --stage novel")
+    novel = tmp_path / "1shot-seed0-novel" / "model.safetensors"
+    run_here("tfa", f"{flags} --stage finetune --novel {novel} --lr 0")
+    given, grown = load_file(novel), load_file(tmp_path / "1shot-seed0" / "model.safetensors")
+    assert torch.equal(grown["reg.weight"][15 * 4 :], given["reg.weight"])
+    direction = torch.nn.functional.normalize
+    assert torch.allclose(direction(grown["cls.weight"][15:20]), direction(given["cls.weight"][:5]), atol=1e-5)
+
+
+def test_shared_proposals_are_a_way_to_test(tmp_path):
+    run_here("attention_rpn", f"{QUICK['attention_rpn']} --stage base --out {tmp_path}")
+    assert metrics(tmp_path / "base")["protocol"]["proposals"] == "of each class"
+    run_here("attention_rpn", f"{QUICK['attention_rpn']} --stage base --out {tmp_path} --test-only --share-proposals")
+    assert metrics(tmp_path / "base")["protocol"]["proposals"] == "shared by all classes"
+
+
 @pytest.mark.parametrize("recipe", EACH)
 def test_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
-    stage, run_of = ("--stage base", "base") if "--shots 1" in QUICK[recipe] else ("", "")
+    stage, run_of = ("--stage base", "base") if recipe in DETECTORS else ("", "")
     flags = f"{QUICK[recipe]} {stage} --iters 12"
     run_here(recipe, f"{flags} --out {tmp_path / 'straight'}")
     command = [
@@ -209,7 +247,7 @@ def test_two_processes_test_to_the_same_numbers(recipe, tmp_path):
     before = {p.parent: metrics(p.parent) for p in tmp_path.rglob("metrics.json")}
     for folder in before:
         (folder / "metrics.json").rename(folder / "one.json")
-    stage = "--stage finetune" if "--shots 1" in QUICK[recipe] else ""
+    stage = "--stage finetune" if recipe in DETECTORS else ""
     done = launch(recipe, f"{QUICK[recipe]} --out {tmp_path} --test-only {stage} --workers 0", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     again = [f for f in before if (f / "metrics.json").exists()]
