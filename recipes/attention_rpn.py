@@ -29,7 +29,7 @@ from fewshot.fold import folded
 BATCH = {"glyphs": (8, 8), "voc": (16, 8), "coco": (8, 4)}
 SCHEDULE = {
     "glyphs": {
-        "base": (500, 0.02, (400,), 50),
+        "base": (600, 0.008, (480,), 100),
         1: (40, 0.005, (), 0),
         2: (60, 0.005, (), 0),
         3: (60, 0.005, (), 0),
@@ -51,6 +51,7 @@ SCHEDULE = {
     },
 }
 WARMUP_RATIO = 0.1
+SHOTS = {"glyphs": 3, "voc": 10, "coco": 10}  # supports per class and picture in base training
 SMALLEST = {"glyphs": 0, "voc": 1024, "coco": 1024}  # base training leaves out pictures with an object of less area
 TABLE = {"glyphs": 30, "voc": 100, "coco": 10}  # supports per class that a base model is tested with
 # (shorter side, one of these in training; longer side) of the pictures to search, then side and context of supports
@@ -102,6 +103,7 @@ class Args:
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
+    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
     out: str | None = None  # where everything goes; by default runs/attention_rpn/<dataset>-split<split>
     seed: int = 0  # the only source of randomness
@@ -146,7 +148,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     else:
         train_set = without_small(train_set, SMALLEST[args.dataset])
     pipeline = detection.Pipeline(args.short or short, args.long or long)
-    shots = min(max(args.shots - 1, 1), 10) if finetune else 10  # one is to be found, the others show what to look for
+    # in fine-tuning one shot is to be found, the others show what to look for
+    shots = min(max(args.shots - 1, 1), 10) if finetune else SHOTS[args.dataset]
     episodes = QueryAware(train_set, pipeline, ways=2, shots=shots, size=support_size, context=context)
 
     # model
@@ -163,6 +166,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         style = args.style if name.startswith("resnet") else None
         trunk, sizes = backbones.c4(name, weights=source, style=style, norm=norm), SIZES[args.dataset]
         trunk.freeze(0 if source == "none" else 2)
+    if args.rois:
+        sizes = {**sizes, "rois": args.rois}
     model = AttentionRPN(trunk, len(train_set.classes), **sizes)
     if finetune:
         weights.fill(model, state, args.base, fresh=("kernels", "maps", "known"))

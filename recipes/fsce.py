@@ -117,6 +117,7 @@ class Args:
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
+    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
     out: str | None = None  # where everything goes; by default runs/fsce/<dataset>-split<split>
     seed: int = 0  # the only source of randomness
@@ -182,6 +183,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     dimensions = 128 if contrastive and args.contrastive != "off" else 0
     sizes |= FINETUNE[args.dataset] if finetune else {}
     classes = len(train_set.classes)
+    if args.rois:
+        sizes = {**sizes, "rois": args.rois}
     model = FSCE(trunk, classes, dimensions=dimensions, above=above, cosine=finetune, **sizes)
     if finetune:
         state = grow(state, train_set.base, train_set.classes)

@@ -81,6 +81,7 @@ class Args:
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
+    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
     out: str | None = None  # where everything goes; by default runs/meta_rcnn/<dataset>-split<split>
     seed: int = 0  # the only source of randomness
@@ -139,7 +140,10 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         style = args.style if name.startswith("resnet") else None
         trunk = backbones.c4(name, weights=source, meta=True, style=style, norm=norm)
         trunk.freeze(0 if source == "none" else 2)
-    model = MetaRCNN(trunk, len(train_set.classes), **SIZES[args.dataset])
+    sizes = SIZES[args.dataset]
+    if args.rois:
+        sizes = {**sizes, "rois": args.rois}
+    model = MetaRCNN(trunk, len(train_set.classes), **sizes)
     if finetune:
         weights.fill(model, state, args.base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
         model.trunk.requires_grad_(False)
@@ -152,7 +156,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     scheduler = run.warmup_step(optimizer, warmup=warmup, milestones=milestones)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
-    about |= {"architecture": trunk.architecture, "sizes": SIZES[args.dataset], "support_size": support_size}
+    about |= {"architecture": trunk.architecture, "sizes": sizes, "support_size": support_size}
     about |= {"normalisation": trunk.normalisation.to_dict()}
     record = run.Record(accelerator, "meta_rcnn", args, out, model, optimizer, scheduler, about)
     if finetune:

@@ -92,6 +92,7 @@ class Args:
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
+    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
     out: str | None = None  # where everything goes; by default runs/mpsr/<dataset>-split<split>
     seed: int = 0  # the only source of randomness
@@ -150,6 +151,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         trunk.freeze(0 if source == "none" else 1)
     if trunk.architecture["style"] == "caffe":
         trunk.normalisation = CAFFE_MPSR
+    if args.rois:
+        sizes = {**sizes, "rois": args.rois}
     model = MPSR(trunk, len(train_set.classes), **sizes)
     if finetune:
         torch.nn.init.normal_(model.cls.weight, std=0.001)

@@ -96,6 +96,7 @@ class Args:
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
+    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
     out: str | None = None  # where everything goes; by default runs/tfa/<dataset>-split<split>
     seed: int = 0  # the only source of randomness
@@ -157,6 +158,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         style = args.style if name.startswith("resnet") else None
         trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[args.dataset]
         trunk.freeze(0 if source == "none" else 1)
+    if args.rois:
+        sizes = {**sizes, "rois": args.rois}
     model = TFA(trunk, len(train_set.classes), cosine=finetune, **sizes)
     if stage == "finetune":
         more = {}
