@@ -3,6 +3,7 @@
     python scripts/benchmark.py glyphs
     python scripts/benchmark.py meta-test --json meta_test.json
     python scripts/benchmark.py train --dataset mini_imagenet --data-root data
+    python scripts/benchmark.py detect --backbone resnet50 --short 480 --long 640
 
 Every row names what is measured, ours, what it is compared with, and their ratio. Machines are noisy: compare ratios of
 one run, and repeat it.
@@ -13,22 +14,32 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, finetune, heads
+from fewshot import backbones, finetune, fpn, heads
 from fewshot.data import detection, episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.data.glyphs import glyph, scene
 from fewshot.data.support import NWayKShot
+from fewshot.detectors import faster_rcnn
+from fewshot.detectors.attention_rpn import AttentionRPN, MultiRelation
+from fewshot.detectors.fsce import FSCE
+from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.mpsr import MPSR
+from fewshot.detectors.tfa import TFA
+from fewshot.fold import folded
 from fewshot.maml import MAML
 from fewshot.meta_test import CHUNK_BYTES
 
+LONG = 10.0  # seconds: what takes longer is timed once
 WAYS, QUERIES = 5, 15  # of the tasks that are timed
 
 
@@ -38,17 +49,20 @@ class Row:
 
     name: str
     ours: float
-    plain: float
+    plain: float | None  # None where there is nothing to compare with
     unit: str
 
     @property
-    def ratio(self) -> float:
-        return self.ours / self.plain
+    def ratio(self) -> float | None:
+        return self.ours / self.plain if self.plain else None
 
 
 def seconds(work: Callable[[], object], repeat: int = 5) -> float:
-    """The median time of `work`, after one call that is not counted."""
+    """The median time of `work`, after one call that is not counted; the first time if that takes long."""
+    begin = time.perf_counter()
     work()
+    if (first := time.perf_counter() - begin) > LONG:
+        return first
     times = []
     for _ in range(repeat):
         begin = time.perf_counter()
@@ -243,14 +257,132 @@ def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) 
     ]
 
 
-BENCHMARKS = {"glyphs": glyph_rows, "meta-test": lambda: meta_test_rows() + maml_rows(), "train": train_rows}
+@torch.no_grad()
+def plain_meta_rcnn(model: MetaRCNN, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """The heads of Meta R-CNN and FSDetView as published: a pass per class over all RoI vectors."""
+    logits = queries.new_zeros(len(queries), model.classes + 1)
+    deltas = queries.new_zeros(len(queries), model.classes, 4)
+    for k, prototype in enumerate(model.prototypes):
+        seen = model.aggregate(queries, prototype)
+        out = model.cls(seen)
+        logits[:, k], deltas[:, k] = out[:, k], model.reg(seen).view(len(queries), model.classes, 4)[:, k]
+        logits[:, -1] += out[:, -1] / model.classes
+    return logits, deltas
+
+
+def plain_relation(relation: MultiRelation, queries: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention-RPN's head as one writes it first: both maps side by side through whole layers."""
+    both = torch.cat([queries, support.expand_as(queries)], 1)
+    pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=relation.padding, count_include_pad=False)
+    x = pool(F.relu(relation.patch[0](both)))
+    x = F.relu(relation.patch[2](F.relu(relation.patch[1](x)))).mean((2, 3))
+    near = F.relu((relation.local(queries) * relation.local(support)).sum((2, 3)))
+    far = F.relu(relation.whole[1](F.relu(relation.whole[0](both.mean((2, 3))))))
+    return relation.patch_cls(x) + relation.local_cls(near) + relation.whole_cls(far), relation.reg(x)
+
+
+@torch.no_grad()
+def plain_attention_rpn(model: AttentionRPN, images: Tensor, size: tuple[int, int]) -> list[faster_rcnn.Detections]:
+    """Attention-RPN's test as published: a class after the other, from the trunk's features on."""
+    features, found = model.trunk(images), []
+    for kernel, shown in zip(model.kernels, model.maps):
+        outputs = model.rpn.outputs(model.attended(features, kernel[None]))
+        (proposals,) = model.rpn.proposals(*outputs, [size])
+        _, maps = model.roi_maps(features, [proposals])
+        logits, deltas = plain_relation(model.relation, maps, shown[None])
+        found.append(faster_rcnn.detections(logits, deltas[:, None], proposals, size))
+    return found
+
+
+def detector_steps(model: nn.Module, images: Tensor, classes: int) -> dict[str, Tensor]:
+    """Losses of a training step on `images`, three boxes each, with the supports or crops that the method trains on."""
+    b, _, height, width = images.shape
+    corner = torch.rand(b, 3, 2) * torch.tensor([width, height]) / 2
+    boxes = list(torch.cat([corner, corner + torch.tensor([width, height]) / 3], -1))
+    sizes, labels = [(height, width)] * b, [torch.randint(classes, (3,)) for _ in range(b)]
+    if isinstance(model, AttentionRPN):  # 2 ways of 10 shots, 320 pixels
+        where = torch.tensor([32.0, 32.0, 288.0, 288.0]).expand(b, 2, 10, 4)
+        return model(images, sizes, boxes, torch.randn(b, 2, 10, 3, 320, 320), where)
+    if isinstance(model, MetaRCNN):  # a support of every class
+        return model(images, sizes, boxes, labels, torch.randn(classes, 4, 224, 224), torch.arange(classes))
+    if isinstance(model, MPSR):
+        crops = [torch.randn(b, 3, side, side) for side in model.levels.scales]
+        return model(images, sizes, boxes, labels, crops, torch.randint(classes, (b,)))
+    return model(images, sizes, boxes, labels)
+
+
+def with_prototypes(model: nn.Module) -> nn.Module:
+    """The model in testing, made to know all its classes by random prototypes."""
+    if isinstance(model, MetaRCNN):
+        model.set_prototypes(torch.rand_like(model.prototypes), torch.arange(model.classes))
+    elif isinstance(model, AttentionRPN):
+        model.set_prototypes(
+            [(torch.rand_like(model.kernels), torch.rand_like(model.maps), torch.arange(model.classes))]
+        )
+    return folded(model.eval())
+
+
+def detect_rows(backbone: str, short: int, long: int, pictures: int = 2) -> list[Row]:
+    """Training and testing, pictures per second, random weights; published numbers of RoIs and proposals.
+
+    A test with many classes stands beside the loop over classes where the method has one, else beside one class.
+    """
+    torch.manual_seed(0)
+    style = {"style": "caffe"} if backbone.startswith("resnet") else {}
+    images, size = torch.randn(pictures, 3, short, long), (short, long)
+    make = {
+        "TFA": lambda classes: TFA(fpn.fpn(backbone, **style), classes, cosine=True),
+        "FSCE": lambda classes: FSCE(fpn.fpn(backbone, **style), classes, dimensions=128, above=0.7, cosine=True),
+        "MPSR": lambda classes: MPSR(fpn.fpn(backbone, **style), classes),
+        "Meta R-CNN": lambda classes: MetaRCNN(backbones.c4(backbone, meta=True, **style), classes),
+        "FSDetView": lambda classes: FSDetView(backbones.c4(backbone, meta=True, **style), classes),
+        "Attention-RPN": lambda classes: AttentionRPN(backbones.c4(backbone, **style), classes),
+    }
+    rows = []
+    for name, build in make.items():
+        model = build(20).train()
+        step = seconds(lambda: sum(detector_steps(model, images, 20).values()).backward(), repeat=1)  # noqa: B023
+        rows.append(Row(f"{name}: training, pictures of {short} x {long}", pictures / step, None, "pictures/s"))
+        one = None
+        for classes in (1, 20, 80):
+            model = with_prototypes(build(classes))
+            test = 1 / seconds(lambda: model.detect(images[:1], [size]), repeat=3)  # noqa: B023
+            one = one or test
+            what, plain = f"{name}: testing {classes} classes", one
+            if isinstance(model, AttentionRPN):
+                plain = 1 / seconds(lambda: plain_attention_rpn(model, images[:1], size), repeat=3)  # noqa: B023
+                what += " / loop"
+            elif classes > 1:
+                what += " / one class"
+            rows.append(Row(what, test, plain if classes > 1 else None, "pictures/s"))
+            if isinstance(model, AttentionRPN) and classes > 1:
+                test = 1 / seconds(lambda: model.detect(images[:1], [size], share=True), repeat=3)  # noqa: B023
+                rows.append(Row(f"{name}: --share-proposals, {classes} classes / loop", test, plain, "pictures/s"))
+            if isinstance(model, MetaRCNN) and classes > 1:
+                queries = torch.rand(300, model.prototypes.shape[1])
+                with torch.no_grad():
+                    heads_at_once = 1 / seconds(lambda: model.classify(queries))  # noqa: B023
+                loop = 1 / seconds(lambda: plain_meta_rcnn(model, queries))  # noqa: B023
+                rows.append(Row(f"{name}: head alone, {classes} classes / loop", heads_at_once, loop, "pictures/s"))
+    return rows
+
+
+BENCHMARKS = {
+    "glyphs": glyph_rows,
+    "meta-test": lambda: meta_test_rows() + maml_rows(),
+    "train": train_rows,
+    "detect": detect_rows,
+}
 
 
 @dataclass
 class Args:
-    what: tyro.conf.Positional[str]  # glyphs, meta-test or train
+    what: tyro.conf.Positional[str]  # glyphs, meta-test, train or detect
     dataset: DatasetName = "glyphs"  # for train: whose pictures
     data_root: str = "data"  # folder that holds the data set
+    backbone: Literal["mobilenet_v2", "resnet18", "resnet50", "resnet101"] = "mobilenet_v2"  # for detect
+    short: int = 240  # for detect: height of the pictures
+    long: int = 320  # for detect: width of the pictures
     json: Path | None = None  # also write the rows to this file
     threads: int | None = None  # of torch; by default all cores
 
@@ -260,10 +392,12 @@ def main(args: Args) -> None:
         raise SystemExit(f"no benchmark {args.what!r}: choose from {', '.join(BENCHMARKS)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = BENCHMARKS[args.what](*((args.dataset, args.data_root) if args.what == "train" else ()))
+    chosen = {"train": (args.dataset, args.data_root), "detect": (args.backbone, args.short, args.long)}
+    rows = BENCHMARKS[args.what](*chosen.get(args.what, ()))
     print(f"{'':56}{'ours':>12}{'plain':>12}{'ratio':>9}")
     for row in rows:
-        print(f"{row.name:56}{row.ours:12.4g}{row.plain:12.4g}{row.ratio:9.2f}  {row.unit}")
+        beside = f"{'-':>12}{'-':>9}" if row.plain is None else f"{row.plain:12.4g}{row.ratio:9.2f}"
+        print(f"{row.name:56}{row.ours:12.4g}{beside}  {row.unit}")
     if args.json:
         lines = [{**vars(row), "ratio": row.ratio} for row in rows]
         args.json.write_text(json.dumps(lines, indent=2) + "\n")
