@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: which thing is wrong, and what to do about it."""
+
+
+from fewshot.inference import load  # noqa: E402  (what it imports needs InputError)
+
+__all__ = ["InputError", "load"]

@@ -29,6 +29,8 @@ or 1. With p_i, the gradient of the batch's loss by logit i (softmax minus targe
     |w|² = a² |w_0|² + sum_i b_i (z_i + a w_0 x_i)
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,9 +42,8 @@ from fewshot import InputError
 
 
 @torch.no_grad()
-def linear(
+def fit_linear(
     support: Tensor,
-    query: Tensor,
     ways: int,
     *,
     steps: int,
@@ -54,15 +55,14 @@ def linear(
     weight_decay: float = 1e-3,
     batches: Iterable[Tensor] | None = None,
     init: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Logits (tasks, queries, ways) of linear classifiers with bias: Baseline.
+) -> LinearHeads:
+    """Linear classifiers with bias, one for each task, trained on its supports: Baseline.
 
     What is random, first the initial weights and then the batches, comes from torch's global generator on the CPU. Give
     some hundred tasks at once: fewer take hardly less time.
 
     Args:
         support: features (tasks, ways * shots, D), all shots of class 0 first.
-        query: features (tasks, queries, D).
         steps: of SGD, each on one batch. Every pass over a task's supports takes them in a new random order.
         batch_size: supports in a batch.
         drop_last: whether to leave out the last batch of a pass if it is smaller.
@@ -76,13 +76,12 @@ def linear(
     weight, bias = init or (_uniform(support, ways, support.shape[2]), _uniform(support, ways))
     heads = LinearHeads(support, weight, bias, SGD(lr, momentum, dampening, weight_decay))
     batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
-    return _train(heads, batches, steps).logits(query)
+    return _train(heads, batches, steps)
 
 
 @torch.no_grad()
-def cosine(
+def fit_cosine(
     support: Tensor,
-    query: Tensor,
     ways: int,
     *,
     temperature: float,
@@ -95,14 +94,14 @@ def cosine(
     weight_decay: float = 1e-3,
     batches: Iterable[Tensor] | None = None,
     init: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Logits (tasks, queries, ways) of weight-normalised cosine classifiers with learnt gains: Baseline++.
+) -> CosineHeads:
+    """Weight-normalised cosine classifiers with learnt gains, one for each task: Baseline++.
 
     Args:
         temperature: multiplies the cosines.
         init: in place of `heads.CosineLinear`'s, initial weights (tasks, ways, D) and gains (tasks, ways).
 
-    The other arguments and the errors are those of `linear`.
+    The other arguments and the errors are those of `fit_linear`.
     """
     if init is None:
         weight = _uniform(support, ways, support.shape[2])
@@ -110,13 +109,12 @@ def cosine(
     sgd = SGD(lr, momentum, dampening, weight_decay)
     heads = CosineHeads(support, *init, sgd, temperature, eps=1e-5)
     batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
-    return _train(heads, batches, steps).logits(query)
+    return _train(heads, batches, steps)
 
 
 @torch.no_grad()
-def normalised(
+def fit_normalised(
     support: Tensor,
-    query: Tensor,
     ways: int,
     *,
     temperature: float,
@@ -130,26 +128,44 @@ def normalised(
     weight_decay: float = 1e-3,
     batches: Iterable[Tensor] | None = None,
     init: Tensor | None = None,
-) -> Tensor:
-    """Logits (tasks, queries, ways) of cosine classifiers without gain: Negative Margin.
+) -> CosineHeads:
+    """Cosine classifiers without gain, one for each task: Negative Margin.
 
     Args:
         temperature: multiplies the cosines.
         margin: subtracted from the true class's cosine while training.
         init: in place of `heads.NegMargin`'s, initial weights (tasks, ways, D).
 
-    The other arguments and the errors are those of `linear`.
+    The other arguments and the errors are those of `fit_linear`.
     """
     weight = _uniform(support, ways, support.shape[2]) if init is None else init
     sgd = SGD(lr, momentum, dampening, weight_decay)
     # added to the norm, 1e-12 does what F.normalize's lower bound of 1e-12 does: it matters to features of 0 alone
     heads = CosineHeads(support, weight, None, sgd, temperature, eps=1e-12, margin=margin)
     batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
-    return _train(heads, batches, steps).logits(query)
+    return _train(heads, batches, steps)
+
+
+@torch.no_grad()
+def linear(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
+    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_linear` on the supports."""
+    return fit_linear(support, ways, **options).logits(query)
+
+
+@torch.no_grad()
+def cosine(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
+    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_cosine` on the supports."""
+    return fit_cosine(support, ways, **options).logits(query)
+
+
+@torch.no_grad()
+def normalised(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
+    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_normalised` on the supports."""
+    return fit_normalised(support, ways, **options).logits(query)
 
 
 def random_batches(support: Tensor, steps: int, batch_size: int, drop_last: bool) -> Iterator[Tensor]:
-    """`steps` batches, indices (tasks, size) into the supports; for the arguments and the errors see `linear`."""
+    """`steps` batches, indices (tasks, size) into the supports; for the arguments and the errors see `fit_linear`."""
     tasks, n = support.shape[:2]
     per_pass = n // batch_size if drop_last else math.ceil(n / batch_size)
     if per_pass == 0:

@@ -149,6 +149,7 @@ class Record:
         self.step, self.best = 0, None
         self.pending: list[tuple[int, dict[str, torch.Tensor], Sequence[Any]]] = []
         self.metadata = {"method": method, "args": vars(args), **describe}
+        self.test_only = args.test_only
         self.began = time.time()
         if args.test_only:
             self.accelerator.print(f"testing {self.folder}/model.safetensors")
@@ -284,19 +285,27 @@ class Record:
         self.accelerator.wait_for_everyone()
 
     def save_model(self, also: dict[str, Any] | None = None) -> None:
-        """Write model.safetensors with its description (`also` adds to it)."""
+        """Write model.safetensors with its description, to which `also` adds for good."""
+        self.metadata |= also or {}
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
-            weights.save(self.folder / "model.safetensors", model, {**self.metadata, **(also or {})})
+            weights.save(self.folder / "model.safetensors", model, self.metadata)
         self.accelerator.wait_for_everyone()
 
     def load_best(self) -> None:
         """Put the weights of model.safetensors into the model."""
         path = self.folder / "model.safetensors"
-        weights.fill(self.accelerator.unwrap_model(self.model), weights.load(path)[0], path)
+        state, about = weights.load(path)
+        weights.fill(self.accelerator.unwrap_model(self.model), state, path)
+        self.metadata["step"] = about.get("step")
 
     def finish(self, metrics: dict[str, Any], pictures: dict[str, Any] | None = None) -> None:
-        """Write metrics.json, curves.png and `pictures` ({name: PIL image} -> name.png); close the tracker."""
+        """Write metrics.json, curves.png and `pictures` ({name: PIL image} -> name.png); close the tracker.
+
+        After a training the model's file is told the results, without those of single classes.
+        """
+        if not self.test_only:
+            self.save_model({"results": {key: value for key, value in metrics.items() if key != "per_class"}})
         if self.accelerator.is_main_process:
             write_json(self.folder / "metrics.json", metrics)
             show.curves(self.folder / "log.jsonl", self.folder / "curves.png")

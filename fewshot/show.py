@@ -53,10 +53,49 @@ def detections(
         boxes, scores, labels = (torch.as_tensor(column) for column in found[record.id])
         shown = scores >= score_above
         names = [dataset.classes[label] for label in labels[shown]]
-        captions = [f"{name} {score:.2f}" for name, score in zip(names, scores[shown])]
-        colors = ["orange" if name in dataset.novel else "dodgerblue" for name in names]
-        images.append(boxes_on(dataset.image(index), boxes[shown], captions, colors, side))
+        text, ink = captions(names, scores[shown]), colors(names, dataset.novel)
+        images.append(boxes_on(dataset.image(index), boxes[shown], text, ink, side))
     return sheet(images)
+
+
+def guesses(images: Sequence[Tensor], probabilities: Sequence[Mapping[str, float]], most: int = 5) -> Figure:
+    """A figure of pictures, uint8 (3, H, W), each beside bars of its likeliest classes' probabilities."""
+    figure = Figure(figsize=(5, 2 * len(images)), layout="constrained")
+    for (picture, bars), image, table in zip(figure.subplots(len(images), 2, squeeze=False), images, probabilities):
+        picture.imshow(image.permute(1, 2, 0))
+        picture.axis("off")
+        best = sorted(table.items(), key=lambda item: -item[1])[:most][::-1]
+        bars.barh([name for name, _ in best], [100 * value for _, value in best])
+        bars.set_xlim(0, 100)
+        bars.tick_params(labelsize=8)
+    bars.set_xlabel("%", fontsize=8)
+    return figure
+
+
+def found(
+    images: Sequence[Tensor], found: Sequence[tuple[Tensor, Tensor, list[str]]], novel: Sequence[str], side: int = 480
+) -> Figure:
+    """A figure of pictures, uint8 (3, H, W), with (boxes, scores, names) of each; novel classes are orange."""
+    columns = min(3, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(4 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, image, (boxes, scores, names) in zip(axes, images, found):
+        drawn = boxes_on(image, boxes, captions(names, scores), colors(names, novel), side)
+        axis.imshow(drawn.permute(1, 2, 0))
+    for axis in figure.axes:
+        axis.axis("off")
+    return figure
+
+
+def captions(names: Sequence[str], scores: Tensor) -> list[str]:
+    """What stands at boxes."""
+    return [f"{name} {score:.2f}" for name, score in zip(names, scores)]
+
+
+def colors(names: Sequence[str], novel: Sequence[str]) -> list[str]:
+    """Of boxes: orange for novel classes, blue for the others."""
+    return ["orange" if name in novel else "dodgerblue" for name in names]
 
 
 def boxes_on(image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequence[str], side: int) -> Tensor:

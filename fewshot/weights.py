@@ -22,9 +22,14 @@ def save(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -> None:
 
     The file also names the format and the git commit of the code, so that the model can be rebuilt from it alone.
     """
+    save_state(path, model.state_dict(), {"commit": commit(), **metadata})
+
+
+def save_state(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """`save` of a state dict; the metadata say which commit made it."""
     path = Path(path)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    about = {"fewshot_format": FORMAT, "commit": commit(), **metadata}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    about = {**metadata, "fewshot_format": FORMAT}
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, {key: json.dumps(value) for key, value in about.items()})
     os.replace(temporary, path)

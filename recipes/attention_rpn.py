@@ -188,7 +188,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
     about |= {"architecture": trunk.architecture, "sizes": sizes, "support_size": support_size, "context": context}
-    about |= {"normalisation": trunk.normalisation.to_dict()}
+    about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
     record = run.Record(accelerator, "attention_rpn", args, out, model, optimizer, scheduler, about)
     if finetune:
         detection.save_shots(record.folder / "shots.json", train_set)

@@ -99,7 +99,8 @@ def main(args: Args) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
     scheduler = run.warmup_step(optimizer, warmup=warmup * iters // published, ratio=0.25, milestones=milestones)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    record = run.Record(accelerator, "baseline_plus", args, out, model, optimizer, scheduler, train_set.describe())
+    about = train_set.describe() | {"test_temperature": test_temperature}
+    record = run.Record(accelerator, "baseline_plus", args, out, model, optimizer, scheduler, about)
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train

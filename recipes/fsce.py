@@ -199,7 +199,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
     about |= {"architecture": trunk.architecture, "sizes": sizes, "cosine": finetune, "dimensions": dimensions}
-    about |= {"normalisation": trunk.normalisation.to_dict()}
+    about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
     record = run.Record(accelerator, "fsce", args, out, model, optimizer, scheduler, about)
     if finetune:
         detection.save_shots(record.folder / "shots.json", train_set)

@@ -91,7 +91,8 @@ def main(args: Args) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scheduler = run.warmup_step(optimizer)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    record = run.Record(accelerator, "maml", args, out, model, optimizer, scheduler, train_set.describe())
+    about = train_set.describe() | {"inner_lr": inner_lr}
+    record = run.Record(accelerator, "maml", args, out, model, optimizer, scheduler, about)
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train

@@ -133,6 +133,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     else:
         train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(test_set.base)
     pipeline = detection.Pipeline(args.short or short, args.long or long, flip, multiple=32)
+    unpadded = replace(pipeline, multiple=1)
 
     # model
     if finetune:
@@ -165,7 +166,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
     about |= {"architecture": trunk.architecture, "sizes": sizes}
-    about |= {"normalisation": trunk.normalisation.to_dict()}
+    about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": unpadded.describe()}
     record = run.Record(accelerator, "mpsr", args, out, model, optimizer, scheduler, about)
     if finetune:
         detection.save_shots(record.folder / "shots.json", train_set)
@@ -208,8 +209,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     # test
     record.load_best()
     detector = accelerator.unwrap_model(model).eval()
-    pipeline = replace(pipeline, multiple=1)
-    found = detect(accelerator, folded(detector).detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
+    found = detect(accelerator, folded(detector).detect, test_set, unpadded, trunk.normalisation, workers=args.workers)
     report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
 
 

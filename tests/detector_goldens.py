@@ -34,21 +34,6 @@ def fill(
     assert sorted(missing) == sorted(own) and not unexpected, f"missing {missing}, left over {unexpected}"
 
 
-def pyramid_key(key: str) -> str | None:
-    """The reference's name of a tensor of backbone, neck or RPN -> ours; None for another."""
-    if key.startswith("backbone.layer"):
-        stage = int(key[len("backbone.layer")]) - 1
-        return f"trunk.stages.{stage}." + key.split(".", 2)[2]
-    if key.startswith("backbone."):
-        return key.replace("backbone.", "trunk.", 1)
-    if key.startswith("neck."):
-        _, part, level, _, kind = key.split(".")
-        return f"trunk.{'lateral' if part == 'lateral_convs' else 'output'}.{level}.{kind}"
-    if key.startswith("rpn_head."):
-        return "rpn." + key.removeprefix("rpn_head.rpn_")
-    return None
-
-
 def check_rpn(rpn: RPN, features: Sequence[Tensor], expected: Mapping[str, Any]) -> None:
     """Raw maps of every level and the proposals of one picture."""
     maps = rpn.maps(features)

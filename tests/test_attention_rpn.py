@@ -1,5 +1,7 @@
 """Attention-RPN against the reference's outputs, losses and gradients, weights given by the naming rule."""
 
+from functools import partial
+
 import pytest
 import torch
 from detector_goldens import (
@@ -16,31 +18,9 @@ from naming_rule import boxes, close, golden
 from fewshot import backbones
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.attention_rpn import AttentionRPN
+from fewshot.mmfewshot import detector_name
 
-RELATION = {
-    "patch_relation_branch.0": "patch.0",
-    "patch_relation_branch.3": "patch.1",
-    "patch_relation_branch.5": "patch.2",
-    "local_correlation_branch.0": "local",
-    "global_relation_branch.0": "whole.0",
-    "global_relation_branch.2": "whole.1",
-    "patch_relation_fc_cls": "patch_cls",
-    "patch_relation_fc_reg": "reg",
-    "local_correlation_fc_cls": "local_cls",
-    "global_relation_fc_cls": "whole_cls",
-}
-
-
-def our_key(key: str) -> str:
-    """The reference's name of a tensor -> ours."""
-    if key.startswith("backbone."):
-        return key.replace("backbone.", "trunk.", 1)
-    if key.startswith("roi_head.shared_head.layer4."):
-        return key.replace("roi_head.shared_head.layer4.", "trunk.stage4.", 1)
-    if key.startswith("rpn_head."):
-        return "rpn." + key.removeprefix("rpn_head.rpn_")
-    layer, kind = key.removeprefix("roi_head.bbox_head.").rsplit(".", 1)
-    return f"relation.{RELATION[layer]}.{kind}"
+our_key = partial(detector_name, method="attention_rpn")
 
 
 def support(c: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:

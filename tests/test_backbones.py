@@ -14,47 +14,33 @@ from torchvision.ops import roi_align
 
 from fewshot import InputError, backbones
 from fewshot.data.transforms import CAFFE, HALF, IMAGENET
+from fewshot.mmfewshot import backbone_name
 
 # ---------------------------------------------------------------------------------------------- classification
 
-# rewriting rules from the reference's names of tensors to ours
-CONVNET = ((r"layers\.(\d)\.layers", r"blocks.\1"),)
-RESNET12 = ((r"layer(\d)\.0", lambda m: f"stages.{int(m[1]) - 1}"), ("downsample", "shortcut"))
-WIDE = (
-    (r"layer(\d)", lambda m: f"stages.{int(m[1]) - 1}"),
-    (r"shortcut\.0", "shortcut"),
-    ("^conv1", "stem"),
-    ("^norm1", "norm"),
-)
-REFERENCE = {  # golden case -> (our name, pooled, rules)
-    "conv4": ("conv4", True, CONVNET),
-    "conv4_nopool": ("conv4", False, CONVNET),
-    "resnet12": ("resnet12", True, RESNET12),
-    "resnet12_map": ("resnet12", False, RESNET12),
-    "wrn28x10": ("wrn28_10", True, WIDE),
+REFERENCE = {  # golden case -> (our name, pooled)
+    "conv4": ("conv4", True),
+    "conv4_nopool": ("conv4", False),
+    "resnet12": ("resnet12", True),
+    "resnet12_map": ("resnet12", False),
+    "wrn28x10": ("wrn28_10", True),
 }
-
-
-def our_name(key: str, rules) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 @pytest.mark.parametrize("case", REFERENCE)
 @torch.no_grad()
 def test_outputs_and_statistics_equal_the_reference(case):
-    name, pooled, rules = REFERENCE[case]
+    name, pooled = REFERENCE[case]
     stored = golden("cls_backbones")[case]
     net = backbones.build(name, 84, pooled)
-    fill(net, stored["state"], lambda key: our_name(key, rules), prefix="backbone.")
+    fill(net, stored["state"], lambda key: backbone_name(key, name), prefix="backbone.")
     pictures = rgb_input(*(image(f"cls{i}", 84, 84) for i in range(stored["eval"]["shape"][0])))
     close(net.eval()(pictures), stored["eval"], 1e-5)
     if "train" in stored:
         close(net.train()(pictures), stored["train"], 1e-5)
         buffers = dict(net.named_buffers())
         for key, values in stored["bn_after_train_forward"].items():
-            close(buffers[our_name(key, rules)], values, 1e-5)
+            close(buffers[backbone_name(key, name)], values, 1e-5)
 
 
 @pytest.mark.parametrize(

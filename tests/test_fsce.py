@@ -1,27 +1,24 @@
 """FSCE against the reference's outputs, losses and gradients."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detector_goldens import EVERY, SIZE, check_detections, check_gradients, fill, normalised, training_batch
 from naming_rule import array, close, golden
-from test_tfa import HEAD, pyramid_key
 
 from fewshot import fpn
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.fsce import FSCE, contrastive_loss
+from fewshot.mmfewshot import detector_name
 
 GOLDEN = golden("fsce")
 TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]
 
 
-def our_key(key: str) -> str:
-    """The reference's name of a tensor -> ours."""
-    if (ours := pyramid_key(key)) is not None:
-        return ours
-    layer, kind = key.removeprefix("roi_head.bbox_head.").rsplit(".", 1)
-    return f"{HEAD.get(layer) or layer.replace('contrastive_head', 'contrast')}.{kind}"
+our_key = partial(detector_name, method="fsce")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """FSDetView against the reference's outputs, losses and gradients, weights given by the naming rule."""
 
+from functools import partial
+
 import pytest
 import torch
 from detector_goldens import (
@@ -18,21 +20,9 @@ from naming_rule import close, golden
 from fewshot import backbones
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.fsdetview import FSDetView
+from fewshot.mmfewshot import detector_name
 
-HEAD = {"fc_cls": "cls", "fc_reg": "reg", "fc_meta": "meta", "rpn_conv": "conv", "rpn_cls": "cls", "rpn_reg": "reg"}
-
-
-def our_key(key: str) -> str:
-    """The reference's name of a tensor -> ours."""
-    if key.startswith("backbone."):
-        return key.replace("backbone.", "trunk.", 1)
-    if key.startswith("roi_head.shared_head.layer4."):
-        return key.replace("roi_head.shared_head.layer4.", "trunk.stage4.", 1)
-    if key.startswith("roi_head.aggregation_layer.aggregator_list."):
-        number, rest = key.removeprefix("roi_head.aggregation_layer.aggregator_list.").split(".", 1)
-        return f"{('product', 'difference')[int(number)]}.{rest}"
-    *prefix, layer, kind = key.split(".")
-    return ("rpn." if prefix == ["rpn_head"] else "") + f"{HEAD[layer]}.{kind}"
+our_key = partial(detector_name, method="fsdetview")
 
 
 @pytest.fixture(scope="module", params=["fsdetview"])

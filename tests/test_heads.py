@@ -1,7 +1,5 @@
 """Classification heads against the reference's outputs and plain versions."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from naming_rule import array, close, fill, golden
 from torch import Tensor
 
 from fewshot import InputError, heads
+from fewshot.mmfewshot import head_name
 
 EPISODES = {"vec": (128,), "map19": (64, 19, 19), "map5": (64, 5, 5)}  # kinds of features -> their shapes
 WAYS = 5
@@ -33,11 +32,6 @@ def episode(case: dict) -> tuple[Tensor, Tensor, Tensor]:
 
     n = case["queries_per_class"]
     return features("support", int(tag[-1])), features("query", n), torch.arange(WAYS).repeat_interleave(n)
-
-
-def our_name(key: str) -> str:
-    """The reference's name of a head's tensor -> ours."""
-    return re.sub(r"layer(\d)\.1", r"norm\1", re.sub(r"layer(\d)\.0", r"conv\1", key))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -73,7 +67,7 @@ def test_metric_heads_equal_the_reference(method, shots):
     head = make()
     parameters = {}
     if isinstance(head, torch.nn.Module):
-        fill(head, stored["state"], our_name, prefix="head.")
+        fill(head, stored["state"], head_name, prefix="head.")
         parameters = dict(head.named_parameters())
         head.eval()
     logits = head(support, query, WAYS)
@@ -93,7 +87,7 @@ def test_metric_heads_equal_the_reference(method, shots):
     assert query.grad.norm().item() == pytest.approx(stored["grad_norm_query"], rel=2e-3)
     for key, norm in stored["grad_norm_params"].items():
         if norm > 1e-5:  # less is rounding of a true 0
-            assert parameters[our_name(key)].grad.norm().item() == pytest.approx(norm, rel=2e-3), key
+            assert parameters[head_name(key)].grad.norm().item() == pytest.approx(norm, rel=2e-3), key
 
 
 CLASS_MAJOR = [1, 4, 0, 3, 2, 5]  # the specification's supports are of classes 1, 0, 2, 1, 0, 2

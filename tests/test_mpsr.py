@@ -1,5 +1,7 @@
 """MPSR against the reference's outputs, losses and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from detector_goldens import (
@@ -10,7 +12,6 @@ from detector_goldens import (
     check_rpn,
     fill,
     normalised,
-    pyramid_key,
     training_batch,
 )
 from naming_rule import close, golden
@@ -20,19 +21,13 @@ from fewshot import fpn
 from fewshot.data.transforms import CAFFE_MPSR
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.mpsr import MPSR, PUBLISHED
+from fewshot.mmfewshot import detector_name
 
 GOLDEN = golden("mpsr")
 TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]
-HEAD = {"cls_fcs.0": "cls_fc1", "cls_fcs.1": "cls_fc2", "reg_fcs.0": "reg_fc1", "reg_fcs.1": "reg_fc2"}
-HEAD |= {"fc_cls": "cls", "fc_reg": "reg"}
 
 
-def our_key(key: str) -> str:
-    """The reference's name of a tensor -> ours."""
-    if (ours := pyramid_key(key)) is not None:
-        return ours
-    layer, kind = key.removeprefix("roi_head.bbox_head.").rsplit(".", 1)
-    return f"{HEAD[layer]}.{kind}"
+our_key = partial(detector_name, method="mpsr")
 
 
 @pytest.fixture(scope="module")

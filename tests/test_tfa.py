@@ -1,5 +1,7 @@
 """TFA against the reference's outputs, losses and gradients, and the growing of its box head."""
 
+from functools import partial
+
 import pytest
 import torch
 from detector_goldens import (
@@ -10,7 +12,6 @@ from detector_goldens import (
     check_rpn,
     fill,
     normalised,
-    pyramid_key,
     training_batch,
 )
 from naming_rule import close, golden
@@ -18,18 +19,13 @@ from naming_rule import close, golden
 from fewshot import fpn
 from fewshot.detectors import faster_rcnn, tfa
 from fewshot.detectors.tfa import TFA
+from fewshot.mmfewshot import detector_name
 
 GOLDEN = golden("tfa")
 TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]
-HEAD = {"fc_cls": "cls", "fc_reg": "reg", "shared_fcs.0": "fc1", "shared_fcs.1": "fc2"}
 
 
-def our_key(key: str) -> str:
-    """The reference's name of a tensor -> ours."""
-    if (ours := pyramid_key(key)) is not None:
-        return ours
-    layer, kind = key.removeprefix("roi_head.bbox_head.").rsplit(".", 1)
-    return f"{HEAD[layer]}.{kind}"
+our_key = partial(detector_name, method="tfa")
 
 
 @pytest.fixture(scope="module")

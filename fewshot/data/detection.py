@@ -321,6 +321,21 @@ class Pipeline:
     flip: bool = False
     multiple: int = 1
 
+    def describe(self) -> dict[str, int | None]:
+        """What a saved model says of the pictures that it is tested on: `Pipeline(**this)` makes such again."""
+        short = max(self.short) if isinstance(self.short, tuple) else self.short
+        return {"short": short, "long": self.long, "multiple": self.multiple}
+
+    def resize(self, image: Tensor, short: int | None) -> tuple[Tensor, Tensor]:
+        """uint8 (3, h, w) resized, and the factors (2,) of x and y by which it was."""
+        old = image.shape[-2:]
+        factors = [limit / side for limit, side in ((self.long, max(old)), (short, min(old))) if limit is not None]
+        height, width = (int(side * min(factors, default=1) + 0.5) for side in old)
+        if (height, width) != old:
+            # Not antialiased, because OpenCV's is not, with which published weights were trained.
+            image = F.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=False)
+        return image, torch.tensor([width / old[1], height / old[0]])
+
     def sample(self, dataset: DetectionSet, index: int, rng: np.random.Generator | None = None) -> Sample:
         """Picture `index` with the objects that may be trained on; `rng` is what training draws from."""
         record, image = dataset.records[index], dataset.image(index)
@@ -329,12 +344,8 @@ class Pipeline:
         old = image.shape[-2:]
         shorts = self.short if isinstance(self.short, tuple) else (self.short,)
         short = max(shorts) if rng is None or len(shorts) == 1 else shorts[rng.integers(len(shorts))]
-        factors = [limit / side for limit, side in ((self.long, max(old)), (short, min(old))) if limit is not None]
-        height, width = (int(side * min(factors, default=1) + 0.5) for side in old)
-        if (height, width) != old:
-            # Not antialiased, because OpenCV's is not, with which published weights were trained.
-            image = F.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=False)
-        scale = torch.tensor([width / old[1], height / old[0]])
+        image, scale = self.resize(image, short)
+        height, width = image.shape[-2:]
         boxes = boxes * scale.repeat(2)
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
@@ -379,20 +390,24 @@ class Batch:
 
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
     """Pad samples to the largest height and width among them, rounded up to a multiple of `multiple`."""
-    sizes = torch.tensor([s.image.shape[-2:] for s in samples])  # (b, 2)
-    height, width = (-(-side // multiple) * multiple for side in sizes.amax(0).tolist())
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
-    for image, sample in zip(images, samples):
-        image[:, : sample.image.shape[-2], : sample.image.shape[-1]] = sample.image
     return Batch(
-        images=images,
-        sizes=sizes,
+        images=collate_images([s.image for s in samples], multiple),
+        sizes=torch.tensor([s.image.shape[-2:] for s in samples]),
         scales=torch.stack([s.scale for s in samples]),
         boxes=[s.boxes for s in samples],
         labels=[s.labels for s in samples],
         ids=[s.id for s in samples],
         originals=torch.tensor([s.original for s in samples]),
     )
+
+
+def collate_images(images: Sequence[Tensor], multiple: int = 1) -> Tensor:
+    """uint8 (b, 3, H, W) of images (3, h, w), padded with zeros to a multiple of `multiple`."""
+    height, width = (-(-max(i.shape[d] for i in images) // multiple) * multiple for d in (1, 2))
+    padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for place, image in zip(padded, images):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return padded
 
 
 def train_loader(

@@ -105,6 +105,7 @@ class ImageSet:
             "dataset": self.name,
             "classes": self.classes,
             "size": self.size,
+            "stored": self.stored,
             "normalisation": self.normalisation.to_dict(),
             "augment": self.augment,
         }

@@ -15,23 +15,26 @@ from fewshot import InputError
 from fewshot.data.detection import SUPPORT, DetectionSet, stream
 
 
-def support_image(image: Tensor, box: np.ndarray | Tensor, size: int = 224) -> Tensor:
+def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 224) -> Tensor:
     """A whole picture squeezed to a square, and where its object is: Meta R-CNN's four-channel support.
 
     Args:
         image: uint8 RGB (3, H, W).
         box: (4,) xyxy in its pixels.
-        size: side of the square in pixels.
+        size: side of the square in pixels; None leaves the picture as it is.
 
     Returns:
         uint8 (4, size, size): the picture without regard to its aspect ratio, and a mask, 1 inside the box.
     """
     height, width = image.shape[-2:]
     # Not antialiased, like the pictures to be searched (`detection.Pipeline`).
-    squeezed = F.resize(image, [size, size], InterpolationMode.BILINEAR, antialias=False)
-    factors = torch.tensor([size / width, size / height]).repeat(2)  # float32, as what is truncated below depends on it
+    new = [size, size] if size is not None else [height, width]
+    squeezed = F.resize(image, new, InterpolationMode.BILINEAR, antialias=False)
+    factors = torch.tensor([new[1] / width, new[0] / height]).repeat(
+        2
+    )  # float32, as what is truncated below depends on it
     x1, y1, x2, y2 = (torch.as_tensor(box, dtype=torch.float32) * factors).int().clamp(min=0).tolist()
-    mask = torch.zeros(1, size, size, dtype=torch.uint8)
+    mask = torch.zeros(1, *new, dtype=torch.uint8)
     mask[:, y1:y2, x1:x2] = 1
     return torch.cat([squeezed, mask])
 

@@ -208,6 +208,13 @@ class AttentionRPN(nn.Module):
             "box": F.l1_loss(deltas[match].float(), targets, reduction="sum") / len(labels),
         }
 
+    def forget(self, classes: int) -> None:
+        """Make room for the prototypes of so many other classes, of which none is known yet."""
+        self.classes = classes
+        for name in ("kernels", "maps", "known"):
+            old = getattr(self, name)
+            setattr(self, name, old.new_zeros(classes, *old.shape[1:]))
+
     @torch.no_grad()
     def set_prototypes(self, supports: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Make each class's kernel and map the means over its supports; classes without any become unknown.

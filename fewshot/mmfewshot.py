@@ -1,0 +1,382 @@
+"""What mmfewshot 0.1.0's checkpoints are called here: names of tensors, methods, variants, classes."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewshot import InputError
+from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
+from fewshot.data.transforms import CAFFE, CAFFE_MPSR, IMAGENET
+from fewshot.inference import CLASSIFIERS, DETECTORS, Classifier, Detector
+
+COCO_CLASSES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,"
+    "snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,"
+    "fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted "
+    "plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,"
+    "book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
+# the reference's name of a method in its configs and files -> ours
+CLASSIFIER_NAMES = {
+    "Baseline": "baseline",
+    "BaselinePlus": "baseline_plus",
+    "NegMargin": "neg_margin",
+    "ProtoNet": "proto_net",
+    "MatchingNet": "matching_net",
+    "RelationNet": "relation_net",
+    "MetaBaseline": "meta_baseline",
+    "MAML": "maml",
+}
+# rewriting rules of names: backbones of classifiers, then heads
+BACKBONES = {
+    "conv4": ((r"layers\.(\d)\.layers", r"blocks.\1"),),
+    "resnet12": ((r"layer(\d)\.0", lambda m: f"stages.{int(m[1]) - 1}"), ("downsample", "shortcut")),
+    "wrn28_10": (
+        (r"layer(\d)", lambda m: f"stages.{int(m[1]) - 1}"),
+        (r"shortcut\.0", "shortcut"),
+        ("^conv1", "stem"),
+        ("^norm1", "norm"),
+    ),
+}
+HEADS = (
+    (r"^fc\.(weight|bias|weight_g|weight_v)$", r"\1"),
+    (r"^fc\.parametrizations\.weight\.original0$", "weight_g"),
+    (r"^fc\.parametrizations\.weight\.original1$", "weight_v"),
+    (r"^layer(\d)\.0\.", r"conv\1."),
+    (r"^layer(\d)\.1\.", r"norm\1."),
+)
+LAST = {"fc_cls": "cls", "fc_reg": "reg", "fc_meta": "meta"}
+DETECTOR_HEADS = LAST | {
+    "shared_fcs.0": "fc1",
+    "shared_fcs.1": "fc2",
+    "contrastive_head.0": "contrast.0",
+    "contrastive_head.2": "contrast.2",
+    "cls_fcs.0": "cls_fc1",
+    "cls_fcs.1": "cls_fc2",
+    "reg_fcs.0": "reg_fc1",
+    "reg_fcs.1": "reg_fc2",
+    "patch_relation_branch.0": "relation.patch.0",
+    "patch_relation_branch.3": "relation.patch.1",
+    "patch_relation_branch.5": "relation.patch.2",
+    "local_correlation_branch.0": "relation.local",
+    "global_relation_branch.0": "relation.whole.0",
+    "global_relation_branch.2": "relation.whole.1",
+    "patch_relation_fc_cls": "relation.patch_cls",
+    "patch_relation_fc_reg": "relation.reg",
+    "local_correlation_fc_cls": "relation.local_cls",
+    "global_relation_fc_cls": "relation.whole_cls",
+}
+AGGREGATOR = "roi_head.aggregation_layer.aggregator_list."
+PYRAMIDS = ("tfa", "fsce", "mpsr")  # methods with a feature pyramid
+
+
+@dataclass
+class Converted:
+    """A model in this project's terms: what `weights.save_state` takes, and what became of the other tensors."""
+
+    state: dict[str, Tensor]
+    about: dict[str, Any]
+    dropped: Counter = field(default_factory=Counter)  # reason -> number of tensors
+
+
+def backbone_name(key: str, backbone: str) -> str:
+    """The reference's name of a classifier's backbone tensor, without `backbone.`, -> ours, without `features.`."""
+    return _rewritten(key, BACKBONES[backbone])
+
+
+def head_name(key: str) -> str:
+    """The reference's name of a classifier's head tensor, without `head.`, -> ours, likewise."""
+    return _rewritten(key, HEADS)
+
+
+def detector_name(key: str, method: str) -> str | None:
+    """The reference's name of a detector's tensor -> ours; None where it is no part of such a detector."""
+    if method in PYRAMIDS and key.startswith("backbone.layer"):
+        return f"trunk.stages.{int(key[len('backbone.layer')]) - 1}." + key.split(".", 2)[2]
+    if key.startswith("backbone."):
+        return key.replace("backbone.", "trunk.", 1)
+    if match := re.match(r"neck\.(lateral|fpn)_convs\.(\d)\.conv\.(weight|bias)$", key):
+        return f"trunk.{'lateral' if match[1] == 'lateral' else 'output'}.{match[2]}.{match[3]}"
+    if key.startswith("rpn_head.rpn_"):
+        return "rpn." + key.removeprefix("rpn_head.rpn_")
+    if key.startswith("roi_head.shared_head.layer4."):
+        return key.replace("roi_head.shared_head.layer4.", "trunk.stage4.", 1)
+    if key.startswith(AGGREGATOR):
+        number, rest = key.removeprefix(AGGREGATOR).split(".", 1)
+        return f"{('product', 'difference')[int(number)]}.{rest}"
+    layer, _, kind = key.removeprefix("roi_head.bbox_head.").rpartition(".")
+    return f"{DETECTOR_HEADS[layer]}.{kind}" if layer in DETECTOR_HEADS else None
+
+
+def _rewritten(key: str, rules: Sequence[tuple]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict, meta) of a checkpoint. Nothing in it is executed: tensors, numbers, text and arrays are read.
+
+    Raises:
+        InputError: it cannot be read, or holds other objects.
+    """
+    arrays = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "fdlihbBq?"}]
+    try:
+        arrays += [np._core.multiarray._reconstruct, np._core.multiarray.scalar]
+    except AttributeError:  # numpy 1
+        arrays += [np.core.multiarray._reconstruct, np.core.multiarray.scalar]
+    # files written with numpy 1 name its modules so
+    named = [(f, f"numpy.core.multiarray.{f.__name__}") for f in arrays[-2:]]
+    try:
+        with torch.serialization.safe_globals([*arrays, *named]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"(?:GLOBAL|class|function) (\S+)", str(error))
+        what = culprit[1] if culprit else "an object"
+        raise InputError(
+            f"{path} holds {what}, which is not read since that would run its code: where it was made, save "
+            "{'state_dict': checkpoint['state_dict'], 'meta': {'CLASSES': checkpoint['meta']['CLASSES']}} anew"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict of tensors")
+    state = content.get("state_dict", content)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is no checkpoint: it has no state_dict of tensors")
+    return dict(state), content.get("meta") or {}
+
+
+def convert(
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    name: str = "checkpoint",
+    *,
+    method: str | None = None,
+    classes: Sequence[str] | None = None,
+    split: Literal[1, 2, 3] | None = None,
+    aligned: bool | None = None,
+) -> Converted:
+    """A checkpoint's model in this project's terms.
+
+    Method, depth, number of classes and variants are read from names and shapes, from the file's `meta` and its name.
+
+    Args:
+        state, meta: of the checkpoint.
+        name: of its file; published ones tell the method.
+        method: where none of these tell: proto_net and matching_net have the same tensors, as do tfa and fsce.
+        classes: names in label order, where `meta` has none.
+        split: VOC's split, where neither does.
+        aligned: of MPSR, whether its RoIs are cut half a pixel off; by default as published: not in models fine-tuned
+            on VOC, nor in those converted from the authors'.
+
+    Raises:
+        InputError: naming the tensor that is missing, left over or does not fit, or what has to be said by an argument.
+    """
+    dropped: Counter = Counter()
+    tensors = {}
+    for key, value in state.items():
+        key = key.removeprefix("module.")
+        if key.endswith("device_indicator"):
+            dropped["device_indicator: empty"] += 1
+        elif key.startswith("support_backbone."):
+            twin = state.get(key.removeprefix("support_"))
+            if twin is None or not torch.equal(twin, value):
+                raise InputError(f"{key} differs from backbone's: a support network of its own is not known here")
+            dropped["support_backbone.*: the same tensors as backbone.*"] += 1
+        else:
+            tensors[key] = value
+    detector = any(key.startswith(("rpn_head.", "roi_head.")) for key in tensors)
+    if method is not None and method not in (DETECTORS if detector else CLASSIFIERS):
+        kind = "detector" if detector else "classifier"
+        raise InputError(
+            f"{name} is a {kind}, and {method!r} is none of {', '.join(DETECTORS if detector else CLASSIFIERS)}"
+        )
+    text = f"{name} {meta.get('config', '')}"
+    if detector:
+        method = method or _detector_method(tensors, text)
+        about = _detector_about(tensors, method, _classes(tensors, meta, classes, split), aligned, text)
+        ours = {}
+        for key, value in tensors.items():
+            renamed = detector_name(key, method)
+            if key.endswith("num_batches_tracked") and not key.startswith(AGGREGATOR):
+                dropped["num_batches_tracked: of norms that are constants"] += 1
+            elif renamed is None:
+                raise InputError(f"{key} in {name} is no part of {method}: is it of another method? (--method)")
+            else:
+                ours[renamed] = value
+        build = Detector
+        if "known" in (wanted := _buffers(method, about)):
+            ours |= wanted
+    else:
+        method = method or _classifier_method(tensors, text)
+        about = _classifier_about(tensors, method, meta, classes)
+        ours, backbone = {}, about["args"]["backbone"]
+        for key, value in tensors.items():
+            prefix, _, rest = key.partition(".")
+            if prefix == "backbone":
+                ours[f"features.{backbone_name(rest, backbone)}"] = value
+            elif prefix == "head":
+                ours[f"head.{head_name(rest)}"] = value
+            else:
+                raise InputError(f"{key} in {name} is no part of a classifier of mmfewshot 0.1.0")
+        build = Classifier
+    build(ours, about, source=name)  # stops at what is missing, left over or of another shape
+    return Converted(ours, about, dropped)
+
+
+def _detector_method(state: Mapping[str, Tensor], text: str) -> str:
+    marks = {
+        "rpn_head.rpn_cls_conv.": "mpsr",
+        "roi_head.bbox_head.patch_relation_branch.": "attention_rpn",
+        AGGREGATOR: "fsdetview",
+        "roi_head.bbox_head.fc_meta.": "meta_rcnn",
+        "roi_head.bbox_head.contrastive_head.": "fsce",
+    }
+    for mark, method in marks.items():
+        if any(key.startswith(mark) for key in state):
+            return method
+    return "fsce" if "fsce" in text.lower() else "tfa"  # the same network
+
+
+def _classifier_method(state: Mapping[str, Tensor], text: str) -> str:
+    head = {key.removeprefix("head.") for key in state if key.startswith("head.")}
+    if "temperature" in head:
+        return "meta_baseline"
+    if "weight" in head:
+        return "neg_margin"
+    if any(key.startswith("layer1.") for key in head):
+        return "relation_net"
+    if any("weight_g" in key or "original0" in key for key in head):
+        return "baseline_plus"
+    said = [ours for theirs, ours in CLASSIFIER_NAMES.items() if re.search(rf"type='{theirs}'|\b{theirs}\b", text)]
+    spelt = [n for n in CLASSIFIERS if re.search(rf"(^|[/\s]){n.replace('_', '[-_]')}[-_]", text)]
+    possible = ("baseline", "maml") if head else ("proto_net", "matching_net")
+    if told := [n for n in (*said, *spelt) if n in possible]:
+        return told[0]
+    if head:  # MAML never updates the running statistics of its norms
+        means = [value for key, value in state.items() if key.endswith("running_mean")]
+        return "baseline" if any(mean.any() for mean in means) else "maml"
+    raise InputError("a classifier without a head may be proto_net or matching_net: say which (--method)")
+
+
+def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key.split(".")[2] for key in state if key.startswith(prefix)})
+
+
+def _classes(
+    state: Mapping[str, Tensor], meta: Mapping[str, Any], given: Sequence[str] | None, split: int | None
+) -> list[str]:
+    """Class names in label order."""
+    weight = state.get("roi_head.bbox_head.fc_cls.weight")
+    number = None if weight is None else len(weight) - 1
+    names = list(given or meta.get("CLASSES") or ())
+    if not names and split and number in (15, 20):
+        novel = VOC_NOVEL[split].split()
+        names = [name for name in VOC_CLASSES if name not in novel] + (novel if number == 20 else [])
+    elif not names and number in (60, 80):
+        names = [name for name in COCO_CLASSES if number == 80 or name not in COCO_NOVEL]
+    if not names and number:
+        raise InputError(f"the names of its {number} classes are not in the file: give --split, or --classes")
+    if number is not None and len(names) != number:
+        raise InputError(f"{len(names)} class names for a model of {number} classes: give --classes")
+    return names
+
+
+def _detector_about(
+    state: Mapping[str, Tensor], method: str, classes: list[str], aligned: bool | None, text: str
+) -> dict[str, Any]:
+    depth = {6: 50, 23: 101}.get(_blocks(state, "backbone.layer3."))
+    if depth is None:
+        raise InputError("its backbone is neither a ResNet-50 nor a ResNet-101: backbone.layer3 has another length")
+    novel = _novel(classes)
+    architecture: dict[str, Any] = {"name": f"resnet{depth}", "style": "caffe", "norm": "frozen"}
+    sizes: dict[str, Any] = {"rpn_channels": len(state["rpn_head.rpn_conv.weight"])}
+    about: dict[str, Any] = {"method": method, "args": {"backbone": architecture["name"]}}
+    about |= {"stage": "finetune" if novel else "base", "classes": classes, "novel": novel}
+    about |= {"base": [name for name in classes if name not in novel]}
+    if method in PYRAMIDS:
+        architecture["channels"] = len(state["neck.lateral_convs.0.conv.weight"])
+        hidden = "cls_fcs" if method == "mpsr" else "shared_fcs"
+        sizes["width"] = len(state[f"roi_head.bbox_head.{hidden}.0.weight"])
+        about["pictures"] = {"short": 800, "long": 1333, "multiple": 1 if method == "mpsr" else 32}
+    else:
+        if method != "attention_rpn":
+            architecture["meta"] = True
+        about["pictures"] = {"short": 600, "long": 1000, "multiple": 1}
+        about["support_size"] = 320 if method == "attention_rpn" else 224
+    if method == "mpsr":
+        voc = len(classes) == 20 and set(classes) == set(VOC_CLASSES)
+        sizes["aligned"] = not (voc or "convert_" in text) if aligned is None else aligned
+    if method in ("tfa", "fsce"):
+        about["cosine"] = "roi_head.bbox_head.fc_cls.bias" not in state
+    if method == "fsce":
+        contrast = state.get("roi_head.bbox_head.contrastive_head.2.weight")
+        about["dimensions"] = 0 if contrast is None else len(contrast)
+    if method == "attention_rpn":
+        sizes["relation_channels"] = len(state["roi_head.bbox_head.patch_relation_branch.0.weight"])
+        about["context"] = 16
+    normalisation = CAFFE_MPSR if method == "mpsr" else CAFFE
+    return about | {"architecture": architecture, "sizes": sizes, "normalisation": normalisation.to_dict()}
+
+
+def _novel(classes: Sequence[str]) -> list[str]:
+    """Which of the classes are novel, by the published splits."""
+    if set(classes) == set(VOC_CLASSES):
+        for novel in VOC_NOVEL.values():
+            if set(classes[15:]) == set(novel.split()):
+                return list(classes[15:])
+    if set(classes) in (set(COCO_CLASSES), set(COCO_NOVEL)):
+        return [name for name in classes if name in COCO_NOVEL]
+    return []
+
+
+def _buffers(method: str, about: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Prototypes that checkpoints do not have: none is known."""
+    classes = len(about["classes"])
+    known = torch.zeros(classes, dtype=torch.bool)
+    if method in ("meta_rcnn", "fsdetview"):
+        return {"prototypes": torch.zeros(classes, 2048), "known": known}
+    if method == "attention_rpn":
+        return {"kernels": torch.zeros(classes, 1024), "maps": torch.zeros(classes, 2048, 7, 7), "known": known}
+    return {}
+
+
+def _classifier_about(
+    state: Mapping[str, Tensor], method: str, meta: Mapping[str, Any], classes: Sequence[str] | None
+) -> dict[str, Any]:
+    if "backbone.layers.0.layers.0.weight" in state:
+        backbone = "conv4"
+    else:
+        backbone = "wrn28_10" if "backbone.layer1.0.shortcut.0.weight" in state else "resnet12"
+    args: dict[str, Any] = {"backbone": backbone}
+    if method == "proto_net":
+        args["distance"] = "euclidean"  # with which it was trained
+    if method == "matching_net":
+        args["temperature"] = 100.0
+    if method in ("baseline_plus", "neg_margin"):
+        args["test_temperature"] = 2.0 if method == "baseline_plus" and backbone == "conv4" else 5.0
+    if method == "maml":
+        args |= {"ways": len(state["head.fc.weight"]), "test_steps": 5, "inner_lr": 0.01}
+    return {
+        "method": method,
+        "args": args,
+        "classes": list(classes or meta.get("CLASSES") or ()),
+        "size": 84,
+        "stored": 256,
+        "augment": True,
+        "normalisation": IMAGENET.to_dict(),
+    }
