@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, make_grid
@@ -86,6 +86,18 @@ def found(
     for axis in figure.axes:
         axis.axis("off")
     return figure
+
+
+def captioned(images: Sequence[Tensor], text: Sequence[str], side: int = 128) -> Image.Image:
+    """A sheet of pictures, uint8 (3, H, W), about `side` pixels high, each with a line under it."""
+    framed = []
+    for image, line in zip(images, text, strict=True):
+        image = F.resize(image, [side, max(1, round(image.shape[-1] * side / image.shape[-2]))])
+        room = max(side, image.shape[-1])
+        frame = F.to_pil_image(F.pad(image, [0, 0, room - image.shape[-1], 18], fill=255))
+        ImageDraw.Draw(frame).text((2, side + 2), line, fill="black", font=ImageFont.load_default(12))
+        framed.append(F.pil_to_tensor(frame))
+    return sheet(framed, columns=6)
 
 
 def captions(names: Sequence[str], scores: Tensor) -> list[str]:

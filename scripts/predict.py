@@ -1,0 +1,178 @@
+"""A trained model on your own pictures: class folders of supports in, json and annotated pictures out.
+
+    python scripts/predict.py runs/proto_net/glyphs --support pictures/known --query pictures/new --out predictions
+    python scripts/predict.py runs/attention_rpn/glyphs-split1/base --support objects --query photo.jpg
+    python scripts/predict.py runs/tfa/voc-split1/10shot-seed0 --query photos
+
+`--support` holds a folder per class; a new class needs only its folder. For detection a support's object is where
+`name.xml` beside the picture (VOC) or a json file in `--support` (COCO's format) has a box, else the whole picture.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+import tyro
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from tqdm.auto import tqdm
+
+import fewshot
+from fewshot import InputError, show
+from fewshot.data import annotations
+from fewshot.data.classification import PICTURES
+from fewshot.inference import Classifier, decoded
+
+SIDE = 480  # pixels: height of annotated pictures
+
+
+@dataclass
+class Args:
+    model: tyro.conf.Positional[str]  # a run's folder, a model file, or a hub id
+    query: tuple[Path, ...]  # pictures, or folders of pictures, to look at
+    support: Path | None = None  # folder of class folders; a detector may know its classes already
+    out: Path = Path("predictions")  # folder for predictions.json and pictures
+    score_above: float = 0.3  # of detections: leave out what is less sure
+    share_proposals: bool = False  # Attention-RPN with many classes: quicker, not quite the same
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name; not those of folders in it."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+
+
+def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
+    """Paths, pictures and classes of the supports in class folders.
+
+    A picture that cannot be decoded is left out with a warning, unless its class has no other.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of supports")
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not classes:
+        raise InputError(f"{folder} has no class folder: put the pictures of every class into a folder of its name")
+    paths, pictures, labels = [], [], []
+    for place in classes:
+        files, failure = pictures_in(place), None
+        if not files:
+            raise InputError(f"{place} holds no picture: add some, or remove the folder")
+        for path in files:
+            try:
+                pictures.append(decoded(path))
+            except InputError as error:
+                failure = error
+                print(f"warning: left out {error}", file=sys.stderr)
+                continue
+            paths.append(path)
+            labels.append(place.name)
+        if place.name not in labels:
+            raise InputError(f"no picture of class {place.name} can be read; the last: {failure}")
+    return paths, pictures, labels
+
+
+def read_boxes(folder: Path, paths: Sequence[Path], pictures: Sequence[Tensor], labels: Sequence[str]) -> list[Tensor]:
+    """The box (4,) xyxy of every support's object: of xml or json where there is one, else the whole picture."""
+    listed: dict[str, list[tuple[str, Tensor]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        names, records = annotations.read_coco_json(path, "refuse")
+        for record in records:
+            objects = [(names[label], torch.from_numpy(box)) for label, box in zip(record.labels, record.boxes)]
+            listed.setdefault(Path(record.path).name, []).extend(objects)
+    boxes = []
+    for path, picture, label in zip(paths, pictures, labels):
+        objects = _xml_boxes(path.with_suffix(".xml")) if path.with_suffix(".xml").is_file() else listed.get(path.name)
+        mine = [box for name, box in objects or () if name == label]
+        if objects and not mine:
+            raise InputError(f"{path}: annotated, but without a {label}; correct the annotation or move the picture")
+        whole = torch.tensor([0.0, 0.0, picture.shape[2], picture.shape[1]])
+        boxes.append(mine[0] if mine else whole)
+    return boxes
+
+
+def _xml_boxes(path: Path) -> list[tuple[str, Tensor]]:
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+        corners = ("xmin", "ymin", "xmax", "ymax")
+        boxes = [torch.tensor([float(o.findtext(f"bndbox/{c}", "")) for c in corners]) for o in objects]
+    except (ElementTree.ParseError, ValueError) as error:
+        raise InputError(f"{path}: not a VOC annotation ({error}); correct it or take it out") from None
+    offset = torch.tensor([1.0, 1.0, 0.0, 0.0])  # VOC counts pixels from 1
+    return [(o.findtext("name", "").strip(), (box - offset).clamp(min=0)) for o, box in zip(objects, boxes)]
+
+
+def queries(places: Sequence[Path]) -> list[Path]:
+    """The pictures that were asked for."""
+    found = []
+    for place in places:
+        if not place.exists():
+            raise InputError(f"{place}: no such picture or folder")
+        found += pictures_in(place) if place.is_dir() else [place]
+    if not found:
+        raise InputError(f"{', '.join(map(str, places))}: no picture there")
+    return found
+
+
+def main(args: Args) -> None:
+    model = fewshot.load(args.model, args.device)
+    paths = queries(args.query)
+    if args.support:
+        supports, pictures, labels = read_supports(args.support)
+        if isinstance(model, Classifier):
+            model.support(pictures, labels)
+        else:
+            model.support(pictures, read_boxes(args.support, supports, pictures, labels), labels)
+        counts = ", ".join(f"{name} {labels.count(name)}" for name in dict.fromkeys(labels))
+        print(f"{model.method} knows {counts}")
+    readable, images = [], []
+    for path in paths:
+        try:
+            images.append(decoded(path))
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            print(f"warning: left out {error}", file=sys.stderr)
+            continue
+        readable.append(path)
+    if not images:
+        raise InputError("none of the pictures can be read")
+    if isinstance(model, Classifier):
+        guesses = model.predict(images)  # together: MAML's norms see them all
+        results = [
+            {"picture": str(p), "class": g.name, "probabilities": g.probabilities} for p, g in zip(readable, guesses)
+        ]
+        captions = [f"{guess.name} {100 * guess.probability:.0f} %" for guess in guesses]
+        drawings = {"sheet.png": show.captioned(images, captions)}
+    else:
+        results, drawings, options = [], {}, {"score_above": args.score_above, "share_proposals": args.share_proposals}
+        for number, (path, image) in enumerate(zip(tqdm(readable, unit="picture"), images)):
+            found = model.predict(image, **options)
+            columns = zip(found.boxes.tolist(), found.scores.tolist(), found.names)
+            objects = [
+                {"box": [round(v, 2) for v in box], "score": score, "class": name} for box, score, name in columns
+            ]
+            results.append({"picture": str(path), "objects": objects})
+            text, ink = show.captions(found.names, found.scores), show.colors(found.names, model.about["novel"])
+            name = (
+                f"{path.stem}.png" if [p.stem for p in readable].count(path.stem) == 1 else f"{number}-{path.stem}.png"
+            )
+            drawings[name] = F.to_pil_image(show.boxes_on(image, found.boxes, text, ink, SIDE))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "predictions.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name, drawing in drawings.items():
+        drawing.save(args.out / name)
+    print(
+        f"{len(results)} pictures: {args.out}/predictions.json and {', '.join(list(drawings)[:3])}"
+        + (", ..." if len(drawings) > 3 else "")
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except InputError as error:
+        sys.exit(f"error: {error}")
