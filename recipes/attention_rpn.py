@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from fewshot import InputError, backbones, run, weights
-from fewshot.data import detection
+from fewshot.data import detection, k_shot
 from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detect import detect, report
 from fewshot.detectors.attention_rpn import AttentionRPN
@@ -98,6 +98,7 @@ class Args:
     batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
+    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: Backbone | None = None  # by default small for glyphs, else as published
@@ -142,9 +143,9 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         chosen = novel if finetune else base
         train_set, test_set = train_set.restrict(chosen), test_set.restrict(chosen)
     if finetune and args.shot_lists:
-        train_set = detection.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
+        train_set = k_shot.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
     elif finetune:
-        train_set = detection.select_shots(train_set, args.shots, args.seed)
+        train_set = k_shot.select_shots(train_set, args.shots, args.seed)
     else:
         train_set = without_small(train_set, SMALLEST[args.dataset])
     pipeline = detection.Pipeline(args.short or short, args.long or long)
@@ -191,7 +192,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
     record = run.Record(accelerator, "attention_rpn", args, out, model, optimizer, scheduler, about)
     if finetune:
-        detection.save_shots(record.folder / "shots.json", train_set)
+        k_shot.save_shots(record.folder / "shots.json", train_set)
 
     # train
     if not args.test_only:
@@ -204,6 +205,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
             world=accelerator.num_processes,
             device=accelerator.device,
             workers=args.workers,
+            group=args.group_aspect,
         )
         model.train()
         for step, (batch, support) in record.steps(loader, iters):

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from fewshot import InputError, backbones, run, weights
-from fewshot.data import detection
+from fewshot.data import detection, k_shot
 from fewshot.data.support import NWayKShot
 from fewshot.detect import detect, report
 from fewshot.detectors.meta_rcnn import MetaRCNN
@@ -76,6 +76,7 @@ class Args:
     batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
+    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: Backbone | None = None  # by default small for glyphs, else as published
@@ -118,9 +119,9 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     for note in train_set.notes:
         accelerator.print(note)
     if finetune and args.shot_lists:
-        train_set = detection.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
+        train_set = k_shot.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
     elif finetune:
-        train_set = detection.select_shots(train_set, args.shots, args.seed)
+        train_set = k_shot.select_shots(train_set, args.shots, args.seed)
     else:
         train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(test_set.base)
     pipeline = detection.Pipeline(args.short or short, args.long or long, flip)
@@ -160,7 +161,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
     record = run.Record(accelerator, "meta_rcnn", args, out, model, optimizer, scheduler, about)
     if finetune:
-        detection.save_shots(record.folder / "shots.json", train_set)
+        k_shot.save_shots(record.folder / "shots.json", train_set)
 
     # train
     if not args.test_only:
@@ -175,6 +176,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
             world=accelerator.num_processes,
             device=accelerator.device,
             workers=args.workers,
+            group=args.group_aspect,
             extra=supports.draw,
         )
         model.train()

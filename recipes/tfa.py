@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from fewshot import InputError, fpn, run, weights
-from fewshot.data import detection
+from fewshot.data import detection, k_shot
 from fewshot.detect import detect, report
 from fewshot.detectors.tfa import TFA, grow
 from fewshot.fold import folded
@@ -91,6 +91,7 @@ class Args:
     batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
+    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: Backbone | None = None  # by default small for glyphs, else as published
@@ -135,9 +136,9 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     for note in train_set.notes:
         accelerator.print(note)
     if finetune and args.shot_lists:
-        train_set = detection.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
+        train_set = k_shot.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
     elif finetune:
-        train_set = detection.select_shots(train_set, args.shots, args.seed)
+        train_set = k_shot.select_shots(train_set, args.shots, args.seed)
     base, novel, everything = train_set.base, train_set.novel, train_set.classes
     if stage != "finetune":
         chosen = base if stage == "base" else novel
@@ -189,7 +190,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
     record = run.Record(accelerator, "tfa", args, out, model, optimizer, scheduler, about)
     if finetune:
-        detection.save_shots(record.folder / "shots.json", train_set)
+        k_shot.save_shots(record.folder / "shots.json", train_set)
 
     # train
     if not args.test_only:
@@ -204,6 +205,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
             world=accelerator.num_processes,
             device=accelerator.device,
             workers=args.workers,
+            group=args.group_aspect,
         )
         model.train()
         for step, batch in record.steps(loader, iters):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fewshot import InputError
-from fewshot.data import detection, glyphs
+from fewshot.data import detection, glyphs, k_shot
 from fewshot.data.annotations import COCO_NOVEL, make_record
 from fewshot.data.detection import DetectionSet, Pipeline, open_detection
 from fewshot.data.transforms import CAFFE
@@ -337,7 +337,7 @@ def boxes_of(dataset: DetectionSet, name: str) -> set[tuple]:
 def test_every_class_gets_exactly_k_shots():
     dataset = toy({"a": 9, "b": 7, "c": 30})
     for shots in (1, 5, 7):
-        chosen = detection.select_shots(dataset, shots, seed=0)
+        chosen = k_shot.select_shots(dataset, shots, seed=0)
         assert [len(boxes_of(chosen, name)) for name in "abc"] == [shots] * 3
         assert not any(r.difficult.any() for r in chosen.records)
         ids = [int(r.id[1:]) for r in chosen.records]
@@ -345,32 +345,32 @@ def test_every_class_gets_exactly_k_shots():
         assert all(boxes_of(chosen, name) <= boxes_of(dataset, name) for name in "abc")
     assert sum(len(r.labels) for r in dataset.records) > 46  # the set itself is left as it was
     with pytest.raises(InputError) as error:
-        detection.select_shots(dataset, 8, seed=0)
+        k_shot.select_shots(dataset, 8, seed=0)
     one_line(error, "class b", "7", "8")
 
 
 def test_shots_of_a_class_depend_on_seed_and_name_alone():
     dataset = toy({"a": 9, "b": 7, "c": 30})
-    chosen = detection.select_shots(dataset, 3, seed=0)
-    alone = detection.select_shots(dataset.restrict(["c"]), 3, seed=0)
+    chosen = k_shot.select_shots(dataset, 3, seed=0)
+    alone = k_shot.select_shots(dataset.restrict(["c"]), 3, seed=0)
     assert boxes_of(alone, "c") == boxes_of(chosen, "c")
-    assert boxes_of(detection.select_shots(dataset, 3, seed=0), "c") == boxes_of(chosen, "c")
-    assert boxes_of(detection.select_shots(dataset, 2, seed=0), "c") < boxes_of(chosen, "c")
+    assert boxes_of(k_shot.select_shots(dataset, 3, seed=0), "c") == boxes_of(chosen, "c")
+    assert boxes_of(k_shot.select_shots(dataset, 2, seed=0), "c") < boxes_of(chosen, "c")
     twins = toy({"a": 30, "b": 30})
-    few = detection.select_shots(twins, 5, seed=0)
+    few = k_shot.select_shots(twins, 5, seed=0)
     places = detection.objects_by_class(twins)
     a, b = (
         [(twins.records[p].id, *twins.records[p].boxes[i].tolist()) in boxes_of(few, name) for p, i in places[label]]
         for label, name in enumerate("ab")
     )
     assert sum(a) == sum(b) == 5 and a != b  # classes of one size do not draw the same numbers
-    draws = {frozenset(boxes_of(detection.select_shots(dataset, 3, seed=s), "c")) for s in range(10)}
+    draws = {frozenset(boxes_of(k_shot.select_shots(dataset, 3, seed=s), "c")) for s in range(10)}
     assert len(draws) > 5
 
 
 def test_reference_draw_is_the_global_legacy_generators():
     dataset = toy({"a": 12, "b": 2, "n": 5, "m": 7}, novel=["n", "m"])
-    chosen = detection.reference_shots(dataset, 3)
+    chosen = k_shot.reference_shots(dataset, 3)
     np.random.seed(42)  # as the reference does: one choice per class with too many, novel classes first
     for name, count in (("n", 5), ("m", 7), ("a", 12)):
         label = dataset.classes.index(name)
@@ -380,7 +380,7 @@ def test_reference_draw_is_the_global_legacy_generators():
         assert boxes_of(chosen, name) == {every[i] for i in np.random.choice(count, 3, replace=False)}
     assert len(boxes_of(chosen, "b")) == 2 and "class b" in chosen.notes[-1]
     # a golden number: seed 42 draws number 1 of five first, which in a toy is the box that starts at 2
-    first = detection.reference_shots(toy({"n": 5}, novel=["n"], per_picture=1), 1)
+    first = k_shot.reference_shots(toy({"n": 5}, novel=["n"], per_picture=1), 1)
     assert first.records[0].boxes[0, 0] == 2
 
 
@@ -396,7 +396,7 @@ def test_published_voc_lists(tmp_path):
     dogs, cats = lists / "box_2shot_dog_train.txt", lists / "box_2shot_cat_train.txt"
     dogs.write_text("datasets/VOC2007/JPEGImages/000003.jpg\nVOC2007/JPEGImages/000001.jpg\n")
     cats.write_text("VOC2012/JPEGImages/2008_000001.jpg\nVOC2007/JPEGImages/000008.jpg\n")
-    chosen = detection.read_shot_lists(opened, tmp_path / "lists", 2)
+    chosen = k_shot.read_shot_lists(opened, tmp_path / "lists", 2)
     # pictures by class, then line; of four dogs two as the reference draws them
     drawn = sorted(np.random.RandomState(42).choice(4, 2, replace=False))
     expected = [("000003", 0), ("000003", 1), ("000001", 0), ("000001", 1)]
@@ -412,10 +412,10 @@ def test_published_voc_lists(tmp_path):
     ]:
         dogs.write_text(text)
         with pytest.raises(InputError) as error:
-            detection.read_shot_lists(opened, tmp_path / "lists", 2)
+            k_shot.read_shot_lists(opened, tmp_path / "lists", 2)
         one_line(error, *words)
     with pytest.raises(InputError) as error:
-        detection.read_shot_lists(opened, tmp_path / "lists", 3)
+        k_shot.read_shot_lists(opened, tmp_path / "lists", 3)
     one_line(error, "box_3shot_cat_train.txt", "lists")
 
 
@@ -426,16 +426,16 @@ def test_published_coco_lists(tmp_path):
     for name in opened.classes:
         box = {"image_id": 42, "category_id": 5, "bbox": [1, 2, 30, 40], "area": 5}
         write_coco(tmp_path / f"full_box_10shot_{name}_trainval.json", [image], [box], {5: name, 6: "tv"})
-    chosen = detection.read_shot_lists(opened, tmp_path, 10)
+    chosen = k_shot.read_shot_lists(opened, tmp_path, 10)
     assert len(chosen) == 1 and chosen.records[0].path == opened.records[1].path
     assert chosen.records[0].labels.tolist() == [0, 1] and chosen.records[0].boxes.tolist() == [[1, 2, 31, 42]] * 2
 
 
 def test_shots_survive_saving(tmp_path):
     dataset = toy({"a": 9, "b": 7, "c": 30}, novel=["c"])
-    chosen = detection.select_shots(dataset, 5, seed=1)
-    detection.save_shots(tmp_path / "shots.json", chosen)
-    loaded = detection.load_shots(tmp_path / "shots.json", dataset.restrict(["c", "a", "b"]))
+    chosen = k_shot.select_shots(dataset, 5, seed=1)
+    k_shot.save_shots(tmp_path / "shots.json", chosen)
+    loaded = k_shot.load_shots(tmp_path / "shots.json", dataset.restrict(["c", "a", "b"]))
     assert all(boxes_of(loaded, name) == boxes_of(chosen, name) for name in "abc")
     assert [r.id for r in loaded.records] == [r.id for r in chosen.records]
     for other, words in [
@@ -444,7 +444,7 @@ def test_shots_survive_saving(tmp_path):
         (replace(dataset, name="zoo"), ["shots.json", "toy", "zoo"]),
     ]:
         with pytest.raises(InputError) as error:
-            detection.load_shots(tmp_path / "shots.json", other)
+            k_shot.load_shots(tmp_path / "shots.json", other)
         one_line(error, *words)
 
 
@@ -630,7 +630,7 @@ def test_real_voc():
 def test_real_shot_lists_name_pictures_that_are_missing_here():
     train = open_detection("voc", REAL, part="train")
     with pytest.raises(InputError) as error:
-        detection.read_shot_lists(train, REAL / "splits" / "vocsplit", 3)
+        k_shot.read_shot_lists(train, REAL / "splits" / "vocsplit", 3)
     one_line(error, "box_3shot_aeroplane_train.txt", "JPEGImages")
 
 
@@ -646,6 +646,35 @@ def test_real_shot_lists(tmp_path):
     for year, pictures in wanted.items():
         write_voc(tmp_path, year, "trainval", pictures)
     train = open_detection("voc", tmp_path, part="train", split=2)
-    chosen = detection.read_shot_lists(train, REAL / "splits" / "vocsplit", 3)
+    chosen = k_shot.read_shot_lists(train, REAL / "splits" / "vocsplit", 3)
     assert not chosen.notes
     assert [len(boxes_of(chosen, name)) for name in train.classes] == [3] * 20
+
+
+def test_batches_grouped_by_aspect_ratio():
+    """Every batch is of one kind, every picture comes once in an epoch but those that fill a batch up."""
+    wide = bytes(i % 3 != 0 for i in range(50))  # 33 wide ones, 17 tall ones
+    shuffle = detection.Shuffle(50, wide, 4)
+    epoch = (9 + 5) * 4
+    for first in (0, epoch):
+        order = [shuffle.picture(0, i) for i in range(first, first + epoch)]
+        assert all(len({wide[i] for i in order[b : b + 4]}) == 1 for b in range(0, epoch, 4))
+        counts = np.bincount(order, minlength=50)
+        assert counts.min() == 1 and counts.sum() == epoch and counts.max() == 2
+    assert [shuffle.picture(0, i) for i in range(epoch)] != order != [shuffle.picture(1, i) for i in range(epoch)]
+    kinds = [wide[shuffle.picture(0, b)] for b in range(0, epoch, 4)]
+    assert kinds != sorted(kinds)  # both kinds in turn
+    plain = detection.Shuffle(50)
+    assert sorted(plain.picture(0, i) for i in range(50)) == list(range(50))
+
+
+def test_a_loader_groups_when_asked():
+    whole = detection.open_detection("glyphs", "", part="train")
+    records = [replace(r, width=160 + 20 * (i % 2)) for i, r in enumerate(whole.records[:12])]
+    records = [replace(r, height=170) for r in records]
+    some = whole.with_records(records)
+    tall = {r.id for r in records if r.width < r.height}
+    for group in (True, False):
+        loader = detection.train_loader(some, detection.Pipeline(), batch_size=3, seed=0, start=0, steps=8, group=group)
+        mixed = [len({id in tall for id in batch.ids}) == 2 for batch in loader]
+        assert any(mixed) != group

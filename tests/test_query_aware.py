@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fewshot import InputError
-from fewshot.data import detection
+from fewshot.data import detection, k_shot
 from fewshot.data.query_aware import QueryAware, support_crop, without_small
 
 
@@ -61,10 +61,10 @@ def test_episodes_search_for_what_is_there_and_for_what_is_not(dataset):
 
 
 def test_a_class_of_few_objects_shows_them_more_than_once(dataset):
-    few = detection.select_shots(dataset, 2, 0)
+    few = k_shot.select_shots(dataset, 2, 0)
     _, query, ways = source(few, shots=5).draw(0, 0)
     assert len(ways[0]) == 5 and set(ways[0]) <= set(detection.objects_by_class(few)[query])
-    one = detection.select_shots(dataset, 1, 0)  # the only object is on the picture that is searched
+    one = k_shot.select_shots(dataset, 1, 0)  # the only object is on the picture that is searched
     index, query, ways = source(one).draw(0, 0)
     assert {position for position, _ in ways[0]} == {index}
 

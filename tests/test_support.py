@@ -6,7 +6,8 @@ import torch
 
 from fewshot import InputError
 from fewshot.data.annotations import make_record
-from fewshot.data.detection import DetectionSet, Pipeline, open_detection, select_shots, train_loader
+from fewshot.data.detection import DetectionSet, Pipeline, open_detection, train_loader
+from fewshot.data.k_shot import select_shots
 from fewshot.data.support import NWayKShot, support_image
 from fewshot.data.transforms import CAFFE
 

@@ -1,15 +1,13 @@
 """Detection data: pictures with boxes, base and novel classes, K shots of each class, and streams of batches.
 
-`open_detection` gives a `DetectionSet`, `select_shots` cuts it to K objects per class, `Pipeline` makes samples of its
+`open_detection` gives a `DetectionSet`, `k_shot` cuts it to K objects per class, `Pipeline` makes samples of its
 pictures, and `train_loader` and `test_loader` stream them in batches. Whatever is drawn is a pure function of
 (seed, position), so that a run that was resumed, or has other processes, sees the same data.
 
 Boxes are xyxy in pixels throughout.
 """
 
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -189,112 +187,6 @@ def objects_by_class(dataset: DetectionSet) -> list[list[tuple[int, int]]]:
     return found
 
 
-def select_shots(dataset: DetectionSet, shots: int, seed: int) -> DetectionSet:
-    """Exactly `shots` objects of every class, drawn at random; nothing else on the pictures stays annotated.
-
-    The draw of a class is a pure function of the seed, its name and its objects, so it does not depend on which other
-    classes there are, and the draws of 1, 2, 3, ... shots contain each other. Difficult objects are never drawn.
-
-    Raises:
-        InputError: naming a class that has fewer objects.
-    """
-    picks = []
-    for name, candidates in zip(dataset.classes, objects_by_class(dataset)):
-        if len(candidates) < shots:
-            raise InputError(f"{dataset.name}: class {name} has {len(candidates)} objects to draw {shots} shots from")
-        order = np.random.default_rng((SHOTS, seed, zlib.crc32(name.encode()))).permutation(len(candidates))
-        picks += [candidates[i] for i in order[:shots]]
-    return _merged(dataset, [(dataset.records[position], i) for position, i in sorted(picks)])
-
-
-def reference_shots(dataset: DetectionSet, shots: int, seed: int = 42) -> DetectionSet:
-    """The shots that mmfewshot draws from the whole training part, `seed` being its global one (42 in its configs)."""
-    picks, notes = _draw_like_reference(dataset, objects_by_class(dataset), shots, seed)
-    chosen = _merged(dataset, [(dataset.records[position], i) for position, i in sorted(picks)])
-    return replace(chosen, notes=notes)
-
-
-def read_shot_lists(dataset: DetectionSet, folder: str | Path, shots: int, seed: int = 42) -> DetectionSet:
-    """The shots of published few-shot lists, one file per class, in `folder` or its benchmark_{shots}shot.
-
-    VOC's `box_{K}shot_{class}_train.txt` name pictures, which may hold more than K objects of the class; then K are
-    drawn as mmfewshot does, whose seed is 42. COCO's `full_box_{K}shot_{class}_trainval.json` name the objects. A class
-    with fewer than K objects that are not difficult keeps these, and a note says so.
-
-    Raises:
-        InputError: naming a file that is missing or has no object of its class, or a picture the data set lacks.
-    """
-    by_id = {record.id: record for record in dataset.records}
-    candidates = []
-    for label, name in enumerate(dataset.classes):
-        records = annotations.read_shot_list(Path(folder), name, label, shots, by_id, dataset.skipped)
-        candidates.append([(record, i) for record in records for i in range(len(record.labels))])
-    picks, notes = _draw_like_reference(dataset, candidates, shots, seed)
-    return replace(_merged(dataset, picks), notes=notes)
-
-
-def _draw_like_reference(
-    dataset: DetectionSet, candidates: list[list[T]], shots: int, seed: int
-) -> tuple[list[T], list[str]]:
-    """`shots` candidates of each class, class after class, by numpy's legacy generator, novel classes first; notes."""
-    generator, drawn, notes = np.random.RandomState(seed), list(candidates), list(dataset.notes)
-    for name in [*dataset.novel, *dataset.base]:
-        label = dataset.classes.index(name)
-        count = len(candidates[label])
-        if count > shots:
-            order = sorted(generator.choice(count, shots, replace=False))
-            drawn[label] = [candidates[label][i] for i in order]
-        elif count < shots:
-            notes.append(f"class {name} has only {count} of {shots} shots")
-    return [pick for picks in drawn for pick in picks], notes
-
-
-def _merged(dataset: DetectionSet, picks: Iterable[tuple[Record, int]]) -> DetectionSet:
-    """The picked (record, object) pairs alone: one record per picture, pictures and objects in order of picking."""
-    pictures: dict[str, list[Record]] = {}
-    for record, i in picks:
-        pictures.setdefault(record.id, []).append(record.select([i]))
-    records = []
-    for parts in pictures.values():
-        columns = {k: np.concatenate([getattr(p, k) for p in parts]) for k in ("boxes", "labels", "difficult")}
-        records.append(replace(parts[0], **columns, areas=None))
-    return dataset.with_records(records)
-
-
-def save_shots(path: str | Path, dataset: DetectionSet) -> None:
-    """Write which objects a set has (pictures by id, xyxy boxes in pixels, class names) as json, for `load_shots`."""
-    names = dataset.classes
-    pictures = [
-        {"id": r.id, "boxes": r.boxes.tolist(), "classes": [names[i] for i in r.labels]} for r in dataset.records
-    ]
-    content = {"dataset": dataset.name, "classes": names, "pictures": pictures}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def load_shots(path: str | Path, dataset: DetectionSet) -> DetectionSet:
-    """The set with only the objects that `save_shots` wrote; its classes may come in another order.
-
-    Raises:
-        InputError: the file is of another data set, of other classes, or has pictures that `dataset` lacks.
-    """
-    content = annotations.read_json(path)
-    if not isinstance(content, dict) or not {"dataset", "classes", "pictures"} <= set(content):
-        raise InputError(f"{path}: not a file of shots; give the shots.json of a run")
-    if content["dataset"] != dataset.name:
-        raise InputError(f"{path} holds shots of {content['dataset']}, not of {dataset.name}; give another file")
-    if differ := set(content["classes"]) ^ set(dataset.classes):
-        raise InputError(f"{path} and {dataset.name} differ in class {min(differ)!r}; give shots of the same classes")
-    by_id = {record.id: record for record in dataset.records}
-    records = []
-    for picture in content["pictures"]:
-        if picture["id"] not in by_id:
-            raise InputError(f"{path}: picture {picture['id']} is not in the {dataset.part} part of {dataset.name}")
-        labels = np.array([dataset.classes.index(name) for name in picture["classes"]], np.int64)
-        boxes, no = np.array(picture["boxes"], np.float32).reshape(-1, 4), np.zeros(len(labels), bool)
-        records.append(replace(by_id[picture["id"]], boxes=boxes, labels=labels, difficult=no, areas=None))
-    return dataset.with_records(records)
-
-
 @dataclass
 class Sample:
     """One picture as the network gets it, but for normalisation and padding."""
@@ -410,6 +302,49 @@ def collate_images(images: Sequence[Tensor], multiple: int = 1) -> Tensor:
     return padded
 
 
+@dataclass(frozen=True)
+class Shuffle:
+    """Which picture sample i is: pictures come in an endless row of permutations.
+
+    Args:
+        n: number of pictures.
+        wide: for each, whether it is, as bytes: the pictures of a batch are all wide or all tall, so that little is
+            padded; a last batch of either kind is filled up with its first pictures. Empty: batches are mixed.
+        batch_size: of such batches.
+    """
+
+    n: int
+    wide: bytes = b""
+    batch_size: int = 1
+
+    @classmethod
+    def of(cls, dataset: DetectionSet, batch_size: int, group: bool) -> "Shuffle":
+        """Of the pictures of a set, with batches of one kind if `group`."""
+        wide = bytes(record.width >= record.height for record in dataset.records)
+        return cls(len(dataset), wide, batch_size) if group else cls(len(dataset))
+
+    def picture(self, seed: int, number: int) -> int:
+        """Position of sample `number`'s picture: a pure function of (seed, number)."""
+        kinds = [self.wide.count(kind) for kind in (0, 1)]
+        samples = sum(-(-count // self.batch_size) for count in kinds) * self.batch_size if self.wide else self.n
+        epoch, position = divmod(number, samples)
+        return int(_order(self, seed, epoch)[position])
+
+
+@lru_cache(maxsize=2)
+def _order(shuffle: Shuffle, seed: int, epoch: int) -> np.ndarray:
+    rng = np.random.default_rng((ORDER, seed, epoch))
+    order = rng.permutation(shuffle.n)
+    if not shuffle.wide:
+        return order
+    wide, batches = np.frombuffer(shuffle.wide, bool)[order], []
+    for kind in (order[wide], order[~wide]):
+        if len(kind):
+            full = -(-len(kind) // shuffle.batch_size) * shuffle.batch_size
+            batches.append(np.resize(kind, full).reshape(-1, shuffle.batch_size))
+    return rng.permutation(np.concatenate(batches)).ravel()
+
+
 def train_loader(
     dataset: DetectionSet,
     pipeline: Pipeline,
@@ -423,13 +358,15 @@ def train_loader(
     device: torch.device | str = "cpu",
     workers: int = 0,
     extra: Callable[[int, int], Any] | None = None,
+    group: bool = False,
 ) -> Iterator[Any]:
     """This process's share of the batches of steps `start` to `steps` - 1, on `device`.
 
     Samples are numbered through an endless row of permutations of the pictures; step t trains on the `batch_size`
     samples from t * batch_size on, of which process `rank` of `world` takes every world-th. Sample i is a pure function
-    of (seed, i). With `extra`, items are (batch, extra(seed, step)): made by the same worker, the same on all
-    processes, and with the methods `to` and `pin_memory`.
+    of (seed, i). With `group` a batch's pictures are all wide or all tall. With `extra`, items are
+    (batch, extra(seed, step)): made by the same worker, the same on all processes, and with the methods `to` and
+    `pin_memory`.
 
     Raises:
         InputError: `batch_size` is not a multiple of `world`, or a picture cannot be read.
@@ -438,13 +375,15 @@ def train_loader(
         raise InputError(f"batch size {batch_size} cannot be divided among {world} processes; use a multiple")
     if not len(dataset):
         raise InputError(f"{dataset.name}: no picture to train on")
-    make = partial(_train_item, dataset, pipeline, batch_size, seed, rank, world, extra)
+    shuffle = Shuffle.of(dataset, batch_size, group)
+    make = partial(_train_item, dataset, pipeline, shuffle, batch_size, seed, rank, world, extra)
     return stream(make, range(start, steps), device, workers)
 
 
 def _train_item(
     dataset: DetectionSet,
     pipeline: Pipeline,
+    shuffle: Shuffle,
     batch_size: int,
     seed: int,
     rank: int,
@@ -454,17 +393,10 @@ def _train_item(
 ) -> Any:
     samples = []
     for number in range(step * batch_size + rank, (step + 1) * batch_size, world):
-        epoch, position = divmod(number, len(dataset))
-        index = order(seed, epoch, len(dataset))[position]
+        index = shuffle.picture(seed, number)
         samples.append(pipeline.sample(dataset, index, np.random.default_rng((AUGMENT, seed, number))))
     batch = collate(samples, pipeline.multiple)
     return (batch, extra(seed, step)) if extra is not None else batch
-
-
-@lru_cache(maxsize=2)
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The permutation (n,) in which an epoch goes through n pictures."""
-    return np.random.default_rng((ORDER, seed, epoch)).permutation(n)
 
 
 def test_loader(

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
 from fewshot.data import detection
-from fewshot.data.detection import Batch, DetectionSet, Pipeline
+from fewshot.data.detection import Batch, DetectionSet, Pipeline, Shuffle
 
 QUERY, TABLE = 20, 21  # the first words of seeds, as in `detection`
 ATTEMPTS = 100  # pictures tried for one on which enough classes are absent
@@ -123,12 +123,13 @@ class QueryAware:
         world: int = 1,
         device: torch.device | str = "cpu",
         workers: int = 0,
+        group: bool = False,
     ) -> Iterator[tuple[Batch, BoxedSupports]]:
         """This process's share of steps `start` to `steps` - 1: b pictures, supports (b, ways, shots, ...).
 
         A picture keeps the objects of the class that is searched for on it, which its first supports show. As in
-        `detection.train_loader` sample i is a pure function of (seed, i), and process `rank` of `world` takes every
-        world-th.
+        `detection.train_loader` sample i is a pure function of (seed, i), process `rank` of `world` takes every
+        world-th, and `group` has batches of only wide or only tall pictures.
 
         Raises:
             InputError: `batch_size` is not a multiple of `world`, or a picture cannot be read.
@@ -136,7 +137,7 @@ class QueryAware:
         if batch_size % world:
             raise InputError(f"batch size {batch_size} cannot be divided among {world} processes; use a multiple")
         numbers = [range(step * batch_size + rank, (step + 1) * batch_size, world) for step in range(start, steps)]
-        make = _Episodes(self, seed)
+        make = _Episodes(self, seed, Shuffle.of(self.dataset, batch_size, group))
         return detection.stream(make, numbers, device, workers)
 
     def table(
@@ -163,11 +164,12 @@ class QueryAware:
             labels.append(int(record.labels[i]))
         return BoxedSupports(torch.stack(images), torch.stack(boxes), torch.tensor(labels))
 
-    def draw(self, seed: int, number: int) -> tuple[int, int, list[list[tuple[int, int]]]]:
+    def draw(
+        self, seed: int, number: int, shuffle: Shuffle | None = None
+    ) -> tuple[int, int, list[list[tuple[int, int]]]]:
         """Picture, class searched for, and for it and each absent class its supports, as (record, object)."""
         rng = np.random.default_rng((QUERY, seed, number))
-        epoch, place = divmod(number, len(self.dataset))
-        index = int(detection.order(seed, epoch, len(self.dataset))[place])
+        index = (shuffle or Shuffle(len(self.dataset))).picture(seed, number)
         for _ in range(ATTEMPTS):
             # As published: objects are counted, not classes, so that crowded pictures are left out too.
             if len(self.dataset.classes) - len(self.labels[index]) >= self.ways - 1:
@@ -199,11 +201,12 @@ class _Episodes:
 
     source: QueryAware
     seed: int
+    shuffle: Shuffle
 
     def __call__(self, numbers: range) -> tuple[Batch, BoxedSupports]:
         source, samples, supports = self.source, [], []
         for number in numbers:
-            index, query, ways = source.draw(self.seed, number)
+            index, query, ways = source.draw(self.seed, number, self.shuffle)
             augment = np.random.default_rng((detection.AUGMENT, self.seed, number))
             sample = source.pipeline.sample(source.dataset, index, augment)
             mine = sample.labels == query
