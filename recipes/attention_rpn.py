@@ -12,6 +12,7 @@ one needs only its supports.
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -83,7 +84,8 @@ Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
 @dataclass
 class Args:
     # data
-    dataset: Literal["glyphs", "voc", "coco"] = "glyphs"  # what to learn on
+    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
@@ -117,9 +119,10 @@ class Args:
 
 def main(args: Args) -> None:
     accelerator = run.start(args)
-    if args.shots not in SCHEDULE[args.dataset]:
+    kind = args.dataset if args.dataset in SCHEDULE else "voc"
+    if args.shots not in SCHEDULE[kind]:
         raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/attention_rpn/{args.dataset}-split{args.split}"
+    args.out = args.out or f"runs/attention_rpn/{Path(args.dataset).stem}-split{args.split}"
     args.base = args.base or f"{args.out}/base/model.safetensors"
     if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
         train_and_test(args, accelerator, "base", f"{args.out}/base")
@@ -130,11 +133,13 @@ def main(args: Args) -> None:
 def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
     """Base training on the base classes, or fine-tuning of the head on K shots of every class (COCO: novel ones)."""
     finetune = stage == "finetune"
-    short, long, support_size, context = PICTURES[args.dataset]
+    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
+    short, long, support_size, context = PICTURES[kind]
 
     # data
-    train_set = detection.open_detection(args.dataset, args.data_root, split=args.split, part="train")
-    test_set = detection.open_detection(args.dataset, args.data_root, split=args.split, part="test")
+    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
+    train_set = detection.open_detection(args.dataset, part="train", **where)
+    test_set = detection.open_detection(args.dataset, part="test", **where)
     test_set = test_set.with_records(test_set.records[: args.test_images])
     base, novel = train_set.base, train_set.novel
     for note in train_set.notes:
@@ -147,10 +152,10 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     elif finetune:
         train_set = k_shot.select_shots(train_set, args.shots, args.seed)
     else:
-        train_set = without_small(train_set, SMALLEST[args.dataset])
+        train_set = without_small(train_set, SMALLEST[kind])
     pipeline = detection.Pipeline(args.short or short, args.long or long)
     # in fine-tuning one shot is to be found, the others show what to look for
-    shots = min(max(args.shots - 1, 1), 10) if finetune else SHOTS[args.dataset]
+    shots = min(max(args.shots - 1, 1), 10) if finetune else SHOTS[kind]
     episodes = QueryAware(train_set, pipeline, ways=2, shots=shots, size=support_size, context=context)
 
     # model
@@ -165,7 +170,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         # frozen batch norm needs statistics to be frozen at
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
-        trunk, sizes = backbones.c4(name, weights=source, style=style, norm=norm), SIZES[args.dataset]
+        trunk, sizes = backbones.c4(name, weights=source, style=style, norm=norm), SIZES[kind]
         trunk.freeze(0 if source == "none" else 2)
     if args.rois:
         sizes = {**sizes, "rois": args.rois}
@@ -178,7 +183,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
             trunk.requires_grad_(False)
             model.rpn.requires_grad_(False)
     batch_size, iters, lr, milestones, warmup = run.scaled(
-        accelerator, BATCH[args.dataset][finetune], SCHEDULE[args.dataset][args.shots if finetune else "base"], args
+        accelerator, BATCH[kind][finetune], SCHEDULE[kind][args.shots if finetune else "base"], args
     )
     head = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("relation.")]
     others = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("relation.")]
@@ -227,7 +232,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     # test
     record.load_best()
     detector = accelerator.unwrap_model(model).eval()
-    most = None if finetune else TABLE[args.dataset]
+    most = None if finetune else TABLE[kind]
     table = episodes.table(most, args.seed, device=accelerator.device, workers=args.workers)
     with torch.no_grad(), accelerator.autocast():
         detector.set_prototypes(

@@ -9,6 +9,7 @@ positives, and a contrastive loss pulls RoIs of one class together so that simil
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -96,7 +97,8 @@ Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
 @dataclass
 class Args:
     # data
-    dataset: Literal["glyphs", "voc", "coco"] = "glyphs"  # what to learn on
+    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
@@ -132,7 +134,7 @@ def main(args: Args) -> None:
     accelerator = run.start(args)
     if args.shots not in (10, 30) if args.dataset == "coco" else args.shots == 30:
         raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/fsce/{args.dataset}-split{args.split}"
+    args.out = args.out or f"runs/fsce/{Path(args.dataset).stem}-split{args.split}"
     args.base = args.base or f"{args.out}/base/model.safetensors"
     if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
         train_and_test(args, accelerator, "base", f"{args.out}/base")
@@ -143,14 +145,14 @@ def main(args: Args) -> None:
 def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
     """Base training on the base classes, or fine-tuning on K shots of every class."""
     finetune = stage == "finetune"
-    short, long, flip = PICTURES[args.dataset]
+    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
+    short, long, flip = PICTURES[kind]
 
     # data
     difficult = "drop" if finetune else "keep"
-    train_set = detection.open_detection(
-        args.dataset, args.data_root, split=args.split, part="train", difficult=difficult
-    )
-    test_set = detection.open_detection(args.dataset, args.data_root, split=args.split, part="test")
+    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
+    train_set = detection.open_detection(args.dataset, part="train", difficult=difficult, **where)
+    test_set = detection.open_detection(args.dataset, part="test", **where)
     test_set = test_set.with_records(test_set.records[: args.test_images])
     for note in train_set.notes:
         accelerator.print(note)
@@ -174,15 +176,15 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         # frozen batch norm needs statistics to be frozen at
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
-        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[args.dataset]
+        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
         trunk.freeze(0 if source == "none" else 1)
-    key = "base" if not finetune else (args.split, args.shots) if args.dataset == "voc" else args.shots
-    schedule, gamma = SCHEDULE[args.dataset][key]
-    batch_size, iters, lr, milestones, warmup = run.scaled(accelerator, BATCH[args.dataset], schedule, args)
-    strength, above, halvings = CONTRAST[args.dataset].get(args.shots, (0.2, 0.6, (3000, 6000)))
-    contrastive = finetune and (args.contrastive == "on" or args.shots in CONTRAST[args.dataset])
+    key = "base" if not finetune else (args.split, args.shots) if kind == "voc" else args.shots
+    schedule, gamma = SCHEDULE[kind][key]
+    batch_size, iters, lr, milestones, warmup = run.scaled(accelerator, BATCH[kind], schedule, args)
+    strength, above, halvings = CONTRAST[kind].get(args.shots, (0.2, 0.6, (3000, 6000)))
+    contrastive = finetune and (args.contrastive == "on" or args.shots in CONTRAST[kind])
     dimensions = 128 if contrastive and args.contrastive != "off" else 0
-    sizes |= FINETUNE[args.dataset] if finetune else {}
+    sizes |= FINETUNE[kind] if finetune else {}
     classes = len(train_set.classes)
     if args.rois:
         sizes = {**sizes, "rois": args.rois}
@@ -191,7 +193,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         state = grow(state, train_set.base, train_set.classes)
         weights.fill(model, state, args.base, fresh=("contrast.",))
         model.trunk.freeze(len(model.trunk.stages))
-        if args.dataset == "voc" and args.shots < 3:
+        if kind == "voc" and args.shots < 3:
             for part in (model.trunk, model.rpn, model.fc1):
                 part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]

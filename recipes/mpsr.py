@@ -10,6 +10,7 @@ name them. Base classes train everything, then K shots of every class train ever
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -72,7 +73,8 @@ Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
 @dataclass
 class Args:
     # data
-    dataset: Literal["glyphs", "voc", "coco"] = "glyphs"  # what to learn on
+    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
@@ -105,9 +107,10 @@ class Args:
 
 def main(args: Args) -> None:
     accelerator = run.start(args)
-    if args.shots not in SCHEDULE[args.dataset]:
+    kind = args.dataset if args.dataset in SCHEDULE else "voc"
+    if args.shots not in SCHEDULE[kind]:
         raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/mpsr/{args.dataset}-split{args.split}"
+    args.out = args.out or f"runs/mpsr/{Path(args.dataset).stem}-split{args.split}"
     args.base = args.base or f"{args.out}/base/model.safetensors"
     if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
         train_and_test(args, accelerator, "base", f"{args.out}/base")
@@ -118,10 +121,12 @@ def main(args: Args) -> None:
 def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
     """Base training on the base classes, or fine-tuning of everything on K shots of every class."""
     finetune = stage == "finetune"
-    short, long, flip, smallest = PICTURES[args.dataset]
+    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
+    short, long, flip, smallest = PICTURES[kind]
 
     # data
-    where = {"root": args.data_root, "split": args.split, "offset": VOC_OFFSET if args.dataset == "voc" else None}
+    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
+    where |= {"offset": VOC_OFFSET if args.dataset == "voc" else None}
     train_set = detection.open_detection(args.dataset, part="train", **where)
     test_set = detection.open_detection(args.dataset, part="test", **where)
     test_set = test_set.with_records(test_set.records[: args.test_images])
@@ -149,7 +154,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         # frozen batch norm needs statistics to be frozen at
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
-        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[args.dataset]
+        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
         trunk.freeze(0 if source == "none" else 1)
     if trunk.architecture["style"] == "caffe":
         trunk.normalisation = CAFFE_MPSR
@@ -160,9 +165,9 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         torch.nn.init.normal_(model.cls.weight, std=0.001)
         weights.fill(model, state, args.base, fresh=("cls.",))
     batch_size, iters, lr, milestones, warmup = run.scaled(
-        accelerator, BATCH[args.dataset], SCHEDULE[args.dataset][args.shots if finetune else "base"], args
+        accelerator, BATCH[kind], SCHEDULE[kind][args.shots if finetune else "base"], args
     )
-    optimizer = torch.optim.SGD(parameter_groups(model, lr, args.dataset), lr=lr, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(parameter_groups(model, lr, kind), lr=lr, momentum=0.9, weight_decay=1e-4)
     scheduler = run.warmup_step(optimizer, warmup=warmup, ratio=WARMUP_RATIO, milestones=milestones)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}

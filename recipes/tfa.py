@@ -10,6 +10,7 @@ classifier that compares directions, not lengths, so that classes of few example
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -75,7 +76,8 @@ Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
 @dataclass
 class Args:
     # data
-    dataset: Literal["glyphs", "voc", "coco"] = "glyphs"  # what to learn on
+    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
@@ -109,9 +111,10 @@ class Args:
 
 def main(args: Args) -> None:
     accelerator = run.start(args)
-    if args.shots not in SCHEDULE[args.dataset]:
+    kind = args.dataset if args.dataset in SCHEDULE else "voc"
+    if args.shots not in SCHEDULE[kind]:
         raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/tfa/{args.dataset}-split{args.split}"
+    args.out = args.out or f"runs/tfa/{Path(args.dataset).stem}-split{args.split}"
     args.base = args.base or f"{args.out}/base/model.safetensors"
     if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
         train_and_test(args, accelerator, "base", f"{args.out}/base")
@@ -124,14 +127,14 @@ def main(args: Args) -> None:
 def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
     """Base training on the base classes, or training of the last layers on K shots of the novel or of all classes."""
     finetune = stage != "base"
-    short, long, flip = PICTURES[args.dataset]
+    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
+    short, long, flip = PICTURES[kind]
 
     # data
     difficult = "drop" if finetune else "keep"
-    train_set = detection.open_detection(
-        args.dataset, args.data_root, split=args.split, part="train", difficult=difficult
-    )
-    test_set = detection.open_detection(args.dataset, args.data_root, split=args.split, part="test")
+    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
+    train_set = detection.open_detection(args.dataset, part="train", difficult=difficult, **where)
+    test_set = detection.open_detection(args.dataset, part="test", **where)
     test_set = test_set.with_records(test_set.records[: args.test_images])
     for note in train_set.notes:
         accelerator.print(note)
@@ -157,7 +160,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         # frozen batch norm needs statistics to be frozen at
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
-        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[args.dataset]
+        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
         trunk.freeze(0 if source == "none" else 1)
     if args.rois:
         sizes = {**sizes, "rois": args.rois}
@@ -177,7 +180,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         model.cls.requires_grad_(True)
         model.reg.requires_grad_(True)
     batch_size, iters, lr, milestones, warmup = run.scaled(
-        accelerator, BATCH[args.dataset], SCHEDULE[args.dataset][args.shots if finetune else "base"], args
+        accelerator, BATCH[kind], SCHEDULE[kind][args.shots if finetune else "base"], args
     )
     if finetune and args.dataset == "voc" and args.split == 2 and args.lr is None:
         lr *= SPLIT_2_LR / 0.001
