@@ -55,9 +55,10 @@ class MultiRelation(nn.Module):
         self.whole = nn.ModuleList([nn.Linear(2 * channels, channels), nn.Linear(channels, channels)])
         self.patch_cls, self.local_cls, self.whole_cls = (nn.Linear(channels, 2) for _ in range(3))
         self.reg = nn.Linear(channels, 4)
+        std = 0.01 * (2048 / channels) ** 0.5  # published for 2048 channels; fewer need larger weights to be heard
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(layer.weight, std=0.001 if layer is self.reg else 0.01)
+                nn.init.normal_(layer.weight, std=std / 10 if layer is self.reg else std)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
