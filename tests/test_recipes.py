@@ -114,6 +114,10 @@ def readme_commands() -> list[tuple[str, str]]:
     return [(recipe, re.split("[`#|]", flags)[0].strip()) for recipe, flags in found]
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
 def test_every_command_in_the_documentation_parses():
     commands = readme_commands()
     assert len(commands) >= 6
@@ -140,7 +144,7 @@ def test_classifier_end_to_end(recipe, tmp_path):
 
 def test_the_documentations_own_recipe_runs(tmp_path):
     """README, "Your own recipe": copy, change ten lines, run, from any folder."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = [block for block in python_blocks() if "class MyMethod" in block]
     source = (ROOT / "recipes" / "proto_net.py").read_text()
     source = re.sub(r"class ProtoNet.*?(?=    def forward)", lambda _: block + "\n", source, flags=re.S)
     built = "MyMethod(backbones.build(args.backbone, train_set.size))"
@@ -150,6 +154,18 @@ def test_the_documentations_own_recipe_runs(tmp_path):
     command = [sys.executable, str(tmp_path / "my_method.py"), *EPISODIC.split(), "--out", str(tmp_path / "run")]
     subprocess.run([*command, "--workers", "0"], cwd=tmp_path, check=True, capture_output=True)
     assert "log_temperature" in load_file(tmp_path / "run" / "model.safetensors")
+
+
+def test_the_documentations_use_of_models_runs(tmp_path, monkeypatch):
+    """README, "Use a model", as written, on models that its commands leave behind, here after a few steps."""
+    monkeypatch.chdir(tmp_path)
+    run_here("meta_rcnn", QUICK["meta_rcnn"].replace("--shots 1", "--shots 10"))
+    run_here("attention_rpn", f"{QUICK['attention_rpn']} --stage base")
+    blocks = [block for block in python_blocks() if "fewshot.load" in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    assert (tmp_path / "found.png").exists() and (tmp_path / "never_trained.png").exists()
 
 
 def test_a_trained_backbone_can_be_taken_over(tmp_path):
