@@ -171,25 +171,22 @@ class Classifier(HubModel):
             raise InputError("no supports: give one or more pictures of every class")
         if len(labels) != len(pictures):
             raise InputError(f"{len(pictures)} pictures and {len(labels)} labels: give one label for each picture")
-        self.classes = list(dict.fromkeys(labels))
+        names = list(dict.fromkeys(labels))
+        if self.method == "maml" and len(names) != self.head.ways:
+            raise InputError(f"{len(names)} classes of supports: this MAML was trained for {self.head.ways}")
         x = self.transformed(pictures, size)
-        groups = [[i for i, label in enumerate(labels) if label == name] for name in self.classes]
+        groups = [[i for i, label in enumerate(labels) if label == name] for name in names]
         if self.method == "maml":
-            most = max(map(len, groups))
-            repeated = x[[group[i % len(group)] for group in groups for i in range(most)]][None]
-            if len(groups) != self.head.ways:
-                raise InputError(f"{len(groups)} classes of supports: this MAML was trained for {self.head.ways}")
-            self._logits = lambda query: self.head.predict(repeated, query[None], len(groups))[0]
-            return
-        self.adapt(self.extracted(x), groups, seed)
+            repeated = x[_equal(groups)][None]
+            self._logits = lambda query: self.head.predict(repeated, query[None], len(names))[0]
+        else:
+            self.adapt(self.extracted(x), groups, seed)
+        self.classes = names
 
     def adapt(self, features: Tensor, groups: Sequence[Sequence[int]], seed: int = 0) -> None:
         """Learn classes from features (n, ...) of supports; `groups` has the rows of each class."""
-        ways, args, about = len(groups), self.about["args"], self.about
-        most = max(map(len, groups))
+        ways, args = len(groups), self.about["args"]
         means = torch.stack([features[list(group)].mean(0) for group in groups])[None]  # (1, ways, ...)
-        equal = features[[group[i % len(group)] for group in groups for i in range(most)]][None]
-        drawn = torch.random.fork_rng(devices=[])
         if self.method == "proto_net":
             self._logits = lambda query: heads.prototype(means, query[None], ways, args["distance"])[0]
         elif self.method == "matching_net":
@@ -197,17 +194,20 @@ class Classifier(HubModel):
         elif self.method in ("relation_net", "meta_baseline"):
             self._logits = lambda query: self.head(means, query[None], ways)[0]
         else:
-            steps = {"steps": 150 if most == 1 else 600, "batch_size": min(4, ways * most)}
-            with drawn:
-                torch.manual_seed(run.mix(seed, ways, most))
-                if self.method == "baseline":
-                    trained = finetune.fit_linear(equal, ways, **steps)
-                else:
-                    fit = finetune.fit_cosine if self.method == "baseline_plus" else finetune.fit_normalised
-                    temperature = about.get("test_temperature") or args["test_temperature"]
-                    trained = fit(equal, ways, temperature=temperature, **steps)
+            trained = self._fine_tuned(features[_equal(groups)][None], ways, seed)
             self._logits = lambda query: trained.logits(query[None])[0]
         self._means = means[0]
+
+    def _fine_tuned(self, support: Tensor, ways: int, seed: int) -> finetune.LinearHeads | finetune.CosineHeads:
+        """A classifier trained on features (1, ways * shots, D), class by class, as in the method's tests."""
+        steps = {"steps": 150 if support.shape[1] == ways else 600, "batch_size": min(4, support.shape[1])}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.mix(seed, *support.shape[1:]))
+            if self.method == "baseline":
+                return finetune.fit_linear(support, ways, **steps)
+            fit = finetune.fit_cosine if self.method == "baseline_plus" else finetune.fit_normalised
+            temperature = self.about.get("test_temperature") or self.about["args"]["test_temperature"]
+            return fit(support, ways, temperature=temperature, **steps)
 
     @torch.no_grad()
     def predict(self, images: Picture | Sequence[Picture], *, size: Size = None) -> list[Guess] | Guess:
@@ -276,6 +276,12 @@ class Classifier(HubModel):
             raise InputError("no supports yet: call support with a few pictures of every class first")
         scale = self.head.temperature if self.head is not None else None
         return PrototypeNetwork(self.features, self._means, self.about["args"].get("distance"), scale)
+
+
+def _equal(groups: Sequence[Sequence[int]]) -> list[int]:
+    """As many rows of every group as the largest has, group by group; smaller ones begin again."""
+    most = max(map(len, groups))
+    return [group[i % len(group)] for group in groups for i in range(most)]
 
 
 def _attention(support: Tensor, groups: Sequence[Sequence[int]], temperature: float, query: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def test_classifiers_learn_classes_from_supports(method, runs):
     args = model.about["args"]
     support, query = x[0][None], x[1][None]
     with torch.random.fork_rng():
-        torch.manual_seed(run.mix(0, 3, 3))
+        torch.manual_seed(run.mix(0, *support.shape[1:]))
         expected = {
             "proto_net": lambda: heads.prototype(support, query, 3),
             "matching_net": lambda: heads.matching(support, query, 3, args["temperature"]),
@@ -204,6 +204,11 @@ def test_bad_input_is_named(runs, tmp_path, monkeypatch):
     (tmp_path / "bad.png").write_text("no picture")
     with pytest.raises(InputError, match=r"bad\.png: not a readable picture"):
         model.support([tmp_path / "bad.png"], ["a"])
+    model.support(pictures(1), NAMES)
+    before = model.predict(pictures(1, first=4))
+    with pytest.raises(InputError):
+        model.support(pictures(1), ["a", "b"])
+    assert model.classes == NAMES and model.predict(pictures(1, first=4)) == before  # what was known stays
     detector = fewshot.load(runs["attention_rpn"])
     for box in ((10, 10, 200, 50), (-1, 0, 5, 5), (30, 30, 20, 40)):
         with pytest.raises(InputError, match="of support 0 is not inside its picture of 160 x 160"):
