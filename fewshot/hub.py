@@ -39,7 +39,7 @@ USAGE = {
 
 
 class HubModel(ModelHubMixin):
-    """A model that is one self-describing file: `save_pretrained`, `push_to_hub` and `from_pretrained`.
+    """A model that is one self-describing file: `save_pretrained` and `push_to_hub`.
 
     Args:
         state: tensors by name. about: what the file says of itself.
@@ -52,15 +52,6 @@ class HubModel(ModelHubMixin):
         weights.save_state(Path(save_directory) / FILE, self.state, self.about)
         # what the hub looks for to count downloads
         (Path(save_directory) / "config.json").write_text(json.dumps({"method": self.method}) + "\n")
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubModel:
-        from fewshot.inference import load
-
-        if Path(model_id).is_dir():
-            return load(Path(model_id) / FILE)
-        known = {k: options[k] for k in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
-        return load(_download(model_id, **known))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model with its card; see huggingface_hub's `ModelHubMixin.push_to_hub` for the options."""
@@ -115,10 +106,15 @@ def find(source: str | Path) -> Path:
         return path / FILE
     if path.exists() or path.suffix or str(source).count("/") != 1:
         return path  # weights.load says what is wrong with it
-    return _download(str(source))
+    return download(str(source))
 
 
-def _download(repo_id: str, **options: Any) -> Path:
+def download(repo_id: str, **options: Any) -> Path:
+    """The model file under this id, from the hub or its local cache; `options` of huggingface_hub's `hf_hub_download`.
+
+    Raises:
+        InputError: it cannot be had; the message says why.
+    """
     try:
         return Path(hf_hub_download(repo_id, FILE, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

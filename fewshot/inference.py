@@ -36,7 +36,7 @@ from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.tfa import TFA
 from fewshot.fold import folded
 from fewshot.fpn import fpn
-from fewshot.hub import HubModel, find
+from fewshot.hub import FILE, HubModel, download, find
 from fewshot.maml import MAML
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
@@ -111,7 +111,18 @@ def check_size(size: Size) -> None:
         raise InputError(f"size {size!r}: leave it out to resize as in the method's tests, or say keep")
 
 
-class Classifier(HubModel):
+class Model(HubModel):
+    """What classifiers and detectors have in common: the hub."""
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Classifier | Detector:
+        if Path(model_id).is_dir():
+            return load(Path(model_id) / FILE)
+        known = ("revision", "cache_dir", "force_download", "token", "local_files_only")
+        return load(download(model_id, **{key: options[key] for key in known}))
+
+
+class Classifier(Model):
     """A classifier of pictures into the classes of its supports.
 
     Args:
@@ -328,7 +339,7 @@ class RoIHead(nn.Module):
         return logits, F.linear(queries, self.reg_weight, self.reg_bias).unflatten(1, (-1, 4))
 
 
-class Detector(HubModel):
+class Detector(Model):
     """A detector of objects.
 
     Args:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
-
-if TYPE_CHECKING:
-    from fewshot.data.classification import ImageSet
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,14 @@ class Transform(Protocol):
         """uint8 RGB (b, 3, S, S), (b,) and [0, 1) numbers (b, draws) -> normalised float32 (b, 3, size, size)."""
 
 
+class Pictures(Protocol):
+    """What of a data set decides about its transforms."""
+
+    size: int
+    normalisation: Normalisation
+    augment: bool
+
+
 @dataclass(frozen=True)
 class Whole:
     """The whole picture, squashed: for characters, whose colours and place say what they should. Nothing is random."""
@@ -119,12 +124,12 @@ class TrainAugment:
         return self.normalisation(_colour_jitter(images, factors, order.argsort(1)))
 
 
-def train_transform(dataset: ImageSet) -> Transform:
+def train_transform(dataset: Pictures) -> Transform:
     """What pictures of this data set go through for training: augmented if they are natural images."""
     return (TrainAugment if dataset.augment else Whole)(dataset.size, dataset.normalisation)
 
 
-def test_transform(dataset: ImageSet) -> Transform:
+def test_transform(dataset: Pictures) -> Transform:
     """What pictures of this data set go through for validation and test: nothing random."""
     return (TestCrop if dataset.augment else Whole)(dataset.size, dataset.normalisation)
 
