@@ -75,8 +75,10 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], source: str | Path, f
     model.load_state_dict(given, strict=False)
 
 
-def fill_part(module: nn.Module, path: str | Path, prefix: str) -> None:
+def fill_part(module: nn.Module, path: str | Path, prefix: str, without: Sequence[str] = ()) -> None:
     """Copy the tensors of the model file `path` whose names begin with `prefix` into `module`; all must fit.
+
+    Those whose names go on with one of `without` are left where they are, on either side.
 
     Raises:
         InputError: as `load` and `fill` do, or no tensor has such a name.
@@ -84,8 +86,8 @@ def fill_part(module: nn.Module, path: str | Path, prefix: str) -> None:
     state, _ = load(path)
     part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not part:
-        raise InputError(f"{path} has no tensor {prefix}*: it is no classifier of this project")
-    fill(module, part, path)
+        raise InputError(f"{path} has no tensor {prefix}*: it is a model of another kind")
+    fill(module, part, path, fresh=without)
 
 
 def commit() -> str:

@@ -5,7 +5,7 @@ relations (global, local, patch) compares each RoI with them. It trains on pictu
 and with one that is not. Base classes train everything, then K shots the head. No layer belongs to a class, so a new
 one needs only its supports.
 
-    accelerate launch recipes/attention_rpn.py --shots 10
+    accelerate launch recipes/attention_rpn.py --shots 10 --init runs/meta_rcnn/glyphs-split1/base/model.safetensors
     accelerate launch recipes/attention_rpn.py --dataset voc --data-root data --split 1 --shots 10
     accelerate launch recipes/attention_rpn.py --stage finetune --shots 10 --test-only --share-proposals
 """
@@ -30,7 +30,7 @@ from fewshot.fold import folded
 BATCH = {"glyphs": (8, 8), "voc": (16, 8), "coco": (8, 4)}
 SCHEDULE = {
     "glyphs": {
-        "base": (1000, 0.006, (800,), 100),
+        "base": (600, 0.004, (480,), 50),
         1: (40, 0.005, (), 0),
         2: (60, 0.005, (), 0),
         3: (60, 0.005, (), 0),
@@ -106,6 +106,7 @@ class Args:
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
+    init: str | None = None  # start the trunk from that of a model of meta_rcnn or fsdetview, instead of --weights
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
     out: str | None = None  # where everything goes; by default runs/attention_rpn/<dataset>-split<split>
@@ -166,11 +167,13 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         trunk, sizes = backbones.c4(**saved["architecture"]), saved["sizes"]
     else:
         name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet50")
-        source = args.weights or ("none" if name == "small" else "imagenet")
+        source = args.weights or ("none" if name == "small" or args.init else "imagenet")
         # frozen batch norm needs statistics to be frozen at
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
         trunk, sizes = backbones.c4(name, weights=source, style=style, norm=norm), SIZES[kind]
+        if args.init:
+            weights.fill_part(trunk, args.init, "trunk.", without=("meta_conv.",))
         trunk.freeze(0 if source == "none" else 2)
     if args.rois:
         sizes = {**sizes, "rois": args.rois}

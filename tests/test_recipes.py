@@ -224,6 +224,19 @@ def test_novel_classes_can_start_from_a_model_of_their_own(tmp_path):
     assert torch.allclose(direction(grown["cls.weight"][15:20]), direction(given["cls.weight"][:5]), atol=1e-5)
 
 
+def test_attention_rpn_can_start_from_another_detectors_trunk(tmp_path):
+    run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --stage base --out {tmp_path / 'a'}")
+    model = tmp_path / "a" / "base" / "model.safetensors"
+    run_here("attention_rpn", f"{QUICK['attention_rpn']} --stage base --lr 0 --init {model} --out {tmp_path / 'b'}")
+    a, b = load_file(model), load_file(tmp_path / "b" / "base" / "model.safetensors")
+    names = [name for name in b if name.startswith(("trunk.layer", "trunk.conv1"))]
+    assert len(names) > 20 and all(torch.equal(a[name], b[name]) for name in names)
+    assert torch.equal(a["trunk.stage4.0.0.conv1.weight"], b["trunk.stage4.0.conv1.weight"])
+    with pytest.raises(InputError, match="has no tensor trunk"):
+        weights.save(tmp_path / "other.safetensors", torch.nn.Linear(2, 2), {})
+        run_here("attention_rpn", f"{QUICK['attention_rpn']} --init {tmp_path / 'other.safetensors'} --out {tmp_path}")
+
+
 def test_shared_proposals_are_a_way_to_test(tmp_path):
     run_here("attention_rpn", f"{QUICK['attention_rpn']} --stage base --out {tmp_path}")
     assert metrics(tmp_path / "base")["protocol"]["proposals"] == "of each class"
