@@ -9,7 +9,7 @@ only the last layers.
     accelerate launch recipes/meta_rcnn.py --stage finetune --shots 1 --seed 3
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -170,7 +170,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     if not args.test_only:
         loader = detection.train_loader(
             train_set,
-            pipeline,
+            replace(pipeline, multiple=32) if finetune else pipeline,  # as published
             batch_size=batch_size,
             seed=args.seed,
             start=record.step,
