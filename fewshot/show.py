@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -116,7 +117,10 @@ def boxes_on(image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequenc
     image = F.resize(image, [side, round(image.shape[-1] * scale)])
     if not len(boxes):
         return image
-    return draw_bounding_boxes(image, boxes.float() * scale, list(names), list(colors), width=2)
+    font = findfont("DejaVu Sans")  # matplotlib brings it along
+    return draw_bounding_boxes(
+        image, boxes.float() * scale, list(names), list(colors), width=2, font=font, font_size=max(10, side // 24)
+    )
 
 
 def sheet(images: Sequence[Tensor], columns: int = 4) -> Image.Image:
