@@ -85,7 +85,7 @@ def report(
     if stage != "base":
         if set(trained_on) > set(dataset.novel):
             protocol["trained_on"] = "base and novel classes"
-        drawn = f"lists in {args.shot_lists}" if args.shot_lists else f"drawn by seed {args.seed}"
+        drawn = f"from {args.shot_lists}" if args.shot_lists else f"drawn by seed {args.seed}"
         protocol["shots"] = f"{args.shots} of each class, {drawn}"
     protocol |= also or {}
     result = evaluate.evaluate(found, dataset)

@@ -1,4 +1,4 @@
-"""How good detections are: VOC's AP50 and COCO's AP, for base, novel and all classes from one pass of matching.
+"""How good detections are: VOC's and COCO's AP, for base, novel and all classes from one pass of matching.
 
 Detections come as a dict from picture id to `Detections`, one for every picture of the set, in the pixels of the
 original pictures. Results are dicts of percentages: {"AP50": {"base": .., "novel": .., "all": ..}, ..}. A group without
@@ -19,6 +19,8 @@ from torch import Tensor
 from fewshot.data.detection import Batch, DetectionSet
 
 PROPOSALS = (100, 300, 1000)  # detections per picture (COCO's maxDets) and proposals per picture that are looked at
+IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # that COCO's AP averages over
+SIZES = {"s": (0, 32), "m": (32, 96), "l": (96, 10_000)}  # COCO's small, medium and large: roots of areas, in pixels
 
 
 class Detections(NamedTuple):
@@ -44,11 +46,22 @@ class Matches:
 
 
 def evaluate(detections: Mapping[str, Detections], dataset: DetectionSet) -> dict[str, dict[str, float]]:
-    """The numbers that are published for this kind of set: `evaluate_voc` or `evaluate_coco`."""
+    """The numbers that are published for this kind of set: `evaluate_coco`, or `evaluate_voc` in COCO's terms.
+
+    Of the latter AP50 is the published one, and that of the classes; AP75, AP (the mean over IoU 0.5 to 0.95), and
+    AP50 of small, medium and large objects (AP50s, AP50m, AP50l) tell how well boxes fit, and what is missed.
+    """
     if dataset.metric == "coco":
         return evaluate_coco(detections, dataset)
     # VOC alone counts a box from pixel 7 to pixel 7 as one pixel wide.
-    return evaluate_voc(detections, dataset, inclusive_pixels=dataset.name == "voc")
+    voc = evaluate_voc(
+        *(detections, dataset),
+        iou_thresholds=IOUS,
+        size_ranges=[*SIZES.values()],
+        inclusive_pixels=dataset.name == "voc",
+    )
+    by_size = {f"AP50{size}": voc[f"AP50 {low}-{high}"] for size, (low, high) in SIZES.items()}
+    return {"AP50": voc["AP50"], "AP75": voc["AP75"], "AP": voc["mAP"], **by_size, "per_class": voc["per_class"]}
 
 
 def evaluate_voc(
@@ -68,11 +81,12 @@ def evaluate_voc(
         iou_thresholds: an object is found by a box that overlaps it at least so much.
         points: precision is averaged at recalls 0, 0.1, ... 1, or over the area under its envelope.
         inclusive_pixels: sides are x2 - x1 + 1 instead of x2 - x1.
-        size_ranges: also evaluate objects by the square root of their area, at least low and below high pixels.
+        size_ranges: also evaluate, at the first threshold, objects by the square root of their area, at least low and
+            below high pixels.
 
     Returns:
         AP50 etc., over the classes that have objects; mAP, their mean, if there are several thresholds; AP50 48-96 etc.
-        for size ranges; per_class, the mean over the thresholds for each class.
+        for size ranges; per_class, that of each class at the first threshold.
 
     Raises:
         ValueError: detections are missing for a picture, or are for pictures or classes that the set does not have.
@@ -88,12 +102,12 @@ def evaluate_voc(
         return result
 
     tables = {f"AP{round(100 * iou)}": per_class(iou) for iou in iou_thresholds}
-    mean = {name: float(np.mean([table[name] for table in tables.values()])) for name in next(iter(tables.values()))}
+    first, of_classes = next(iter(tables.items()))
     if len(tables) > 1:
-        tables["mAP"] = mean
+        tables["mAP"] = {name: float(np.mean([table[name] for table in tables.values()])) for name in of_classes}
     for low, high in size_ranges:
-        tables |= {f"AP{round(100 * iou)} {low}-{high}": per_class(iou, (low, high)) for iou in iou_thresholds}
-    return {key: _by_group(dataset, table) for key, table in tables.items()} | {"per_class": mean}
+        tables[f"{first} {low}-{high}"] = per_class(iou_thresholds[0], (low, high))
+    return {key: _by_group(dataset, table) for key, table in tables.items()} | {"per_class": of_classes}
 
 
 def match(detections: Mapping[str, Detections], dataset: DetectionSet, inclusive_pixels: bool = True) -> Matches:

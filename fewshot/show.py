@@ -59,6 +59,28 @@ def detections(
     return sheet(images)
 
 
+def shots(dataset: DetectionSet, *, most: int = 10, side: int = 128) -> Image.Image:
+    """The objects of a set as a sheet: a row per class with its first `most`, in squares of `side` pixels.
+
+    An object is shown in its surroundings, a quarter of its longer side on both ends of that; those of novel classes
+    have orange boxes.
+    """
+    rows = []
+    for label, name in enumerate(dataset.classes):
+        mine = [(i, box) for i, r in enumerate(dataset.records) for box in torch.as_tensor(r.boxes[r.labels == label])]
+        rows.append([])
+        for index, box in mine[:most]:
+            image = dataset.image(index)
+            half = 0.75 * (box[2:] - box[:2]).max()
+            left, top = ((box[:2] + box[2:]) / 2 - half).int().tolist()
+            window = F.crop(image, top, left, int(2 * half), int(2 * half))  # black outside the picture
+            inside = box - torch.tensor([left, top, left, top])
+            rows[-1].append(boxes_on(window, inside[None], [name], colors([name], dataset.novel), side))
+    columns = max(map(len, rows))
+    empty = torch.full((3, side, side), 255, dtype=torch.uint8)
+    return sheet([cell for row in rows for cell in row + [empty] * (columns - len(row))], columns)
+
+
 def guesses(images: Sequence[Tensor], probabilities: Sequence[Mapping[str, float]], most: int = 5) -> Figure:
     """A figure of pictures, uint8 (3, H, W), each beside bars of its likeliest classes' probabilities."""
     figure = Figure(figsize=(5, 2 * len(images)), layout="constrained")

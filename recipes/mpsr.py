@@ -78,7 +78,7 @@ class Args:
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
-    shot_lists: str | None = None  # folder of published few-shot lists; by default shots are drawn by --seed
+    shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     test_images: int | None = None  # test on only the first so many pictures
@@ -132,10 +132,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     test_set = test_set.with_records(test_set.records[: args.test_images])
     for note in train_set.notes:
         accelerator.print(note)
-    if finetune and args.shot_lists:
-        train_set = k_shot.read_shot_lists(train_set, args.shot_lists, args.shots, args.seed)
-    elif finetune:
-        train_set = k_shot.select_shots(train_set, args.shots, args.seed)
+    if finetune:
+        train_set = k_shot.choose_shots(train_set, args.shots, args.seed, args.shot_lists)
     else:
         train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(test_set.base)
     pipeline = detection.Pipeline(args.short or short, args.long or long, flip, multiple=32)

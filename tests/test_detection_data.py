@@ -448,6 +448,22 @@ def test_shots_survive_saving(tmp_path):
         one_line(error, *words)
 
 
+def test_shots_are_drawn_or_given(tmp_path):
+    dataset = toy({"a": 9, "b": 7, "c": 30}, novel=["c"])
+    drawn = k_shot.choose_shots(dataset, 5, seed=1)
+    assert all(boxes_of(drawn, name) == boxes_of(k_shot.select_shots(dataset, 5, seed=1), name) for name in "abc")
+    k_shot.save_shots(tmp_path / "shots.json", drawn)
+    given = k_shot.choose_shots(dataset, 5, 2, tmp_path / "shots.json")  # the file counts, not the seed
+    assert all(boxes_of(given, name) == boxes_of(drawn, name) for name in "abc")
+    for shots, place, words in [(3, "shots.json", ["has 5 shots", "--shots 5"]), (5, "none.json", ["is it there"])]:
+        with pytest.raises(InputError) as error:
+            k_shot.choose_shots(dataset, shots, 1, tmp_path / place)
+        one_line(error, place, *words)
+    with pytest.raises(InputError) as error:  # a folder has published lists
+        k_shot.choose_shots(dataset, 5, 1, tmp_path)
+    one_line(error, "box_5shot_a_train.txt")
+
+
 # pictures to batches
 
 

@@ -185,9 +185,19 @@ def test_voc_ap_equals_a_plain_loop(inclusive):
                 if present:
                     assert result[key][group] == pytest.approx(np.mean(present), abs=1e-9)
         assert result["mAP"]["all"] == pytest.approx((result["AP50"]["all"] + result["AP70"]["all"]) / 2)
-        assert result["per_class"]["a"] == pytest.approx(
-            np.mean([plain_ap(dataset, found, 0, iou, inclusive) for iou in (0.5, 0.7)])
-        )
+        assert result["per_class"]["a"] == pytest.approx(plain_ap(dataset, found, 0, 0.5, inclusive))
+
+
+def test_what_is_reported_of_a_set_like_voc():
+    dataset, found = random_set(0)
+    result = evaluate.evaluate(found, dataset)
+    assert list(result) == ["AP50", "AP75", "AP", "AP50s", "AP50m", "AP50l", "per_class"]
+    aps = {iou: [plain_ap(dataset, found, label, iou, False) for label in range(3)] for iou in evaluate.IOUS}
+    for key, wanted in (("AP50", aps[0.5]), ("AP75", aps[0.75]), ("AP", [*aps.values()])):
+        assert result[key]["all"] == pytest.approx(np.mean(wanted))
+    small = [plain_ap(dataset, found, label, 0.5, False, (0, 32)) for label in range(3)]
+    assert result["AP50s"]["all"] == pytest.approx(np.mean(small)) and result["AP50l"] == {}  # none is so large
+    assert result["per_class"]["b"] == pytest.approx(aps[0.5][1])
 
 
 def test_order_of_pictures_and_detections_does_not_matter():

@@ -19,6 +19,29 @@ from fewshot.data.detection import SHOTS, DetectionSet, objects_by_class
 T = TypeVar("T")
 
 
+def choose_shots(dataset: DetectionSet, shots: int, seed: int, given: str | Path | None = None) -> DetectionSet:
+    """The K shots that a recipe trains on: `select_shots` or, if `given`, those of lists or of a file.
+
+    Args:
+        dataset: training part, which knows the classes.
+        shots: of each class.
+        seed: of what is drawn.
+        given: a folder of published lists (`read_shot_lists`), or a shots.json of a run or of scripts/make_shots.py.
+
+    Raises:
+        InputError: as these functions do, or the file has another number of shots.
+    """
+    if given is None:
+        return select_shots(dataset, shots, seed)
+    if Path(given).is_dir():
+        return read_shot_lists(dataset, given, shots, seed)
+    chosen = load_shots(given, dataset)
+    most = max(map(len, objects_by_class(chosen)))
+    if most != shots:
+        raise InputError(f"{given} has {most} shots of a class, not {shots}; say --shots {most} or give another file")
+    return chosen
+
+
 def select_shots(dataset: DetectionSet, shots: int, seed: int) -> DetectionSet:
     """Exactly `shots` objects of every class, drawn at random; nothing else on the pictures stays annotated.
 
