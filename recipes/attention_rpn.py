@@ -143,8 +143,6 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     test_set = detection.open_detection(args.dataset, part="test", **where)
     test_set = test_set.with_records(test_set.records[: args.test_images])
     base, novel = train_set.base, train_set.novel
-    for note in train_set.notes:
-        accelerator.print(note)
     if not finetune or args.dataset == "coco":
         chosen = novel if finetune else base
         train_set, test_set = train_set.restrict(chosen), test_set.restrict(chosen)
@@ -152,6 +150,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         train_set = k_shot.choose_shots(train_set, args.shots, args.seed, args.shot_lists)
     else:
         train_set = without_small(train_set, SMALLEST[kind])
+    for note in train_set.notes:
+        accelerator.print(note)
     pipeline = detection.Pipeline(args.short or short, args.long or long)
     # in fine-tuning one shot is to be found, the others show what to look for
     shots = min(max(args.shots - 1, 1), 10) if finetune else SHOTS[kind]

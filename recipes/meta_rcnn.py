@@ -119,12 +119,12 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     train_set = detection.open_detection(args.dataset, part="train", difficult=difficult, **where)
     test_set = detection.open_detection(args.dataset, part="test", **where)
     test_set = test_set.with_records(test_set.records[: args.test_images])
-    for note in train_set.notes:
-        accelerator.print(note)
     if finetune:
         train_set = k_shot.choose_shots(train_set, args.shots, args.seed, args.shot_lists)
     else:
         train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(test_set.base)
+    for note in train_set.notes:
+        accelerator.print(note)
     pipeline = detection.Pipeline(args.short or short, args.long or long, flip)
     supports = NWayKShot(train_set, 1, used=30 if finetune else used, one_per_image=not finetune, size=support_size)
 
