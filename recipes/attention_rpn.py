@@ -5,7 +5,7 @@ relations (global, local, patch) compares each RoI with them. It trains on pictu
 and with one that is not. Base classes train everything, then K shots the head. No layer belongs to a class, so a new
 one needs only its supports.
 
-    accelerate launch recipes/attention_rpn.py --shots 10 --init runs/meta_rcnn/glyphs-split1/base/model.safetensors
+    accelerate launch recipes/attention_rpn.py --shots 10
     accelerate launch recipes/attention_rpn.py --dataset voc --data-root data --split 1 --shots 10
     accelerate launch recipes/attention_rpn.py --stage finetune --shots 10 --test-only --share-proposals
 """
@@ -24,18 +24,19 @@ from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detect import detect, report
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.fold import folded
+from fewshot.pretrain import name_objects
 
 # pictures of a global batch in base training and in fine-tuning, and the published schedules for them (steps, learning
 # rate, milestones, warm-up), but for the embedded glyphs a quick one
 BATCH = {"glyphs": (8, 8), "voc": (16, 8), "coco": (8, 4)}
 SCHEDULE = {
     "glyphs": {
-        "base": (600, 0.004, (480,), 50),
-        1: (40, 0.005, (), 0),
-        2: (60, 0.005, (), 0),
-        3: (60, 0.005, (), 0),
-        5: (80, 0.005, (), 0),
-        10: (80, 0.005, (), 0),
+        "base": (500, 0.02, (400,), 50),
+        1: (60, 0.01, (), 0),
+        2: (80, 0.01, (), 0),
+        3: (80, 0.01, (), 0),
+        5: (120, 0.01, (), 0),
+        10: (120, 0.01, (), 0),
     },
     "voc": {
         "base": (18_000, 0.004, (16_000,), 500),
@@ -52,8 +53,10 @@ SCHEDULE = {
     },
 }
 WARMUP_RATIO = 0.1
-SHOTS = {"glyphs": 3, "voc": 10, "coco": 10}  # supports per class and picture in base training
+HEAD_LR = {"glyphs": 0.5, "voc": 2.0, "coco": 2.0}  # times the rate of the others, where these train too
+SHOTS = {"glyphs": 2, "voc": 10, "coco": 10}  # supports per class and picture in base training
 SMALLEST = {"glyphs": 0, "voc": 1024, "coco": 1024}  # base training leaves out pictures with an object of less area
+OBJECTS = {"steps": 300, "lr": 0.04}  # of --weights objects, which --iters can only shorten
 TABLE = {"glyphs": 30, "voc": 100, "coco": 10}  # supports per class that a base model is tested with
 # (shorter side, one of these in training; longer side) of the pictures to search, then side and context of supports
 SHORT = (440, 472, 504, 536, 568, 600)
@@ -105,7 +108,7 @@ class Args:
     # model
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
-    weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
+    weights: str | None = None  # imagenet, a file, objects (learns to name them first), none; by default as published
     init: str | None = None  # start the trunk from that of a model of meta_rcnn or fsdetview, instead of --weights
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
@@ -165,14 +168,20 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         trunk, sizes = backbones.c4(**saved["architecture"]), saved["sizes"]
     else:
         name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet50")
-        source = args.weights or ("none" if name == "small" or args.init else "imagenet")
+        source = args.weights or ("none" if args.init else "objects" if name == "small" else "imagenet")
+        pretrained = source not in ("none", "objects")
         # frozen batch norm needs statistics to be frozen at
-        norm = "group" if source == "none" and name.startswith("resnet") else None
+        norm = None if pretrained or not name.startswith("resnet") else "group"
         style = args.style if name.startswith("resnet") else None
-        trunk, sizes = backbones.c4(name, weights=source, style=style, norm=norm), SIZES[kind]
+        trunk = backbones.c4(name, weights=source if pretrained else "none", style=style, norm=norm)
+        sizes = SIZES[kind]
         if args.init:
             weights.fill_part(trunk, args.init, "trunk.", without=("meta_conv.",))
-        trunk.freeze(0 if source == "none" else 2)
+        trunk.freeze(2 if pretrained else 0)
+        if source == "objects" and not args.test_only:
+            steps = min(args.iters or OBJECTS["steps"], OBJECTS["steps"])
+            how = {"steps": steps, "lr": OBJECTS["lr"], "seed": args.seed, "workers": args.workers}
+            name_objects(accelerator, trunk, train_set, pipeline, **how)
     if args.rois:
         sizes = {**sizes, "rois": args.rois}
     model = AttentionRPN(trunk, len(train_set.classes), **sizes)
@@ -188,8 +197,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     )
     head = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("relation.")]
     others = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("relation.")]
-    double = 1 if finetune and args.dataset != "coco" else 2
-    groups = [{"params": head, "lr": double * lr}, {"params": others}]
+    groups = [{"params": head, "lr": lr * HEAD_LR[kind] if others else lr}, {"params": others}]
     optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, weight_decay=1e-4)
     scheduler = run.warmup_step(optimizer, warmup=warmup, ratio=WARMUP_RATIO, milestones=milestones)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)

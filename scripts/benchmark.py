@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -273,8 +272,7 @@ def plain_meta_rcnn(model: MetaRCNN, queries: Tensor) -> tuple[Tensor, Tensor]:
 def plain_relation(relation: MultiRelation, queries: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
     """Attention-RPN's head as one writes it first: both maps side by side through whole layers."""
     both = torch.cat([queries, support.expand_as(queries)], 1)
-    pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=relation.padding, count_include_pad=False)
-    x = pool(F.relu(relation.patch[0](both)))
+    x = F.avg_pool2d(F.relu(relation.patch[0](both)), relation.pool, stride=1)
     x = F.relu(relation.patch[2](F.relu(relation.patch[1](x)))).mean((2, 3))
     near = F.relu((relation.local(queries) * relation.local(support)).sum((2, 3)))
     far = F.relu(relation.whole[1](F.relu(relation.whole[0](both.mean((2, 3))))))

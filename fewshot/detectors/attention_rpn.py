@@ -13,6 +13,7 @@ from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
 
 CLASSES_AT_ONCE = 5  # in testing, so that the RoIs of all of them fit in memory
 WHOLE = 7  # cells per side of the RoI maps for which the patch relation was made
+PUBLISHED = 2048  # channels of the published trunks' RoI maps
 MATCH, BACKGROUND = 0, 1
 
 
@@ -39,15 +40,19 @@ class MultiRelation(nn.Module):
 
     The first layers of the patch and of the global relation are linear in the two maps that they see side by side, so
     each map goes through its half of the weights alone, and once, however many others it is compared with.
+
+    Maps of fewer than `WHOLE` cells, those of small trunks, are not pooled before the patch relation's convolution,
+    which would leave nothing of where in the RoI things are; and narrow layers begin with larger weights than the
+    published ones, which would take thousands of steps to be heard.
     """
 
     def __init__(self, channels: int, side: int, hidden: int):
         super().__init__()
-        self.channels, self.padding = channels, 0 if side >= WHOLE else 1
+        self.channels, self.pool = channels, 3 if side >= WHOLE else 1
         self.patch = nn.ModuleList(
             [
                 nn.Conv2d(2 * channels, hidden, 1, bias=False),
-                nn.Conv2d(hidden, hidden, 3, padding=self.padding, bias=False),
+                nn.Conv2d(hidden, hidden, 3, bias=False),
                 nn.Conv2d(hidden, channels, 1, bias=False),
             ]
         )
@@ -55,12 +60,17 @@ class MultiRelation(nn.Module):
         self.whole = nn.ModuleList([nn.Linear(2 * channels, channels), nn.Linear(channels, channels)])
         self.patch_cls, self.local_cls, self.whole_cls = (nn.Linear(channels, 2) for _ in range(3))
         self.reg = nn.Linear(channels, 4)
-        std = 0.01 * (2048 / channels) ** 0.5  # published for 2048 channels; fewer need larger weights to be heard
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(layer.weight, std=std / 10 if layer is self.reg else std)
+                nn.init.normal_(layer.weight, std=0.001 if layer is self.reg else 0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        if (narrow := PUBLISHED / channels) > 1:
+            for layer in [*self.patch, *self.whole]:
+                nn.init.kaiming_normal_(layer.weight)
+            for layer in (self.patch_cls, self.local_cls, self.whole_cls, self.reg):
+                layer.weight.data *= narrow**0.5
+            self.local.weight.data *= narrow**0.25  # of which the relation takes a square
 
     def query_parts(self, maps: Tensor) -> Parts:
         """Of RoI maps (n, channels, s, s)."""
@@ -75,7 +85,7 @@ class MultiRelation(nn.Module):
     def forward(self, query: Parts, support: Parts) -> tuple[Tensor, Tensor]:
         """Logits (n, 2), match and background, and deltas (n, 4) of n RoIs, each beside its support (or beside one)."""
         x = F.relu(query.patch + support.patch)
-        x = F.avg_pool2d(x, 3, stride=1, padding=self.padding, count_include_pad=False)
+        x = F.avg_pool2d(x, self.pool, stride=1)
         x = F.relu(self.patch[2](F.relu(self.patch[1](x)))).mean((2, 3))
         near = F.relu((query.local * support.local).sum((2, 3)))  # depth-wise correlation of equal maps: one number
         far = F.relu(self.whole[1](F.relu(query.whole + support.whole)))
