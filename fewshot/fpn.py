@@ -1,10 +1,10 @@
-"""Feature pyramids for detection: images to maps of several strides, on the trunks of `backbones.c4`."""
+"""Feature pyramids for detection: images to maps of several strides, on the trunks of `trunks.c4`."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot import InputError
-from fewshot.backbones import C4, c4
+from fewshot.trunks import C4, c4
 
 
 class FPN(nn.Module):
@@ -90,7 +90,7 @@ def fpn(
     norm: str | None = None,
     channels: int | None = None,
 ) -> FPN:
-    """A feature pyramid on one of `backbones.TRUNKS`; see `backbones.c4` for the arguments.
+    """A feature pyramid on one of `trunks.TRUNKS`; see `trunks.c4` for the arguments.
 
     Args:
         channels: of every level; by default 256, and 64 for `small`.

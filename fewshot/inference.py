@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
-from fewshot import InputError, backbones, finetune, heads, run, show, weights
+from fewshot import InputError, backbones, finetune, heads, run, show, trunks, weights
 from fewshot.data.detection import Pipeline, collate_images
 from fewshot.data.query_aware import support_crop
 from fewshot.data.support import support_image
@@ -317,7 +317,7 @@ class Detector(Model):
     def __init__(self, state: dict[str, Tensor], about: dict[str, Any], source: str | Path, device: Any = "cpu"):
         super().__init__(state, about)
         self.device, self.classes = torch.device(device), list(about["classes"])
-        build = fpn if self.method in ("tfa", "fsce", "mpsr") else backbones.c4
+        build = fpn if self.method in ("tfa", "fsce", "mpsr") else trunks.c4
         trunk = build(**about["architecture"])
         options = {key: about[key] for key in ("cosine", "dimensions") if key in about}
         options |= {"above": 0.0} if self.method == "fsce" else {}  # of a loss

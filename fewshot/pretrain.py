@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fewshot import run
-from fewshot.backbones import C4
 from fewshot.data import detection
 from fewshot.data.detection import DetectionSet, Pipeline
 from fewshot.detectors import faster_rcnn
+from fewshot.trunks import C4
 
 OBJECTS = 30  # the first word of every seed, as in `fewshot.data`
 NEAR, FAR = 8, 16  # boxes around each object, and anywhere on a picture, that are classified besides the objects

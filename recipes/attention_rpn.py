@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import InputError, backbones, run, weights
+from fewshot import InputError, run, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detect import detect, report
@@ -165,7 +165,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         state, saved = weights.load(args.base)
         if saved["classes"] != base:
             raise InputError(f"{args.base} knows {', '.join(saved['classes'])}; this needs {', '.join(base)}")
-        trunk, sizes = backbones.c4(**saved["architecture"]), saved["sizes"]
+        trunk, sizes = trunks.c4(**saved["architecture"]), saved["sizes"]
     else:
         name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet50")
         source = args.weights or ("none" if args.init else "objects" if name == "small" else "imagenet")
@@ -173,7 +173,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         # frozen batch norm needs statistics to be frozen at
         norm = None if pretrained or not name.startswith("resnet") else "group"
         style = args.style if name.startswith("resnet") else None
-        trunk = backbones.c4(name, weights=source if pretrained else "none", style=style, norm=norm)
+        trunk = trunks.c4(name, weights=source if pretrained else "none", style=style, norm=norm)
         sizes = SIZES[kind]
         if args.init:
             weights.fill_part(trunk, args.init, "trunk.", without=("meta_conv.",))

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import InputError, backbones, run, weights
+from fewshot import InputError, run, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.support import NWayKShot
 from fewshot.detect import detect, report
@@ -133,14 +133,14 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         state, base = weights.load(args.base)
         if base["classes"] != train_set.base:
             raise InputError(f"{args.base} knows {', '.join(base['classes'])}; this needs {', '.join(train_set.base)}")
-        trunk = backbones.c4(**base["architecture"])
+        trunk = trunks.c4(**base["architecture"])
     else:
         name = args.backbone or {"glyphs": "small", "voc": "resnet101", "coco": "resnet50"}[kind]
         source = args.weights or ("none" if name == "small" else "imagenet")
         # frozen batch norm needs statistics to be frozen at
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
-        trunk = backbones.c4(name, weights=source, meta=True, style=style, norm=norm)
+        trunk = trunks.c4(name, weights=source, meta=True, style=style, norm=norm)
         trunk.freeze(0 if source == "none" else 2)
     sizes = SIZES[kind]
     if args.rois:

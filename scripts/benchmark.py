@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, finetune, fpn, heads
+from fewshot import backbones, finetune, fpn, heads, trunks
 from fewshot.data import detection, episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.data.glyphs import glyph, scene
@@ -89,7 +89,7 @@ def glyph_rows() -> list[Row]:
     supports = NWayKShot(scenes, 1, used=200, one_per_image=True, size=80)
     feed = {"batch_size": 8, "seed": 0, "start": 0, "extra": supports.draw}
     batch, support = next(detection.train_loader(scenes, detection.Pipeline(), steps=1, **feed))
-    detector = MetaRCNN(backbones.c4("small", meta=True), 15, rois=32, rpn_channels=128, train_proposals=(1000, 100))
+    detector = MetaRCNN(trunks.c4("small", meta=True), 15, rois=32, rpn_channels=128, train_proposals=(1000, 100))
     normal = detector.trunk.normalisation
 
     def detection_step() -> None:
@@ -310,9 +310,13 @@ def detector_steps(model: nn.Module, images: Tensor, classes: int) -> dict[str, 
 
 
 def with_prototypes(model: nn.Module) -> nn.Module:
-    """The model in testing, made to know all its classes by random prototypes."""
+    """The model in testing, made to know all its classes by random prototypes.
+
+    Those of Meta R-CNN and FSDetView are as near to each other as in the models that were trained on glyphs.
+    """
     if isinstance(model, MetaRCNN):
-        model.set_prototypes(torch.rand_like(model.prototypes), torch.arange(model.classes))
+        mean = 0.5 + 0.4 * torch.rand_like(model.prototypes[0])
+        model.set_prototypes(mean + 0.02 * torch.randn_like(model.prototypes), torch.arange(model.classes))
     elif isinstance(model, AttentionRPN):
         model.set_prototypes(
             [(torch.rand_like(model.kernels), torch.rand_like(model.maps), torch.arange(model.classes))]
@@ -333,9 +337,9 @@ def detect_rows(backbone: str, short: int, long: int, methods: tuple[str, ...], 
         "TFA": lambda classes: TFA(fpn.fpn(backbone, **style), classes, cosine=True),
         "FSCE": lambda classes: FSCE(fpn.fpn(backbone, **style), classes, dimensions=128, above=0.7, cosine=True),
         "MPSR": lambda classes: MPSR(fpn.fpn(backbone, **style), classes),
-        "Meta R-CNN": lambda classes: MetaRCNN(backbones.c4(backbone, meta=True, **style), classes),
-        "FSDetView": lambda classes: FSDetView(backbones.c4(backbone, meta=True, **style), classes),
-        "Attention-RPN": lambda classes: AttentionRPN(backbones.c4(backbone, **style), classes),
+        "Meta R-CNN": lambda classes: MetaRCNN(trunks.c4(backbone, meta=True, **style), classes),
+        "FSDetView": lambda classes: FSDetView(trunks.c4(backbone, meta=True, **style), classes),
+        "Attention-RPN": lambda classes: AttentionRPN(trunks.c4(backbone, **style), classes),
     }
     for name, build in make.items():
         if methods and name not in methods:

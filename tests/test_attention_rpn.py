@@ -15,7 +15,7 @@ from detector_goldens import (
 )
 from naming_rule import boxes, close, golden
 
-from fewshot import backbones
+from fewshot import trunks
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.mmfewshot import detector_name
@@ -33,7 +33,7 @@ def support(c: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:
 def case() -> tuple[AttentionRPN, dict]:
     """A detector with the reference's weights, and its results."""
     expected = golden("attention_rpn")
-    trunk = backbones.c4(f"resnet{expected['depth']}", style="caffe")
+    trunk = trunks.c4(f"resnet{expected['depth']}", style="caffe")
     model = AttentionRPN(trunk, expected["num_classes"])
     fill(model, expected["state"], our_key, own=["kernels", "maps", "known"])
     return model.eval(), expected

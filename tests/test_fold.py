@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import FrozenBatchNorm2d
 
-from fewshot import backbones
+from fewshot import trunks
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.tfa import TFA
 from fewshot.fold import folded
@@ -37,7 +37,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @torch.no_grad()
 def test_trunks(name):
     torch.manual_seed(0)
-    trunk = with_statistics(backbones.c4(name, meta=True))
+    trunk = with_statistics(trunks.c4(name, meta=True))
     quick = folded(trunk)
     assert norms(trunk) > 10 and norms(quick) == 0
     images, supports = torch.randn(2, 3, *SIZE), torch.randn(2, 4, 64, 64)
@@ -52,7 +52,7 @@ def test_detections():
     torch.manual_seed(0)
     images = torch.randn(1, 3, *SIZE)
     pyramid = with_statistics(TFA(fpn("resnet50"), 3, test_proposals=(100, 20)))
-    query = with_statistics(MetaRCNN(backbones.c4("resnet18", meta=True), 3, test_proposals=(100, 20)))
+    query = with_statistics(MetaRCNN(trunks.c4("resnet18", meta=True), 3, test_proposals=(100, 20)))
     query.set_prototypes(torch.rand(3, 512), torch.arange(3))
     for model in (pyramid, query):
         quick = folded(model)
@@ -64,7 +64,7 @@ def test_detections():
 
 
 def test_what_has_no_frozen_norm_stays_as_it_is():
-    trunk = backbones.c4("small")
+    trunk = trunks.c4("small")
     quick = folded(trunk)
     assert [n for n, _ in trunk.named_parameters()] == [n for n, _ in quick.named_parameters()]
     with pytest.raises(RuntimeError, match="no convolution"):

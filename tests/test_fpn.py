@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fewshot import InputError
-from fewshot.backbones import TRUNKS
 from fewshot.fpn import fpn
+from fewshot.trunks import TRUNKS
 
 
 @pytest.mark.parametrize("name", TRUNKS)

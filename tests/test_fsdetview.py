@@ -17,7 +17,7 @@ from detector_goldens import (
 )
 from naming_rule import close, golden
 
-from fewshot import backbones
+from fewshot import trunks
 from fewshot.detectors import faster_rcnn, fsdetview
 from fewshot.detectors.fsdetview import FSDetView
 from fewshot.mmfewshot import detector_name
@@ -29,7 +29,7 @@ our_key = partial(detector_name, method="fsdetview")
 def case(request) -> tuple[FSDetView, dict]:
     """A detector with the reference's weights, and its results."""
     expected = golden(request.param)
-    trunk = backbones.c4(f"resnet{expected['depth']}", meta=True, style="caffe")
+    trunk = trunks.c4(f"resnet{expected['depth']}", meta=True, style="caffe")
     model = FSDetView(trunk, expected["num_classes"])
     fill(model, expected["state"], our_key, own=["prototypes", "known"])
     return model.eval(), expected
@@ -129,7 +129,7 @@ def test_all_classes_at_once_equal_a_pass_per_class(monkeypatch, spread, fast, e
     """In float32; but close prototypes on a machine that is fast at it in bfloat16, to 1e-4 of a score."""
     monkeypatch.setattr(fsdetview, "multiplies_bfloat16", lambda device: fast)
     torch.manual_seed(0)
-    model = FSDetView(backbones.c4("small", meta=True), 20).eval()
+    model = FSDetView(trunks.c4("small", meta=True), 20).eval()
     d = model.prototypes.shape[1]
     for module in (model.cls, model.reg, model.product.fc, model.difference.fc):
         torch.nn.init.normal_(module.weight, std=d**-0.5)

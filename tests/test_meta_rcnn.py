@@ -17,7 +17,7 @@ from detector_goldens import (
 )
 from naming_rule import close, golden
 
-from fewshot import backbones
+from fewshot import trunks
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.mmfewshot import detector_name
@@ -29,7 +29,7 @@ our_key = partial(detector_name, method="meta_rcnn")
 def case(request) -> tuple[MetaRCNN, dict]:
     """A detector with the reference's weights, and its results: ResNet-50 and 20 classes, ResNet-101 and 15."""
     expected = golden(request.param)
-    trunk = backbones.c4(f"resnet{expected['depth']}", meta=True, style="caffe")
+    trunk = trunks.c4(f"resnet{expected['depth']}", meta=True, style="caffe")
     model = MetaRCNN(trunk, expected["num_classes"])
     fill(model, expected["state"], our_key, own=["prototypes", "known"])
     return model.eval(), expected
@@ -122,7 +122,7 @@ def test_whole_training_step(case):
 @torch.no_grad()
 def test_folded_classifier_equals_a_pass_per_class():
     torch.manual_seed(0)
-    model = MetaRCNN(backbones.c4("small", meta=True), 80).eval()
+    model = MetaRCNN(trunks.c4("small", meta=True), 80).eval()
     d = model.prototypes.shape[1]
     torch.nn.init.normal_(model.cls.weight)
     torch.nn.init.normal_(model.reg.weight)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fewshot import backbones, pretrain
+from fewshot import pretrain, trunks
 from fewshot.data import detection
 from fewshot.data.detection import DetectionSet
 from fewshot.detectors import faster_rcnn
@@ -16,9 +16,9 @@ def scenes() -> DetectionSet:
     return scenes.with_records(scenes.records[:40]).restrict(scenes.classes[:4])
 
 
-def trained(scenes: DetectionSet, steps: int, seed: int = 0) -> backbones.C4:
+def trained(scenes: DetectionSet, steps: int, seed: int = 0) -> trunks.C4:
     torch.manual_seed(5)
-    trunk = backbones.c4("small")
+    trunk = trunks.c4("small")
     trunk.freeze(0)  # the stem stays as it is
     how = {"steps": steps, "lr": 0.04, "batch_size": 4, "seed": seed}
     pretrain.name_objects(Accelerator(cpu=True), trunk, scenes, detection.Pipeline(), **how)
@@ -26,7 +26,7 @@ def trained(scenes: DetectionSet, steps: int, seed: int = 0) -> backbones.C4:
 
 
 @torch.no_grad()
-def nearest_mean(trunk: backbones.C4, scenes: DetectionSet) -> float:
+def nearest_mean(trunk: trunks.C4, scenes: DetectionSet) -> float:
     """How often an object's features are nearest to the mean of its class, of other objects."""
     vectors, labels = [], []
     for batch in detection.test_loader(scenes, detection.Pipeline(), batch_size=50):

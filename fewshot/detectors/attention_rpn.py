@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot.backbones import C4
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
+from fewshot.trunks import C4
 
 CLASSES_AT_ONCE = 5  # in testing, so that the RoIs of all of them fit in memory
 WHOLE = 7  # cells per side of the RoI maps for which the patch relation was made

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot.backbones import C4
 from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.trunks import C4
 
 CLASSES_AT_ONCE = 2  # in testing, so that the RoIs as all these classes see them stay in the cache
 # How far prototypes may be from their mean, relative to their size, for bfloat16 (9 bits) to multiply the differences:
