@@ -79,22 +79,20 @@ class FSDetView(MetaRCNN):
         own = torch.cat([self.cls.weight[known][:, None], self.cls.weight[-1:].expand(len(known), 1, -1), reg], 1)
         bias = torch.cat([self.cls.bias[known, None], self.cls.bias[-1:].expand(len(known), 1)], 1)
         bias = torch.cat([bias, self.reg.bias.view(-1, 4)[known]], 1)  # (k, 6): class, background, deltas
-        alone = F.linear(queries, own[..., len(weight1) + len(weight2) :].flatten(0, 1)).unflatten(
-            1, (-1, 6)
-        )  # (n, k, 6)
-        of_product, of_difference, _ = own.mT.split([len(weight1), len(weight2), queries.shape[1]], 1)
+        of_product, of_difference, of_query = own.split([len(weight1), len(weight2), queries.shape[1]], 2)
         outputs = []
         for i in range(0, len(known), CLASSES_AT_ONCE):
             part = slice(i, i + CLASSES_AT_ONCE)
             product = F.relu(typical + F.linear((queries * apart[part, None]).to(dtype), weight1))  # (k, n, D / 2)
             difference = F.relu(shifted[0] - shifted[1][part, None])
-            outputs.append(product @ of_product[part] + difference @ of_difference[part])  # (k, n, 6)
-        found = torch.cat(outputs) + alone.transpose(0, 1) + bias[:, None]
+            outputs.append(of_product[part] @ product.mT + of_difference[part] @ difference.mT)  # (k, 6, n)
+        alone = F.linear(of_query.flatten(0, 1), queries).view(len(known), 6, -1)
+        found = torch.cat(outputs) + alone + bias[..., None]
 
         logits = found.new_zeros(len(queries), self.classes + 1)
         deltas = found.new_zeros(len(queries), self.classes, 4)
-        logits[:, known], deltas[:, known] = found[..., 0].mT, found[..., 2:].transpose(0, 1)
-        logits[:, -1] = found[..., 1].mean(0)
+        logits[:, known], deltas[:, known] = found[:, 0].mT, found[:, 2:].permute(2, 0, 1)
+        logits[:, -1] = found[:, 1].mean(0)
         return logits, deltas
 
     def _close(self, mean: Tensor, apart: Tensor) -> bool:
