@@ -269,6 +269,19 @@ class AttentionRPN(nn.Module):
         outputs = self.rpn.outputs(self.attended(feature, self.kernels[classes]))
         return self.rpn.proposals(*outputs, [size] * len(classes))
 
+    def _union(self, feature: Tensor, size: tuple[int, int], classes: Tensor) -> Tensor:
+        """Proposals (n, 5) for any of `classes` on one image, best first, of which none overlaps a better one much."""
+        parts = [self.proposals(feature, size, part) for part in classes.split(CLASSES_AT_ONCE)]
+        union = torch.cat([proposal for part in parts for proposal in part])
+        alike = torch.zeros(len(union), dtype=torch.int64, device=union.device)
+        return union[faster_rcnn.nms_by_class(union[:, :4], union[:, 4], alike, 0.7)]
+
+    @torch.no_grad()
+    def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Boxes and scores (n, 5), best first, of what may be an object of any known class, for every image."""
+        features, known = self.trunk(images).split(1), self.known.nonzero()[:, 0]
+        return [self._union(feature, size, known) for feature, size in zip(features, sizes, strict=True)]
+
     def _detect_each(self, feature: Tensor, size: tuple[int, int], known: Tensor, supports: Parts) -> list[Detections]:
         found = []
         for i in range(0, len(known), CLASSES_AT_ONCE):
@@ -286,10 +299,7 @@ class AttentionRPN(nn.Module):
     def _detect_shared(
         self, feature: Tensor, size: tuple[int, int], known: Tensor, supports: Parts
     ) -> list[Detections]:
-        parts = [self.proposals(feature, size, part) for part in known.split(CLASSES_AT_ONCE)]
-        union = torch.cat([proposal for part in parts for proposal in part])
-        alike = torch.zeros(len(union), dtype=torch.int64, device=union.device)
-        union = union[faster_rcnn.nms_by_class(union[:, :4], union[:, 4], alike, 0.7)[: self.shared_proposals]]
+        union = self._union(feature, size, known)[: self.shared_proposals]
         queries = self.relation.query_parts(self.roi_maps(feature, [union])[1])
         found = []
         for i in range(len(known)):

@@ -180,6 +180,10 @@ class RPN(nn.Module):
             anchors.append(anchor_grid(cls.shape[-2:], stride, self.scales, self.ratios).to(cls.device))
         return logits, deltas, anchors
 
+    def propose(self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """`proposals` of feature levels (images, in_channels, height, width)."""
+        return self.proposals(*self.outputs(self.maps(features)), sizes)
+
     @torch.no_grad()
     def proposals(
         self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Sequence[tuple[int, int]]

@@ -147,10 +147,15 @@ class MetaRCNN(nn.Module):
         return F.linear(queries, folded, offset), deltas.view(-1, self.classes, 4)
 
     @torch.no_grad()
+    def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every normalised image."""
+        return self.rpn.propose([self.trunk(images)], sizes)
+
+    @torch.no_grad()
     def detect(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Detections of every normalised image (b, 3, H, W), in pixels of that input. Needs `set_prototypes`."""
         features = self.trunk(images)
-        proposals = self.rpn.proposals(*self.rpn.outputs(self.rpn.maps([features])), sizes)
+        proposals = self.rpn.propose([features], sizes)
         queries = self.roi_vectors(features, proposals).split([len(p) for p in proposals])
         return [
             faster_rcnn.detections(*self.classify(query), proposal, size, nms=0.3)

@@ -194,10 +194,15 @@ class MPSR(nn.Module):
         return losses | {"crops": CROP_WEIGHT * F.cross_entropy(logits, crop_labels.repeat(len(crop_maps)))}
 
     @torch.no_grad()
+    def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every normalised image."""
+        return self.rpn.propose(self.trunk(images), sizes)
+
+    @torch.no_grad()
     def detect(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Detections of every normalised image (b, 3, H, W), in pixels of that input."""
         features = self.trunk(images)
-        proposals = self.rpn.proposals(*self.rpn.outputs(self.rpn.maps(features)), sizes)
+        proposals = self.rpn.propose(features, sizes)
         maps = self.roi_features(features, proposals).split([len(p) for p in proposals])
         return [
             faster_rcnn.detections(self.classify(m), self.regress(m), proposal, size, nms_offset=1)

@@ -1,4 +1,4 @@
-"""scripts/make_shots.py and scripts/results.py: shots as files and pictures, finished runs as a table."""
+"""scripts/: shots as files and pictures, finished runs as a table, what a detector's first stage proposes."""
 
 import importlib.util
 import json
@@ -8,23 +8,25 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from PIL import Image
 
-from fewshot import InputError
+import fewshot
+from fewshot import InputError, evaluate, weights
 from fewshot.data import detection, k_shot
 
 
-def load(script: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / f"{script}.py"
-    spec = importlib.util.spec_from_file_location(script, path)
+def load(name: str, folder: str = "scripts") -> ModuleType:
+    path = Path(__file__).parents[1] / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[script] = module  # dataclasses look the module up
+    sys.modules[name] = module  # dataclasses look the module up
     spec.loader.exec_module(module)
     return module
 
 
-make_shots, results = load("make_shots"), load("results")
+make_shots, results, proposal_recall = load("make_shots"), load("results"), load("proposal_recall")
 
 
 def call(module: ModuleType, flags: str) -> None:
@@ -104,3 +106,33 @@ def test_results_says_what_is_wrong(runs, tmp_path):
     (runs / "tfa" / "a" / "args.json").unlink()
     with pytest.raises(InputError, match="not a finished run's folder"):
         call(results, f"{runs}")
+
+
+@pytest.mark.parametrize("recipe", ["tfa", "attention_rpn"])
+def test_proposal_recall_of_a_run(recipe, tmp_path, capsys):
+    quick = "--iters 2 --batch-size 2 --test-images 4 --workers 0 --stage base"
+    call(load(recipe, "recipes"), f"{quick} --out {tmp_path}")
+    capsys.readouterr()
+    call(proposal_recall, f"{tmp_path / 'base'} --test-images 3 --workers 0")
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 pictures" in lines[0] and lines[1].split() == ["base", "novel", "all"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert list(rows) == ["R100", "R300", "R1000"] and all(row[1] == "-" for row in rows.values())
+    values = [float(row[0]) for row in rows.values()]
+    assert values == sorted(values) and values[-1] > 50  # a thousand boxes of any kind cover most of a small picture
+
+    model = fewshot.load(tmp_path / "base")
+    model.network.rpn.test_proposals = 1000, 1000
+    dataset = detection.open_detection("glyphs", "", part="test").restrict(model.classes)
+    boxes = {}
+    for i, record in enumerate(dataset.records[:3]):
+        x = model.normalisation(dataset.image(i)[None])
+        boxes[record.id] = model.network.propose(x, [x.shape[2:]])[0].numpy()
+    wanted = evaluate.proposal_recall(boxes, dataset.with_records(dataset.records[:3]), inclusive_pixels=False)
+    assert values == pytest.approx([round(wanted[key]["base"], 1) for key in rows], abs=0.06)
+
+
+def test_proposal_recall_says_what_is_wrong(tmp_path):
+    weights.save(tmp_path / "model.safetensors", torch.nn.Linear(2, 2), {"method": "none"})
+    with pytest.raises(InputError, match="model of 'none'"):
+        call(proposal_recall, f"{tmp_path}")
