@@ -53,13 +53,8 @@ def evaluate(detections: Mapping[str, Detections], dataset: DetectionSet) -> dic
     """
     if dataset.metric == "coco":
         return evaluate_coco(detections, dataset)
-    # VOC alone counts a box from pixel 7 to pixel 7 as one pixel wide.
-    voc = evaluate_voc(
-        *(detections, dataset),
-        iou_thresholds=IOUS,
-        size_ranges=[*SIZES.values()],
-        inclusive_pixels=dataset.name == "voc",
-    )
+    ranges, pixels = [*SIZES.values()], dataset.inclusive_pixels
+    voc = evaluate_voc(detections, dataset, iou_thresholds=IOUS, size_ranges=ranges, inclusive_pixels=pixels)
     by_size = {f"AP50{size}": voc[f"AP50 {low}-{high}"] for size, (low, high) in SIZES.items()}
     return {"AP50": voc["AP50"], "AP75": voc["AP75"], "AP": voc["mAP"], **by_size, "per_class": voc["per_class"]}
 

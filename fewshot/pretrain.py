@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torchvision import ops
 from tqdm.auto import tqdm
 
 from fewshot import run
@@ -22,10 +23,10 @@ def name_objects(
     train_set: DetectionSet,
     pipeline: Pipeline,
     *,
-    steps: int,
-    lr: float,
-    batch_size: int = 8,
     seed: int,
+    steps: int,
+    lr: float = 0.04,
+    batch_size: int = 8,
     workers: int = 0,
 ) -> None:
     """Train a trunk, stage 4 included, to name what is in boxes on and near the objects of a set, or background.
@@ -78,6 +79,5 @@ def near_and_far(boxes: Tensor, height: int, width: int) -> Tensor:
     near = (boxes + shift * sides).flatten(0, 1)
     ends = torch.rand(FAR, 2, 2).sort(1).values.flatten(1).to(boxes)  # (FAR, 4)
     far = ends * boxes.new_tensor([width, height, width, height])
-    limit = boxes.new_tensor([width, height, width, height])
-    proposals = torch.cat([near, far]).clamp(min=0).minimum(limit)
-    return proposals[(proposals[:, 2:] - proposals[:, :2] >= 1).all(1)]
+    proposals = ops.clip_boxes_to_image(torch.cat([near, far]), (height, width))
+    return proposals[ops.remove_small_boxes(proposals, 1.0)]

@@ -56,7 +56,7 @@ WARMUP_RATIO = 0.1
 HEAD_LR = {"glyphs": 0.5, "voc": 2.0, "coco": 2.0}  # times the rate of the others, where these train too
 SHOTS = {"glyphs": 2, "voc": 10, "coco": 10}  # supports per class and picture in base training
 SMALLEST = {"glyphs": 0, "voc": 1024, "coco": 1024}  # base training leaves out pictures with an object of less area
-OBJECTS = {"steps": 300, "lr": 0.04}  # of --weights objects, which --iters can only shorten
+OBJECTS = 300  # steps of naming objects, if --weights says so; --iters can only shorten them
 TABLE = {"glyphs": 30, "voc": 100, "coco": 10}  # supports per class that a base model is tested with
 # (shorter side, one of these in training; longer side) of the pictures to search, then side and context of supports
 SHORT = (440, 472, 504, 536, 568, 600)
@@ -108,7 +108,7 @@ class Args:
     # model
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
-    weights: str | None = None  # imagenet, a file, objects (learns to name them first), none; by default as published
+    weights: str | None = None  # imagenet, a file, none, or objects: named first; by default imagenet, small: objects
     init: str | None = None  # start the trunk from that of a model of meta_rcnn or fsdetview, instead of --weights
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
@@ -179,8 +179,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
             weights.fill_part(trunk, args.init, "trunk.", without=("meta_conv.",))
         trunk.freeze(2 if pretrained else 0)
         if source == "objects" and not args.test_only:
-            steps = min(args.iters or OBJECTS["steps"], OBJECTS["steps"])
-            how = {"steps": steps, "lr": OBJECTS["lr"], "seed": args.seed, "workers": args.workers}
+            how = {"seed": args.seed, "steps": min(args.iters or OBJECTS, OBJECTS), "workers": args.workers}
             name_objects(accelerator, trunk, train_set, pipeline, **how)
     if args.rois:
         sizes = {**sizes, "rois": args.rois}

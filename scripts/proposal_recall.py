@@ -56,7 +56,7 @@ def main(args: Args) -> None:
 
     found = detect(accelerator, propose, dataset, model.pipeline, model.normalisation, workers=args.workers)
     boxes = {id: columns.boxes for id, columns in found.items()}  # best first
-    recall = evaluate.proposal_recall(boxes, dataset, iou=args.iou, inclusive_pixels=dataset.name == "voc")
+    recall = evaluate.proposal_recall(boxes, dataset, iou=args.iou, inclusive_pixels=dataset.inclusive_pixels)
     accelerator.print(f"{Path(args.model)}: {len(dataset)} pictures, recall in percent at an overlap of {args.iou:g}")
     accelerator.print(evaluate.table(recall))
 

@@ -58,6 +58,11 @@ class DetectionSet:
     def base(self) -> list[str]:
         return [name for name in self.classes if name not in self.novel]
 
+    @property
+    def inclusive_pixels(self) -> bool:
+        """Whether a box from pixel 7 to pixel 7 is one pixel wide when results are compared: only for VOC."""
+        return self.name == "voc"
+
     def __len__(self) -> int:
         return len(self.records)
 
