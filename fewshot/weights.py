@@ -58,6 +58,18 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, about
 
 
+def load_of(classes: Sequence[str], path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """`load` of a model to go on from, which must know exactly these classes in this order.
+
+    Raises:
+        InputError: as `load`, or it knows others.
+    """
+    state, about = load(path)
+    if about["classes"] != list(classes):
+        raise InputError(f"{path} knows {', '.join(about['classes'])}; this needs {', '.join(classes)}")
+    return state, about
+
+
 def fill(model: nn.Module, state: dict[str, torch.Tensor], source: str | Path, fresh: Sequence[str] = ()) -> None:
     """Copy `state` into `model`; tensors whose names begin with one of `fresh` keep the model's own values.
 

@@ -108,7 +108,7 @@ class Args:
     # model
     backbone: Backbone | None = None  # by default small for glyphs, else as published
     style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
-    weights: str | None = None  # imagenet, a file, none, or objects: named first; by default imagenet, small: objects
+    weights: str | None = None  # imagenet (default), a file, none, or objects: names them first (default of small)
     init: str | None = None  # start the trunk from that of a model of meta_rcnn or fsdetview, instead of --weights
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
@@ -162,9 +162,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
 
     # model
     if finetune:
-        state, saved = weights.load(args.base)
-        if saved["classes"] != base:
-            raise InputError(f"{args.base} knows {', '.join(saved['classes'])}; this needs {', '.join(base)}")
+        state, saved = weights.load_of(base, args.base)
         trunk, sizes = trunks.c4(**saved["architecture"]), saved["sizes"]
     else:
         name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet50")

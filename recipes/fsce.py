@@ -164,9 +164,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
 
     # model
     if finetune:
-        state, saved = weights.load(args.base)
-        if saved["classes"] != train_set.base:
-            raise InputError(f"{args.base} knows {', '.join(saved['classes'])}; this needs {', '.join(train_set.base)}")
+        state, saved = weights.load_of(train_set.base, args.base)
         trunk, sizes = fpn.fpn(**saved["architecture"]), saved["sizes"]
     else:
         name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")

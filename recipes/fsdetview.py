@@ -131,9 +131,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
 
     # model
     if finetune:
-        state, base = weights.load(args.base)
-        if base["classes"] != train_set.base:
-            raise InputError(f"{args.base} knows {', '.join(base['classes'])}; this needs {', '.join(train_set.base)}")
+        state, base = weights.load_of(train_set.base, args.base)
         trunk = trunks.c4(**base["architecture"])
     else:
         name = args.backbone or {"glyphs": "small", "voc": "resnet101", "coco": "resnet50"}[kind]

@@ -148,9 +148,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
 
     # model
     if finetune:
-        state, saved = weights.load(args.base)
-        if saved["classes"] != base:
-            raise InputError(f"{args.base} knows {', '.join(saved['classes'])}; this needs {', '.join(base)}")
+        state, saved = weights.load_of(base, args.base)
         trunk, sizes = fpn.fpn(**saved["architecture"]), saved["sizes"]
     else:
         name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
@@ -164,13 +162,8 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         sizes = {**sizes, "rois": args.rois}
     model = TFA(trunk, len(train_set.classes), cosine=finetune, **sizes)
     if stage == "finetune":
-        more = {}
-        if args.novel:
-            more["novel_state"], known = weights.load(args.novel)
-            if known["classes"] != novel:
-                raise InputError(f"{args.novel} knows {', '.join(known['classes'])}; this needs {', '.join(novel)}")
-            more["novel"] = novel
-        weights.fill(model, grow(state, base, everything, **more), args.base)
+        given = weights.load_of(novel, args.novel)[0] if args.novel else None
+        weights.fill(model, grow(state, base, everything, given, novel), args.base)
     elif stage == "novel":
         weights.fill(model, state, args.base, fresh=("cls.", "reg."))
     if finetune:
