@@ -123,7 +123,7 @@ def test_whole_training_step(case):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "spread, fast, error", [(1.0, False, 1e-5), (1.0, True, 1e-5), (0.095, False, 1e-5), (0.095, True, 1e-4)]
+    "spread, fast, error", [(1.0, False, 1e-5), (1.0, True, 1e-5), (0.13, False, 1e-5), (0.13, True, 1e-4)]
 )
 def test_all_classes_at_once_equal_a_pass_per_class(monkeypatch, spread, fast, error):
     """In float32; but close prototypes on a machine that is fast at it in bfloat16, to 1e-4 of a score."""
@@ -144,7 +144,7 @@ def test_all_classes_at_once_equal_a_pass_per_class(monkeypatch, spread, fast, e
     linear = torch.nn.functional.linear
     monkeypatch.setattr(fsdetview.F, "linear", lambda x, *rest: used.append(x.dtype) or linear(x, *rest))
     logits, deltas = model.classify(queries)
-    assert (torch.bfloat16 in used) == (fast and spread < 0.1)
+    assert (torch.bfloat16 in used) == (fast and spread < 0.14)
     seen = [model.aggregate(queries, p) for p in model.prototypes[:19]]
     expected = torch.stack([model.cls(x)[:, c] for c, x in enumerate(seen)], 1)
     background = torch.stack([model.cls(x)[:, 20] for x in seen]).mean(0)

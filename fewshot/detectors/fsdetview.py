@@ -10,7 +10,7 @@ from fewshot.trunks import C4
 CLASSES_AT_ONCE = {"cpu": 2, "cuda": 20}  # in testing: so few stay in a CPU's cache, so many keep a GPU busy
 # How far prototypes may be from their mean, relative to their size, for bfloat16 (9 bits) to multiply the differences:
 # scores then change by less than 1e-4.
-SPREAD = 0.04
+SPREAD = 0.055
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -61,8 +61,9 @@ class FSDetView(MetaRCNN):
 
         As `MetaRCNN.classify`, but only what is linear folds. What the last layers make of q itself all classes share,
         and of the last layers each class needs its own rows and the background's alone. The difference's layer sees
-        W (q - s) = W q - W s, whose first term all classes share. The product's sees W (q * s) = W (q * m) + W (q * d)
-        for the mean prototype m and d = s - m: a matmul per class, but of small numbers, for which bfloat16 will do.
+        W (q - s) = W q - W s, whose first term all classes share. The product's sees, with the means m of the
+        prototypes and c of the RoIs, W (q * s) = W (q * m) + W (c * (s - m)) + W ((q - c) * (s - m)). Only the last
+        term is a matmul per class, and one of small numbers, for which bfloat16 will do.
         """
         if not self.known.any():
             raise RuntimeError("no class has a prototype yet: call set_prototypes with the vectors of some supports")
@@ -72,7 +73,10 @@ class FSDetView(MetaRCNN):
         mean = prototypes.mean(0)
         apart = prototypes - mean
         dtype = torch.bfloat16 if self._close(mean, apart) else torch.float32
-        typical, weight1 = F.linear(queries * mean, weight1, bias1), weight1.to(dtype)  # (n, D / 2)
+        middle = queries.mean(0)  # (D,)
+        typical = F.linear(queries * mean, weight1, bias1)  # (n, D / 2)
+        offset = F.linear(middle * apart, weight1)  # (k, D / 2)
+        rest, apart, weight1 = (x.to(dtype) for x in (queries - middle, apart, weight1))
         shifted = F.linear(queries, weight2, bias2), F.linear(prototypes, weight2)  # (n, D / 2), (k, D / 2)
 
         reg = self.reg.weight.view(self.classes, 4, -1)[known]
@@ -83,7 +87,8 @@ class FSDetView(MetaRCNN):
         outputs = []
         many = CLASSES_AT_ONCE.get(queries.device.type, 2)
         for part in (slice(i, i + many) for i in range(0, len(known), many)):
-            product = F.relu(typical + F.linear((queries * apart[part, None]).to(dtype), weight1))  # (k, n, D / 2)
+            product = F.linear(rest * apart[part, None], weight1)  # (k, n, D / 2)
+            product = F.relu(typical + offset[part, None] + product)
             difference = F.relu(shifted[0] - shifted[1][part, None])
             outputs.append(of_product[part] @ product.mT + of_difference[part] @ difference.mT)  # (k, 6, n)
         alone = F.linear(of_query.flatten(0, 1), queries).view(len(known), 6, -1)
