@@ -95,6 +95,7 @@ class Args:
     shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
+    support_size: int | None = None  # side of the supports in pixels; by default the published size
     test_images: int | None = None  # test on only the first so many pictures
     classwise: bool = False  # also print the result of every class
     # training
@@ -139,6 +140,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     finetune = stage == "finetune"
     kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
     short, long, support_size, context = PICTURES[kind]
+    support_size = args.support_size or support_size
 
     # data
     where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
@@ -175,7 +177,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         sizes = SIZES[kind]
         if args.init:
             weights.fill_part(trunk, args.init, "trunk.", without=("meta_conv.",))
-        trunk.freeze(2 if pretrained else 0)
+        trunk.freeze(2 if pretrained else 0)  # 0: the stem alone; random filters serve there
         if source == "objects" and not args.test_only:
             how = {"seed": args.seed, "steps": min(args.iters or OBJECTS, OBJECTS), "workers": args.workers}
             name_objects(accelerator, trunk, train_set, pipeline, **how)

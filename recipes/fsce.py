@@ -173,7 +173,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
         trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
-        trunk.freeze(0 if source == "none" else 1)
+        trunk.freeze(0 if source == "none" else 1)  # 0: the stem alone; random filters serve there
     key = "base" if not finetune else (args.split, args.shots) if kind == "voc" else args.shots
     schedule, gamma = SCHEDULE[kind][key]
     batch_size, iters, lr, milestones, warmup = run.scaled(accelerator, BATCH[kind], schedule, args)

@@ -71,6 +71,7 @@ class Args:
     shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
+    support_size: int | None = None  # side of the supports in pixels; by default the published size
     test_images: int | None = None  # test on only the first so many pictures
     classwise: bool = False  # also print the result of every class
     # training
@@ -113,6 +114,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     finetune = stage == "finetune"
     kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
     short, long, flip, support_size, used = PICTURES[kind]
+    support_size = args.support_size or support_size
 
     # data
     difficult = "drop" if finetune else "keep"
@@ -140,7 +142,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
         trunk = trunks.c4(name, weights=source, meta=True, style=style, norm=norm)
-        trunk.freeze(0 if source == "none" else 2)
+        trunk.freeze(0 if source == "none" else 2)  # 0: the stem alone; random filters serve there
     sizes = SIZES[kind]
     if args.rois:
         sizes = {**sizes, "rois": args.rois}

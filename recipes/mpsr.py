@@ -143,7 +143,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     if finetune:
         state, base = weights.load_of(train_set.base, args.base)
         trunk, sizes = fpn.fpn(**base["architecture"]), base["sizes"]
-        trunk.freeze(0 if base["architecture"]["norm"] == "group" or trunk.small else 1)
+        trunk.freeze(0 if base["architecture"]["norm"] == "group" else 1)
     else:
         name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
         source = args.weights or ("none" if name == "small" else "imagenet")
@@ -151,7 +151,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
         trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
-        trunk.freeze(0 if source == "none" else 1)
+        trunk.freeze(0 if source == "none" else 1)  # 0: the stem alone; random filters serve there
     if trunk.architecture["style"] == "caffe":
         trunk.normalisation = CAFFE_MPSR
     if args.rois:

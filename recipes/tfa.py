@@ -157,7 +157,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
         norm = "group" if source == "none" and name.startswith("resnet") else None
         style = args.style if name.startswith("resnet") else None
         trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
-        trunk.freeze(0 if source == "none" else 1)
+        trunk.freeze(0 if source == "none" else 1)  # 0: the stem alone; random filters serve there
     if args.rois:
         sizes = {**sizes, "rois": args.rois}
     model = TFA(trunk, len(train_set.classes), cosine=finetune, **sizes)

@@ -58,16 +58,16 @@ class Row:
 
 def seconds(work: Callable[[], object], repeat: int = 5) -> float:
     """The median time of `work`, after one call that is not counted; the first time if that takes long."""
-    begin = time.perf_counter()
-    work()
-    if (first := time.perf_counter() - begin) > LONG:
-        return first
-    times = []
-    for _ in range(repeat):
+
+    def once() -> float:
         begin = time.perf_counter()
         work()
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[repeat // 2]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a GPU works on after the call returns
+        return time.perf_counter() - begin
+
+    first = once()
+    return first if first > LONG else sorted(once() for _ in range(repeat))[repeat // 2]
 
 
 def glyph_rows() -> list[Row]:
@@ -295,17 +295,20 @@ def plain_attention_rpn(model: AttentionRPN, images: Tensor, size: tuple[int, in
 def detector_steps(model: nn.Module, images: Tensor, classes: int) -> dict[str, Tensor]:
     """Losses of a training step on `images`, three boxes each, with the supports or crops that the method trains on."""
     b, _, height, width = images.shape
-    corner = torch.rand(b, 3, 2) * torch.tensor([width, height]) / 2
-    boxes = list(torch.cat([corner, corner + torch.tensor([width, height]) / 3], -1))
-    sizes, labels = [(height, width)] * b, [torch.randint(classes, (3,)) for _ in range(b)]
+    where = {"device": images.device}
+    extent = torch.tensor([width, height], **where)
+    corner = torch.rand(b, 3, 2, **where) * extent / 2
+    boxes = list(torch.cat([corner, corner + extent / 3], -1))
+    sizes, labels = [(height, width)] * b, [torch.randint(classes, (3,), **where) for _ in range(b)]
     if isinstance(model, AttentionRPN):  # 2 ways of 10 shots, 320 pixels
-        where = torch.tensor([32.0, 32.0, 288.0, 288.0]).expand(b, 2, 10, 4)
-        return model(images, sizes, boxes, torch.randn(b, 2, 10, 3, 320, 320), where)
+        shown = torch.tensor([32.0, 32.0, 288.0, 288.0], **where).expand(b, 2, 10, 4)
+        return model(images, sizes, boxes, torch.randn(b, 2, 10, 3, 320, 320, **where), shown)
     if isinstance(model, MetaRCNN):  # a support of every class
-        return model(images, sizes, boxes, labels, torch.randn(classes, 4, 224, 224), torch.arange(classes))
+        supports = torch.randn(classes, 4, 224, 224, **where)
+        return model(images, sizes, boxes, labels, supports, torch.arange(classes, **where))
     if isinstance(model, MPSR):
-        crops = [torch.randn(b, 3, side, side) for side in model.levels.scales]
-        return model(images, sizes, boxes, labels, crops, torch.randint(classes, (b,)))
+        crops = [torch.randn(b, 3, side, side, **where) for side in model.levels.scales]
+        return model(images, sizes, boxes, labels, crops, torch.randint(classes, (b,), **where))
     return model(images, sizes, boxes, labels)
 
 
@@ -316,23 +319,32 @@ def with_prototypes(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, MetaRCNN):
         mean = 0.5 + 0.4 * torch.rand_like(model.prototypes[0])
-        model.set_prototypes(mean + 0.02 * torch.randn_like(model.prototypes), torch.arange(model.classes))
+        labels = torch.arange(model.classes, device=mean.device)
+        model.set_prototypes(mean + 0.02 * torch.randn_like(model.prototypes), labels)
     elif isinstance(model, AttentionRPN):
-        model.set_prototypes(
-            [(torch.rand_like(model.kernels), torch.rand_like(model.maps), torch.arange(model.classes))]
-        )
+        labels = torch.arange(model.classes, device=model.maps.device)
+        model.set_prototypes([(torch.rand_like(model.kernels), torch.rand_like(model.maps), labels)])
     return folded(model.eval())
 
 
-def detect_rows(backbone: str, short: int, long: int, methods: tuple[str, ...], pictures: int = 2) -> Iterator[Row]:
+def detect_rows(
+    backbone: str, short: int, long: int, methods: tuple[str, ...], device: str, pictures: int = 2
+) -> Iterator[Row]:
     """Training and testing, pictures per second, random weights; published numbers of RoIs and proposals.
 
     A test with many classes stands beside the loop over classes where the method has one, else beside one class.
     `methods`: names, by default all.
     """
-    torch.manual_seed(0)
     style = {"style": "caffe"} if backbone.startswith("resnet") else {}
-    images, size = torch.randn(pictures, 3, short, long), (short, long)
+    images, size = torch.randn(pictures, 3, short, long, device=device), (short, long)
+
+    def made(build: Callable[[int], nn.Module], classes: int) -> nn.Module:
+        """A detector whose first stage proposes its best anchors as they are: as many boxes whatever the classes."""
+        torch.manual_seed(0)
+        model = build(classes).to(device)
+        nn.init.zeros_(model.rpn.reg.weight)
+        return model
+
     make = {
         "TFA": lambda classes: TFA(fpn.fpn(backbone, **style), classes, cosine=True),
         "FSCE": lambda classes: FSCE(fpn.fpn(backbone, **style), classes, dimensions=128, above=0.7, cosine=True),
@@ -344,12 +356,12 @@ def detect_rows(backbone: str, short: int, long: int, methods: tuple[str, ...], 
     for name, build in make.items():
         if methods and name not in methods:
             continue
-        model = build(20).train()
+        model = made(build, 20).train()
         step = seconds(lambda: sum(detector_steps(model, images, 20).values()).backward(), repeat=1)  # noqa: B023
         yield Row(f"{name}: training, pictures of {short} x {long}", pictures / step, None, "pictures/s")
         one = None
         for classes in (1, 20, 80):
-            model = with_prototypes(build(classes))
+            model = with_prototypes(made(build, classes))
             test = 1 / seconds(lambda: model.detect(images[:1], [size]), repeat=3)  # noqa: B023
             one = one or test
             what, plain = f"{name}: testing {classes} classes", one
@@ -363,7 +375,7 @@ def detect_rows(backbone: str, short: int, long: int, methods: tuple[str, ...], 
                 test = 1 / seconds(lambda: model.detect(images[:1], [size], share=True), repeat=3)  # noqa: B023
                 yield Row(f"{name}: --share-proposals, {classes} classes / loop", test, plain, "pictures/s")
             if isinstance(model, MetaRCNN) and classes > 1:
-                queries = torch.rand(300, model.prototypes.shape[1])
+                queries = torch.rand_like(model.prototypes[:1].expand(300, -1))
                 with torch.no_grad():
                     heads_at_once = 1 / seconds(lambda: model.classify(queries))  # noqa: B023
                 loop = 1 / seconds(lambda: plain_meta_rcnn(model, queries))  # noqa: B023
@@ -387,6 +399,7 @@ class Args:
     short: int = 240  # for detect: height of the pictures
     long: int = 320  # for detect: width of the pictures
     methods: tuple[str, ...] = ()  # for detect: only these, e.g. "Meta R-CNN" TFA
+    device: Literal["cpu", "cuda"] = "cpu"  # for detect: where the detectors run
     json: Path | None = None  # also write the rows to this file
     threads: int | None = None  # of torch; by default all cores
 
@@ -396,7 +409,10 @@ def main(args: Args) -> None:
         raise SystemExit(f"no benchmark {args.what!r}: choose from {', '.join(BENCHMARKS)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    chosen = {"train": (args.dataset, args.data_root), "detect": (args.backbone, args.short, args.long, args.methods)}
+    chosen = {
+        "train": (args.dataset, args.data_root),
+        "detect": (args.backbone, args.short, args.long, args.methods, args.device),
+    }
     rows = []
     print(f"{'':56}{'ours':>12}{'plain':>12}{'ratio':>9}", flush=True)
     for row in BENCHMARKS[args.what](*chosen.get(args.what, ())):

@@ -11,7 +11,7 @@ from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
 from fewshot.trunks import C4
 
-CLASSES_AT_ONCE = 5  # in testing, so that the RoIs of all of them fit in memory
+CLASSES_AT_ONCE = {"cpu": 2, "cuda": 5}  # in testing: the RoIs of all of them have to fit in memory
 WHOLE = 7  # cells per side of the RoI maps for which the patch relation was made
 PUBLISHED = 2048  # channels of the published trunks' RoI maps
 MATCH, BACKGROUND = 0, 1
@@ -271,7 +271,7 @@ class AttentionRPN(nn.Module):
 
     def _union(self, feature: Tensor, size: tuple[int, int], classes: Tensor) -> Tensor:
         """Proposals (n, 5) for any of `classes` on one image, best first, of which none overlaps a better one much."""
-        parts = [self.proposals(feature, size, part) for part in classes.split(CLASSES_AT_ONCE)]
+        parts = [self.proposals(feature, size, part) for part in classes.split(self._at_once())]
         union = torch.cat([proposal for part in parts for proposal in part])
         alike = torch.zeros(len(union), dtype=torch.int64, device=union.device)
         return union[faster_rcnn.nms_by_class(union[:, :4], union[:, 4], alike, 0.7)]
@@ -282,10 +282,13 @@ class AttentionRPN(nn.Module):
         features, known = self.trunk(images).split(1), self.known.nonzero()[:, 0]
         return [self._union(feature, size, known) for feature, size in zip(features, sizes, strict=True)]
 
+    def _at_once(self) -> int:
+        return CLASSES_AT_ONCE.get(self.known.device.type, 2)
+
     def _detect_each(self, feature: Tensor, size: tuple[int, int], known: Tensor, supports: Parts) -> list[Detections]:
-        found = []
-        for i in range(0, len(known), CLASSES_AT_ONCE):
-            proposals = self.proposals(feature, size, known[i : i + CLASSES_AT_ONCE])
+        found, many = [], self._at_once()
+        for i in range(0, len(known), many):
+            proposals = self.proposals(feature, size, known[i : i + many])
             counts = [len(proposal) for proposal in proposals]
             _, maps = self.roi_maps(feature, [torch.cat(proposals)])
             queries, start = self.relation.query_parts(maps), 0
