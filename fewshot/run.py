@@ -241,8 +241,10 @@ class Record:
         for (step, _, ids), row in zip(self.pending, values.tolist(), strict=True):
             for name, value in zip(names, row, strict=True):
                 if not np.isfinite(value):
-                    where = f"; images: {', '.join(map(str, ids))}" if len(ids) else ""
-                    raise FloatingPointError(f"{name} is {value} at step {step} of {self.folder}{where}")
+                    seen = f", or look at its images: {', '.join(map(str, ids))}" if len(ids) else ""
+                    raise FloatingPointError(
+                        f"{name} is {value} at step {step} of {self.folder}: try a lower --lr{seen}"
+                    )
         means = self.accelerator.reduce(values.mean(0), reduction="mean").tolist()
         step = self.pending[-1][0]
         self.pending.clear()

@@ -196,7 +196,7 @@ def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: st
     )
     head = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("relation.")]
     others = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("relation.")]
-    groups = [{"params": head, "lr": lr * HEAD_LR[kind] if others else lr}, {"params": others}]
+    groups = [{"params": others}, {"params": head, "lr": lr * HEAD_LR[kind] if others else lr}]
     optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, weight_decay=1e-4)
     scheduler = run.warmup_step(optimizer, warmup=warmup, ratio=WARMUP_RATIO, milestones=milestones)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)

@@ -85,7 +85,9 @@ def test_resumed_run_equals_straight_run_to_the_bit(tmp_path):
 
 
 def test_non_finite_loss_names_term_step_and_images(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 7 .*; images: picture-7"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 7 .*lower --lr, or look at its images: picture-7"
+    ):
         train(tmp_path, 20, Args(), poison=7)
     assert json.loads((tmp_path / "last" / "record.json").read_text())["step"] == 4
 
