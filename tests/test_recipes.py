@@ -53,8 +53,6 @@ FROZEN = {
 # the recipes that differ in how they train or test; their copies do the same, and are tried with -m slow
 DIFFERENT = {"attention_rpn", "baseline", "maml", "meta_rcnn", "mpsr", "proto_net"}
 EACH = [pytest.param(r, marks=[] if r in DIFFERENT else [pytest.mark.slow]) for r in RECIPES]
-# half precision is Accelerate's work: these three stand for all
-HALF = [pytest.param(r, marks=[] if r in ("maml", "mpsr", "proto_net") else [pytest.mark.slow]) for r in RECIPES]
 
 
 def load(recipe: str) -> ModuleType:
@@ -285,7 +283,7 @@ def test_two_processes_test_to_the_same_numbers(recipe, tmp_path):
     assert len(again) == 1 and metrics(again[0]) == before[again[0]]
 
 
-@pytest.mark.parametrize("recipe", HALF)
+@pytest.mark.parametrize("recipe", EACH)
 def test_bf16_under_accelerate_launch(recipe, tmp_path):
     flags = f"{QUICK[recipe]} --out {tmp_path} --workers 1"
     config = ROOT / "accelerate_configs" / "cpu.yaml"

@@ -11,7 +11,7 @@ from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
 from fewshot.trunks import C4
 
-CLASSES_AT_ONCE = {"cpu": 2, "cuda": 5}  # in testing: the RoIs of all of them have to fit in memory
+CLASSES_AT_ONCE = {"cpu": 2, "cuda": 5}  # in testing: more need more memory, and a CPU more time to fetch it
 WHOLE = 7  # cells per side of the RoI maps for which the patch relation was made
 PUBLISHED = 2048  # channels of the published trunks' RoI maps
 MATCH, BACKGROUND = 0, 1
