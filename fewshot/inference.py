@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
-from fewshot import InputError, backbones, finetune, heads, run, show, trunks, weights
+from fewshot import InputError, backbones, heads, run, show, task_heads, trunks, weights
 from fewshot.data.detection import Pipeline, collate_images
 from fewshot.data.query_aware import support_crop
 from fewshot.data.support import support_image
@@ -209,14 +209,14 @@ class Classifier(Model):
             self._logits = lambda query: trained.logits(query[None])[0]
         self._means = means[0]
 
-    def _fine_tuned(self, support: Tensor, ways: int, seed: int) -> finetune.LinearHeads | finetune.CosineHeads:
+    def _fine_tuned(self, support: Tensor, ways: int, seed: int) -> task_heads.LinearHeads | task_heads.CosineHeads:
         """A classifier trained on features (1, ways * shots, D), class by class, as in the method's tests."""
         steps = {"steps": 150 if support.shape[1] == ways else 600, "batch_size": min(4, support.shape[1])}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.mix(seed, *support.shape[1:]))
             if self.method == "baseline":
-                return finetune.fit_linear(support, ways, **steps)
-            fit = finetune.fit_cosine if self.method == "baseline_plus" else finetune.fit_normalised
+                return task_heads.fit_linear(support, ways, **steps)
+            fit = task_heads.fit_cosine if self.method == "baseline_plus" else task_heads.fit_normalised
             temperature = self.about.get("test_temperature") or self.about["args"]["test_temperature"]
             return fit(support, ways, temperature=temperature, **steps)
 

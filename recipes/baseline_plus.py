@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, finetune, heads, run
+from fewshot import backbones, heads, run, task_heads
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.meta_test import meta_test, report
@@ -68,7 +68,7 @@ class BaselinePlus(nn.Module):
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each task's supports."""
         steps = 150 if support.shape[1] == ways else 600
-        return finetune.cosine(support, query, ways, steps=steps, temperature=self.test_temperature)
+        return task_heads.cosine(support, query, ways, steps=steps, temperature=self.test_temperature)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b, classes) of the training classes for images (b, 3, H, W)."""

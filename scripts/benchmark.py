@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, finetune, fpn, heads, trunks
+from fewshot import backbones, fpn, heads, task_heads, trunks
 from fewshot.data import detection, episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.data.glyphs import glyph, scene
@@ -128,7 +128,7 @@ def plain_finetune(head: nn.Module, support: Tensor, query: Tensor, shots: int) 
     """One task by torch.optim.SGD on the real head, as mmfewshot does."""
     labels = torch.arange(WAYS).repeat_interleave(shots)
     sgd = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, dampening=0.9, weight_decay=1e-3)
-    for batch in finetune.random_batches(support[None], 150 if shots == 1 else 600, 4, drop_last=True):
+    for batch in task_heads.random_batches(support[None], 150 if shots == 1 else 600, 4, drop_last=True):
         loss = F.cross_entropy(head(support[batch[0]]), labels[batch[0]])
         sgd.zero_grad()
         loss.backward()
@@ -157,19 +157,21 @@ def meta_test_rows() -> list[Row]:
                     many,
                 ),
                 "linear, fine-tuned": (
-                    lambda s, q, steps=steps: finetune.linear(s, q, WAYS, **steps),
+                    lambda s, q, steps=steps: task_heads.linear(s, q, WAYS, **steps),
                     lambda s, q, shots=shots, width=width: plain_finetune(nn.Linear(width, WAYS), s, q, shots),
                     few,
                 ),
                 "cosine, fine-tuned": (
-                    lambda s, q, steps=steps: finetune.cosine(s, q, WAYS, temperature=2.0, **steps),
+                    lambda s, q, steps=steps: task_heads.cosine(s, q, WAYS, temperature=2.0, **steps),
                     lambda s, q, shots=shots, width=width: plain_finetune(
                         heads.CosineLinear(width, WAYS, 2.0), s, q, shots
                     ),
                     few,
                 ),
                 "normalised, fine-tuned": (
-                    lambda s, q, steps=steps: finetune.normalised(s, q, WAYS, temperature=5.0, drop_last=True, **steps),
+                    lambda s, q, steps=steps: task_heads.normalised(
+                        s, q, WAYS, temperature=5.0, drop_last=True, **steps
+                    ),
                     lambda s, q, shots=shots, width=width: plain_finetune(
                         heads.NegMargin(width, WAYS, 0.0, 5.0), s, q, shots
                     ),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_recipes import QUICK, run_here
 
 import fewshot
-from fewshot import InputError, finetune, heads, inference, run, weights
+from fewshot import InputError, heads, inference, run, task_heads, weights
 from fewshot.data import detection
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
@@ -63,7 +63,7 @@ def test_classifiers_learn_classes_from_supports(method, runs):
             "proto_net": lambda: heads.prototype(support, query, 3),
             "matching_net": lambda: heads.matching(support, query, 3, args["temperature"]),
             "meta_baseline": lambda: model.head(support, query, 3),
-            "baseline": lambda: finetune.linear(support, query, 3, steps=600),
+            "baseline": lambda: task_heads.linear(support, query, 3, steps=600),
         }[method]()[0].softmax(1)
     given = torch.tensor([list(guess.probabilities.values()) for guess in guesses])
     assert torch.allclose(given, expected, atol=1e-5)
