@@ -16,7 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from fewshot.data.detection import Batch, DetectionSet
+from fewshot.data.detection import DetectionSet
+from fewshot.data.pipeline import Batch
 
 PROPOSALS = (100, 300, 1000)  # detections per picture (COCO's maxDets) and proposals per picture that are looked at
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # that COCO's AP averages over
@@ -198,7 +199,9 @@ def evaluate_coco(detections: Mapping[str, Detections], dataset: DetectionSet) -
     return {key: _by_group(dataset, table) for key, table in tables.items()} | {"per_class": tables["AP"]}
 
 
-def _coco_objects(picture: int, boxes: np.ndarray, labels: np.ndarray, **columns: np.ndarray) -> list[dict[str, Any]]:
+def _coco_objects(
+    picture: int | str, boxes: np.ndarray, labels: np.ndarray, **columns: np.ndarray
+) -> list[dict[str, Any]]:
     sides = np.asarray(boxes[:, 2:] - boxes[:, :2], np.float64)
     xywh = np.concatenate([boxes[:, :2], sides], 1).tolist()
     objects = []
@@ -274,12 +277,17 @@ def in_original_pixels(batch: Batch, found: Sequence[tuple[Tensor, Tensor, Tenso
 
 
 def coco_json(found: Mapping[str, Detections], dataset: DetectionSet) -> list[dict[str, Any]]:
-    """Detections in COCO's format for results: boxes [x, y, width, height], categories counted from 1 and named."""
-    objects = []
+    """Detections in COCO's format for results: boxes [x, y, width, height], with the ids that the set's json has.
+
+    Of a set without, the categories count from 1 and a picture has the id of its record. Each has its class's name too.
+    """
+    own, objects = {record.id: record.image_id for record in dataset.records}, []
     for id, (boxes, scores, labels) in found.items():
-        for item in _coco_objects(int(id) if id.isdigit() else id, boxes, labels, score=scores):
+        picture = own[id] if own[id] is not None else int(id) if id.isdigit() else id
+        for item in _coco_objects(picture, boxes, labels, score=scores):
             name = dataset.classes[item["category_id"]]
-            objects.append({**item, "category_id": item["category_id"] + 1, "category": name})
+            category = dataset.category_ids.get(name, item["category_id"] + 1)
+            objects.append({**item, "category_id": category, "category": name})
     return objects
 
 

@@ -4,32 +4,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot import heads
+from fewshot import InputError
 from fewshot.detectors.meta_rcnn import MetaRCNN
 
 
 class PrototypeNetwork(nn.Module):
-    """A backbone with the classes' prototypes folded in, for `torch.export`."""
+    """A classifier of `fewshot.methods` with the means (classes, ...) of its supports' features, for `torch.export`."""
 
-    def __init__(self, features: nn.Module, prototypes: Tensor, distance: str | None, scale: Tensor | None):
+    def __init__(self, network: nn.Module, means: Tensor):
         super().__init__()
-        self.features, self.distance = features, distance
-        self.register_buffer("prototypes", prototypes.clone())
-        self.register_buffer("scale", None if scale is None else scale.detach().clone())
+        self.network = network
+        self.register_buffer("means", means.clone())
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (n, 3, size, size) -> logits (n, classes)."""
-        query = self.features(images)
-        if self.scale is not None:
-            return self.scale * heads.cosines(query, self.prototypes)
-        return heads.prototype(self.prototypes[None], query[None], len(self.prototypes), self.distance)[0]
+        return self.network.classify(self.means[None], self.network.features(images)[None], len(self.means))[0]
 
 
 class RoIHead(nn.Module):
-    """Meta R-CNN's last layers with the prototypes folded in, for `torch.export`."""
+    """Meta R-CNN's last layers with the prototypes folded in, for `torch.export`.
 
-    def __init__(self, network: MetaRCNN):
+    Raises:
+        InputError: it is another detector, or aggregates or classifies in its own way, which may not be affine.
+    """
+
+    def __init__(self, network: nn.Module):
         super().__init__()
+        cls, own = type(network), ("aggregate", "classify", "classify_folded")
+        if any(getattr(cls, name, None) is not getattr(MetaRCNN, name) for name in own):
+            what = "has no box head that prototypes fold into: only MetaRCNN's own aggregate and classify export"
+            raise InputError(f"{cls.__name__} {what}")
         vectors = torch.eye(network.prototypes.shape[1], device=network.prototypes.device)
         with torch.no_grad():  # both layers are affine, and so are they folded
             zero = [part[0] for part in network.classify(torch.zeros_like(vectors[:1]))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,17 @@ class HubModel(ModelHubMixin):
         return ModelCard.from_template(
             data,
             template_str=CARD,
-            title=f"{self.method} on {dataset}",
+            title=_markdown(f"{self.method} on {dataset}"),
             sentence="A few-shot model: it learns classes from a few examples of each.",
-            rows="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value not in (None, "")),
+            rows="\n".join(f"| {_markdown(k)} | {_markdown(v)} |" for k, v in rows.items() if v not in (None, "")),
             repo_id=repo_id,
             usage=USAGE[task],
         )
+
+
+def _markdown(text: Any) -> str:
+    """Text that means nothing to markdown or HTML, on one line: names are the user's. Within words _ is only itself."""
+    return re.sub(r"[\\`*<>&|~$#\[\]{}]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split()))
 
 
 def _results(results: dict[str, Any]) -> dict[str, str]:
@@ -96,17 +102,34 @@ def _results(results: dict[str, Any]) -> dict[str, str]:
 def find(source: str | Path) -> Path:
     """The model file that `source` means: a file, a folder that holds one, or a hub id, which is downloaded.
 
+    An id is two words and a slash. What looks like a path is never asked of the hub: what ends in .safetensors, begins
+    with a dot, a slash, ~ or runs/, or would lie in a folder that is there.
+
     Raises:
         InputError: there is none; of an id that cannot be had it says why.
     """
-    path = Path(source)
+    path, text = Path(source).expanduser(), str(source)
     if path.is_dir():
         if not (path / FILE).is_file():
-            raise InputError(f"{path} holds no {FILE}: give a run's folder, or the file itself")
+            raise InputError(f"{path} holds no {FILE}: {_instead(path)}")
         return path / FILE
-    if path.exists() or path.suffix or str(source).count("/") != 1:
-        return path  # weights.load says what is wrong with it
-    return download(str(source))
+    if path.exists():
+        return path
+    local = text.startswith((".", "/", "~", "runs/")) or path.suffix == ".safetensors" or path.parent.exists()
+    if local or text.count("/") != 1:
+        raise InputError(
+            f"{path}: no such model file or folder; give a run's folder, its {FILE}, or a hub id, user/model"
+        )
+    return download(text)
+
+
+def _instead(folder: Path) -> str:
+    """What to load where a folder has no model."""
+    if inner := sorted(p.parent.name for p in folder.glob(f"*/{FILE}") if not p.parent.name.startswith("last")):
+        return f"give one of {', '.join(inner)} in it"
+    if (folder / "args.json").exists():
+        return "its run has saved no model yet, go on with it (--resume)"
+    return "give a run's folder, or the file itself"
 
 
 def download(repo_id: str, **options: Any) -> Path:

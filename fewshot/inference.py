@@ -10,34 +10,29 @@ bytes in RGB; one alone, or a list of them. They are resized as in the method's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
-from fewshot import InputError, backbones, heads, run, show, task_heads, trunks, weights
-from fewshot.data.detection import Pipeline, collate_images
+from fewshot import InputError, methods, show, weights
+from fewshot.data import pictures as files
+from fewshot.data.pipeline import Pipeline, collate_images
 from fewshot.data.query_aware import support_crop
 from fewshot.data.support import support_image
 from fewshot.data.transforms import Normalisation, TestCrop, Whole
-from fewshot.detectors.attention_rpn import AttentionRPN
-from fewshot.detectors.fsce import FSCE
-from fewshot.detectors.fsdetview import FSDetView
-from fewshot.detectors.meta_rcnn import MetaRCNN
-from fewshot.detectors.mpsr import MPSR
-from fewshot.detectors.tfa import TFA
 from fewshot.export import PrototypeNetwork, RoIHead
 from fewshot.fold import folded
-from fewshot.fpn import fpn
 from fewshot.hub import FILE, HubModel, download, find
-from fewshot.maml import MAML
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Size = Literal["keep"] | None  # None: as in the method's tests
@@ -59,36 +54,49 @@ class Found(NamedTuple):
     names: list[str]
 
 
-def load(source: str | Path, device: str | torch.device = "cpu") -> Classifier | Detector:
+def load(
+    source: str | Path, device: str | torch.device = "cpu", *, model: nn.Module | None = None
+) -> Classifier | Detector:
     """The model in a file or a run's folder, or on the Hugging Face hub under this id, ready to be used.
+
+    Args:
+        model: of a recipe of your own, built as there and with any weights, which those of the file replace. It has
+            `features` and `classify`, or `predict`, as `meta_test` asks for (a classifier), or
+            `detect(images, sizes)` (a detector). By default one of `fewshot.methods`, by the name in the file.
 
     Raises:
         InputError: there is no such file or model, it is not of this project, is of a newer format, or the hub cannot
-            be reached.
+            be reached; or the weights do not fit `model`, or it is no model of the file's task.
     """
     path = find(source)
     state, about = weights.load(path)
-    method = about.get("method")
-    if method in CLASSIFIERS:
-        return Classifier(state, about, source=path, device=device)
-    if method in DETECTORS:
-        return Detector(state, about, source=path, device=device)
-    known = ", ".join([*CLASSIFIERS, *DETECTORS])
-    raise InputError(f"{path} is a model of {method!r}: this can use {known}; build others with fewshot.weights.load")
+    if model is None:
+        model = methods.built(about)
+        methods.fill(model, state, path)
+        model = folded(model)  # only our own: what somebody else's network does with its norms is not known
+    else:
+        _check_task(model, about, path)
+        weights.fill(model, state, path)
+    return (Detector if hasattr(model, "detect") else Classifier)(model, state, about, device)
+
+
+def _check_task(model: nn.Module, about: dict[str, Any], path: Path) -> None:
+    name, detects = type(model).__name__, hasattr(model, "detect")
+    if not (detects or hasattr(model, "predict") or (hasattr(model, "features") and hasattr(model, "classify"))):
+        raise InputError(f"{name} has neither features and classify, nor predict, nor detect: give a recipe's model")
+    if detects != ("architecture" in about):
+        theirs, ours = ("classifier", "detector")[:: 1 if detects else -1]
+        raise InputError(f"{path} is a {theirs}, and {name} is a {ours}: give the model that the file was saved from")
 
 
 def decoded(picture: Picture) -> Tensor:
-    """A picture as uint8 RGB (3, H, W).
+    """A picture as uint8 RGB (3, H, W), on the CPU.
 
     Raises:
         InputError: naming the file that cannot be decoded, or what is wrong with the array.
     """
     if isinstance(picture, (str, Path)):
-        try:
-            with Image.open(picture) as file:
-                picture = file.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"{picture}: not a readable picture ({error}); replace it or take it out") from None
+        return files.tensor(picture)
     if isinstance(picture, Image.Image):
         return T.pil_to_tensor(picture.convert("RGB"))
     if isinstance(picture, np.ndarray):
@@ -97,7 +105,7 @@ def decoded(picture: Picture) -> Tensor:
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
         what = f"{tuple(picture.shape)} of {str(picture.dtype).removeprefix('torch.')}"
         raise InputError(f"a picture is {what}: give bytes in RGB, as an array (H, W, 3) or a tensor (3, H, W)")
-    return picture.contiguous()
+    return picture.cpu().contiguous()
 
 
 def listed(pictures: Picture | Sequence[Picture]) -> tuple[list[Tensor], bool]:
@@ -112,7 +120,22 @@ def check_size(size: Size) -> None:
 
 
 class Model(HubModel):
-    """What classifiers and detectors have in common: the hub."""
+    """What classifiers and detectors have in common.
+
+    Args:
+        network: with its weights. state, about: what `weights.load` gave.
+
+    Attributes:
+        method: the recipe's name. about: all that the file says of itself. classes: that it looks for.
+        network: the model itself, in eval mode.
+    """
+
+    def __init__(self, network: nn.Module, state: dict[str, Tensor], about: dict[str, Any], device: Any = "cpu"):
+        super().__init__(state, about)
+        self.device = torch.device(device)
+        self.network = network.eval().requires_grad_(False).to(self.device)
+        self.normalisation = Normalisation.from_dict(about["normalisation"])
+        self.classes: list[str] = []
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> Classifier | Detector:
@@ -123,41 +146,13 @@ class Model(HubModel):
 
 
 class Classifier(Model):
-    """A classifier of pictures into the classes of its supports.
+    """A classifier of pictures into the classes of its supports; see `Model`."""
 
-    Args:
-        state, about: what `weights.load` gave.
-        source: where from, for errors.
-
-    Attributes:
-        method: the recipe's name. about: all that the file says of itself. classes: of the supports.
-        features: the backbone.
-    """
-
-    def __init__(self, state: dict[str, Tensor], about: dict[str, Any], source: str | Path, device: Any = "cpu"):
-        super().__init__(state, about)
-        self.device, self.classes = torch.device(device), []
-        options = {"pooled": False} if self.method == "relation_net" else {}
-        self.features = backbones.build(about["args"]["backbone"], about["size"], **options)
-        self.head: nn.Module | None = None
-        if self.method == "relation_net":
-            self.head = heads.RelationHead(self.features.out_channels, self.features.map_size)
-        elif self.method == "meta_baseline":
-            self.head = heads.MetaBaseline()
-        elif self.method == "maml":
-            ways, steps, lr = (about.get(k) or about["args"][k] for k in ("ways", "test_steps", "inner_lr"))
-            self.head = MAML(self.features, ways, test_steps=steps, lr=lr)  # it holds the backbone
-        if self.method == "maml":
-            weights.fill(self.head, state, source)
-        else:
-            # what Baseline and its kin learnt to tell the training classes apart with is of no use to new ones
-            needed = {k: v for k, v in state.items() if k.startswith("features.") or self.head is not None}
-            modules = {"features": self.features} | ({"head": self.head} if self.head is not None else {})
-            weights.fill(nn.ModuleDict(modules), needed, source)
-        for module in (self.features, self.head):
-            if module is not None:
-                module.eval().requires_grad_(False).to(self.device)
-        self._logits: Callable[[Tensor], Tensor] | None = None  # of features; of images for MAML
+    def __init__(self, network: nn.Module, state: dict[str, Tensor], about: dict[str, Any], device: Any = "cpu"):
+        super().__init__(network, state, about, device)
+        self.adapts = hasattr(network, "predict")  # all of itself: it has no features apart from a task
+        self._supports: tuple[Tensor, methods.Groups] | None = None
+        self._logits: methods.Adapted | None = None  # of features; of images where it adapts
 
     @torch.no_grad()
     def support(
@@ -166,8 +161,8 @@ class Classifier(Model):
         """Learn classes from supports, instead of those learnt before.
 
         Methods that fine-tune do it here, with what is random in it drawn from `seed`; MAML adapts at every
-        prediction, since its batch norms see supports and queries together. Where these need as many supports of every
-        class, classes of fewer show some of theirs again.
+        prediction, since its batch norms see supports and queries together. Where these, or the models of recipes of
+        your own, need as many supports of every class, classes of fewer show some of theirs again.
 
         Args:
             images: one or more of every class. labels: the class of each.
@@ -183,42 +178,37 @@ class Classifier(Model):
         if len(labels) != len(pictures):
             raise InputError(f"{len(pictures)} pictures and {len(labels)} labels: give one label for each picture")
         names = list(dict.fromkeys(labels))
-        if self.method == "maml" and len(names) != self.head.ways:
-            raise InputError(f"{len(names)} classes of supports: this MAML was trained for {self.head.ways}")
+        if self.adapts and len(names) != (ways := getattr(self.network, "ways", len(names))):
+            raise InputError(f"{len(names)} classes of supports: this {self.method} was trained for {ways}")
         x = self.transformed(pictures, size)
-        groups = [[i for i, label in enumerate(labels) if label == name] for name in names]
-        if self.method == "maml":
-            repeated = x[_equal(groups)][None]
-            self._logits = lambda query: self.head.predict(repeated, query[None], len(names))[0]
-        else:
-            self.adapt(self.extracted(x), groups, seed)
+        self.adapt(
+            x if self.adapts else self.extracted(x),
+            [[i for i, label in enumerate(labels) if label == name] for name in names],
+            seed,
+        )
         self.classes = names
 
-    def adapt(self, features: Tensor, groups: Sequence[Sequence[int]], seed: int = 0) -> None:
-        """Learn classes from features (n, ...) of supports; `groups` has the rows of each class."""
-        ways, args = len(groups), self.about["args"]
-        means = torch.stack([features[list(group)].mean(0) for group in groups])[None]  # (1, ways, ...)
-        if self.method == "proto_net":
-            self._logits = lambda query: heads.prototype(means, query[None], ways, args["distance"])[0]
-        elif self.method == "matching_net":
-            self._logits = partial(_attention, features, groups, args["temperature"])
-        elif self.method in ("relation_net", "meta_baseline"):
-            self._logits = lambda query: self.head(means, query[None], ways)[0]
+    def adapt(self, support: Tensor, groups: methods.Groups, seed: int = 0) -> None:
+        """Learn classes from supports' features (n, ...), or images where it adapts; `groups` has each class's rows."""
+        if isinstance(self.network, methods.FeatureClassifier):
+            with self._drawing(seed):
+                self._logits = self.network.adapt(support, groups)
         else:
-            trained = self._fine_tuned(features[_equal(groups)][None], ways, seed)
-            self._logits = lambda query: trained.logits(query[None])[0]
-        self._means = means[0]
+            repeated = support[methods.equal(groups)][None]
+            compare = self.network.predict if self.adapts else self.network.classify
 
-    def _fine_tuned(self, support: Tensor, ways: int, seed: int) -> task_heads.LinearHeads | task_heads.CosineHeads:
-        """A classifier trained on features (1, ways * shots, D), class by class, as in the method's tests."""
-        steps = {"steps": 150 if support.shape[1] == ways else 600, "batch_size": min(4, support.shape[1])}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.mix(seed, *support.shape[1:]))
-            if self.method == "baseline":
-                return task_heads.fit_linear(support, ways, **steps)
-            fit = task_heads.fit_cosine if self.method == "baseline_plus" else task_heads.fit_normalised
-            temperature = self.about.get("test_temperature") or self.about["args"]["test_temperature"]
-            return fit(support, ways, temperature=temperature, **steps)
+            def logits(query: Tensor) -> Tensor:
+                with self._drawing(seed):
+                    return compare(repeated, query[None], len(groups))[0]
+
+            self._logits = logits
+        self._supports = support, groups
+
+    @contextmanager
+    def _drawing(self, seed: int) -> Iterator[None]:
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     @torch.no_grad()
     def predict(self, images: Picture | Sequence[Picture], *, size: Size = None) -> list[Guess] | Guess:
@@ -239,10 +229,10 @@ class Classifier(Model):
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:
         """Probabilities (n, classes) of normalised images (n, 3, H, W)."""
-        return self.classify(x if self.method == "maml" else self.extracted(x)).softmax(1)
+        return self.classify(x if self.adapts else self.extracted(x)).softmax(1)
 
     def classify(self, query: Tensor) -> Tensor:
-        """Logits (n, classes) of features (n, ...), for MAML of normalised images.
+        """Logits (n, classes) of features (n, ...), of normalised images where it adapts.
 
         Raises:
             InputError: there are no supports yet.
@@ -253,21 +243,20 @@ class Classifier(Model):
 
     def extracted(self, x: Tensor) -> Tensor:
         """Features (n, ...) of normalised images (n, 3, H, W), some at a time."""
-        return torch.cat([self.features(part).float() for part in x.split(64)])
+        return torch.cat([self.network.features(part).float() for part in x.split(64)])
 
     def transformed(self, pictures: Sequence[Tensor], size: Size) -> Tensor:
         """Normalised images (n, 3, H, W) as the method's tests have them."""
-        normalisation = Normalisation.from_dict(self.about["normalisation"])
         if size == "keep":
             if len({picture.shape for picture in pictures}) > 1:
                 raise InputError("pictures of several sizes cannot be kept as they are: leave size out to resize them")
-            return normalisation(torch.stack(list(pictures)).to(self.device))
+            return self.normalisation(torch.stack(list(pictures)).to(self.device))
         stored, aspects = self.about.get("stored", 256), [p.shape[2] / p.shape[1] for p in pictures]
         squares = []
         for picture in pictures:  # squashed as the data sets store them
             image = T.to_pil_image(picture).resize((stored, stored), Image.Resampling.BILINEAR)
             squares.append(T.pil_to_tensor(image))
-        transform = (TestCrop if self.about["augment"] else Whole)(self.about["size"], normalisation)
+        transform = (TestCrop if self.about["augment"] else Whole)(self.about["size"], self.normalisation)
         return transform(torch.stack(squares).to(self.device), torch.tensor(aspects, device=self.device))
 
     def show(self, images: Picture | Sequence[Picture], *, size: Size = None) -> Figure:
@@ -279,53 +268,23 @@ class Classifier(Model):
         """A module that takes normalised images (n, 3, size, size) to the logits of the supports' classes (n, classes).
 
         Raises:
-            InputError: there are no supports yet, or the method does not classify by prototypes.
+            InputError: there are no supports yet, or the method does not classify by their means.
         """
-        if self.method not in ("proto_net", "meta_baseline"):
-            raise InputError(f"{self.method} does not classify by prototypes: only proto_net and meta_baseline export")
-        if self._logits is None:
+        if not isinstance(self.network, methods.ByMeans):
+            names = "proto_net, relation_net and meta_baseline"
+            raise InputError(f"{self.method} does not classify by its supports' means: only {names} export")
+        if self._supports is None:
             raise InputError("no supports yet: call support with a few pictures of every class first")
-        scale = self.head.temperature if self.head is not None else None
-        return PrototypeNetwork(self.features, self._means, self.about["args"].get("distance"), scale)
-
-
-def _equal(groups: Sequence[Sequence[int]]) -> list[int]:
-    """As many rows of every group as the largest has, group by group; smaller ones begin again."""
-    most = max(map(len, groups))
-    return [group[i % len(group)] for group in groups for i in range(most)]
-
-
-def _attention(support: Tensor, groups: Sequence[Sequence[int]], temperature: float, query: Tensor) -> Tensor:
-    """`heads.matching` where classes have different numbers of supports: logarithms (m, classes), features (m, D)."""
-    attention = (temperature * heads.cosines(query, support)).log_softmax(1)  # (m, n)
-    columns = [attention[:, list(group)].logsumexp(1) - float(np.log(len(group))) for group in groups]
-    return torch.stack(columns, 1)
+        return PrototypeNetwork(self.network, methods.class_means(*self._supports))
 
 
 class Detector(Model):
-    """A detector of objects.
+    """A detector of objects; see `Model`."""
 
-    Args:
-        state, about: what `weights.load` gave.
-        source: where from, for errors.
-
-    Attributes:
-        method: the recipe's name. about: all that the file says of itself. classes: that it looks for.
-        network: the detector of `fewshot.detectors`.
-    """
-
-    def __init__(self, state: dict[str, Tensor], about: dict[str, Any], source: str | Path, device: Any = "cpu"):
-        super().__init__(state, about)
-        self.device, self.classes = torch.device(device), list(about["classes"])
-        build = fpn if self.method in ("tfa", "fsce", "mpsr") else trunks.c4
-        trunk = build(**about["architecture"])
-        options = {key: about[key] for key in ("cosine", "dimensions") if key in about}
-        options |= {"above": 0.0} if self.method == "fsce" else {}  # of a loss
-        network = DETECTORS[self.method](trunk, len(self.classes), **options, **about["sizes"])
-        weights.fill(network, state, source)
-        self.network = folded(network.eval().requires_grad_(False)).to(self.device)
+    def __init__(self, network: nn.Module, state: dict[str, Tensor], about: dict[str, Any], device: Any = "cpu"):
+        super().__init__(network, state, about, device)
+        self.classes = list(about["classes"])
         self.pipeline = Pipeline(**about.get("pictures", {}))
-        self.normalisation = Normalisation.from_dict(about["normalisation"])
 
     @torch.no_grad()
     def support(
@@ -339,7 +298,9 @@ class Detector(Model):
         """Learn classes from supports, instead of those known before; for methods that have supports.
 
         Attention-RPN takes any classes; Meta R-CNN and FSDetView those that their last layers were trained for, and
-        look only for the ones that have supports.
+        look only for the ones that have supports. A model of your own counts as one of these by what it has:
+        `support_features`, `set_prototypes` and `forget` as Attention-RPN, or `support_vectors` and `set_prototypes`
+        as Meta R-CNN.
 
         Args:
             images: one or more of every class.
@@ -351,7 +312,7 @@ class Detector(Model):
                 one that the model can look for.
         """
         check_size(size)
-        if not isinstance(self.network, (MetaRCNN, AttentionRPN)):
+        if not hasattr(self.network, "set_prototypes"):
             raise InputError(
                 f"{self.method} has no supports: fine-tune it on new classes with recipes/{self.method}.py"
             )
@@ -361,38 +322,43 @@ class Detector(Model):
             raise InputError("no supports: give one or more pictures of every class")
         if boxes is None:
             boxes = [(0, 0, picture.shape[2], picture.shape[1]) for picture in pictures]
-        boxes = [torch.as_tensor(box, dtype=torch.float32) for box in boxes]
+        boxes = [torch.as_tensor(box, dtype=torch.float32, device="cpu") for box in boxes]
         if not len(labels) == len(boxes) == len(pictures):
             counts = f"{len(pictures)} pictures, {len(boxes)} boxes and {len(labels)} labels"
             raise InputError(f"{counts}: give a box and a label for each picture")
         for i, (picture, box) in enumerate(zip(pictures, boxes)):
             _check_box(i, box, *picture.shape[1:])
-        if isinstance(self.network, AttentionRPN):
-            self.classes = list(dict.fromkeys(labels))
-            self.network.forget(len(self.classes))
-        elif unknown := sorted(set(labels) - set(self.classes)):
+        if not self.any_class and (unknown := sorted(set(labels) - set(self.classes))):
             known = ", ".join(self.classes)
             raise InputError(
                 f"this {self.method} was not trained for {unknown[0]!r} but for {known}: fine-tune it with "
                 f"recipes/{self.method}.py, or take a model of attention_rpn, which looks for any class"
             )
-        numbers = torch.tensor([self.classes.index(label) for label in labels], device=self.device)
         vectors = [self._support_vectors(p, box, size) for p, box in zip(pictures, boxes)]
-        if isinstance(self.network, AttentionRPN):
+        if self.any_class:
+            self.classes = list(dict.fromkeys(labels))
+            self.network.forget(len(self.classes))
+        numbers = torch.tensor([self.classes.index(label) for label in labels], device=self.device)
+        if self.any_class:
             self.network.set_prototypes((*vector, number[None]) for vector, number in zip(vectors, numbers))
         else:
             self.network.set_prototypes(torch.cat(vectors), numbers)
 
+    @property
+    def any_class(self) -> bool:
+        """Whether it looks for the classes of its supports, whatever they are."""
+        return hasattr(self.network, "forget")
+
     def _support_vectors(self, picture: Tensor, box: Tensor, size: Size) -> Any:
-        """What the network makes of one support."""
+        """What the network makes of one support, a picture and a box on the CPU."""
         keep = size == "keep"
-        if isinstance(self.network, AttentionRPN):
+        if self.any_class:
             if not keep:
                 picture, box = support_crop(picture, box, self.about["support_size"], self.about["context"])
             x = self.normalisation(picture[None].to(self.device))
             return self.network.support_features(x, box[None].to(self.device))
-        stack = support_image(picture, box, None if keep else self.about["support_size"])
-        x = torch.cat([self.normalisation(stack[:3].to(self.device)), stack[3:].to(self.device).float()])
+        stack = support_image(picture, box, None if keep else self.about["support_size"]).to(self.device)
+        x = torch.cat([self.normalisation(stack[:3]), stack[3:].float()])
         return self.network.support_vectors(x[None])
 
     @torch.no_grad()
@@ -414,10 +380,10 @@ class Detector(Model):
             InputError: the method needs supports and has none yet, or a picture cannot be read.
         """
         check_size(size)
-        if "known" in dict(self.network.named_buffers()) and not self.network.known.any():
+        if (known := getattr(self.network, "known", None)) is not None and not known.any():
             raise InputError("no supports yet: call support with a few pictures of every class first")
         options = {"share": True} if share_proposals else {}
-        if share_proposals and not isinstance(self.network, AttentionRPN):
+        if share_proposals and not self.any_class:
             raise InputError(f"{self.method} has one set of proposals anyway: share_proposals is for attention_rpn")
         pictures, alone = listed(images)
         found = []
@@ -443,10 +409,8 @@ class Detector(Model):
         """Meta R-CNN's box head with the prototypes folded in: RoI vectors (n, D) to logits and deltas.
 
         Raises:
-            InputError: the method is another one.
+            InputError: the model is another one.
         """
-        if self.method != "meta_rcnn":
-            raise InputError(f"{self.method} has no box head that prototypes fold into: only meta_rcnn exports")
         return RoIHead(self.network)
 
 
@@ -457,17 +421,3 @@ def _check_box(number: int, box: Tensor, height: int, width: int) -> None:
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
         text = f"[{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
         raise InputError(f"box {text} of support {number} is not inside its picture of {width} x {height}; correct it")
-
-
-CLASSIFIERS = (
-    *("baseline", "baseline_plus", "neg_margin", "proto_net", "matching_net", "relation_net", "meta_baseline"),
-    "maml",
-)
-DETECTORS = {
-    "tfa": TFA,
-    "fsce": FSCE,
-    "mpsr": MPSR,
-    "attention_rpn": AttentionRPN,
-    "meta_rcnn": MetaRCNN,
-    "fsdetview": FSDetView,
-}

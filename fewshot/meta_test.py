@@ -10,14 +10,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fewshot import run
+from fewshot import launch, run
 from fewshot.data import episodes, transforms
-from fewshot.data.classification import ImageSet
+from fewshot.data.image_set import ImageSet
+from fewshot.data.stream import Feed
 
 BATCH = 256  # images per forward pass; fixed, so that features do not depend on the number of processes
 CHUNK_BYTES = 8 << 20  # features gathered at once: a chunk of tasks should stay in the processor's cache
 ADAPTED = 8  # tasks in a chunk for `meta_test_images`
-HELD_BYTES = 2 << 30  # images that it keeps on the device
+HELD_BYTES = 2 << 30  # images that it keeps on the device, or features that `meta_test` does
 
 
 class FewShotModel(Protocol):
@@ -62,10 +63,9 @@ def report(record: run.Record, results: dict[int, Result], ways: int, save_tasks
     """Print the results by shots, finish the run with its metrics.json, and with every task's accuracy if asked."""
     for shots, result in results.items():
         record.accelerator.print(f"{ways}-way {shots}-shot, {len(result.per_task)} tasks: {result}")
-    if save_tasks and record.accelerator.is_main_process:
-        run.write_json(record.folder / "tasks.json", {k: r.per_task.tolist() for k, r in results.items()})
+    files = {"tasks.json": {k: r.per_task.tolist() for k, r in results.items()}} if save_tasks else {}
     shots = {str(k): {"accuracy": round(r.accuracy, 4), "ci95": round(r.ci95, 4)} for k, r in results.items()}
-    record.finish({"ways": ways, "tasks": len(next(iter(results.values())).per_task), "shots": shots})
+    record.finish({"ways": ways, "tasks": len(next(iter(results.values())).per_task), "shots": shots}, files)
 
 
 @torch.no_grad()
@@ -79,14 +79,8 @@ def extract(
     batches = np.split(indices, range(BATCH, len(indices), BATCH))
     rank, world = accelerator.process_index, accelerator.num_processes
     own = batches[rank::world] or batches[:1]  # a process too many learns the shape of features from the first batch
-    loader = episodes.image_loader(
-        dataset,
-        np.concatenate(own),
-        device=accelerator.device,
-        transform=transforms.test_transform(dataset),
-        batch_size=BATCH,
-        workers=workers,
-    )
+    feed, transform = Feed(device=accelerator.device, workers=workers), transforms.test_transform(dataset)
+    loader = episodes.image_loader(dataset, np.concatenate(own), feed, transform, batch_size=BATCH)
     features = None
     for i, (images, _) in enumerate(_progress(accelerator, loader, "features", len(own))):
         with accelerator.autocast():
@@ -119,19 +113,35 @@ def meta_test(
     """
     for k in shots:
         episodes.check(dataset, ways, k, queries)
-    model = accelerator.unwrap_model(model)
+    model = launch.synchronised(accelerator, model)
     training = model.training
     model.eval()
     # (tasks, ways, queries + shots) pictures of every task; only what some task needs goes through the network
     drawn = {k: np.stack([_pictures(dataset, ways, k, queries, seed, i) for i in range(tasks)]) for k in shots}
-    needed = np.unique(np.concatenate([d.ravel() for d in drawn.values()]))
-    features = extract(accelerator, model, dataset, needed, workers)
-    results = {}
-    for k in shots:
-        rows = torch.from_numpy(np.searchsorted(needed, drawn[k])).to(features.device)
-        results[k] = Result.of(_tasks(accelerator, model, features, rows, queries, seed))
+    per_task: dict[int, list[np.ndarray]] = {k: [] for k in shots}
+    for block in _blocks(accelerator, model, dataset, drawn):
+        needed = np.unique(np.concatenate([drawn[k][block].ravel() for k in shots]))
+        features = extract(accelerator, model, dataset, needed, workers)
+        for k in shots:
+            rows = torch.from_numpy(np.searchsorted(needed, drawn[k][block])).to(features.device)
+            per_task[k].append(_tasks(accelerator, model, features, rows, queries, seed, block.start))
     model.train(training)
-    return results
+    return {k: Result.of(np.concatenate(parts)) for k, parts in per_task.items()}
+
+
+def _blocks(
+    accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, drawn: dict[int, np.ndarray]
+) -> list[slice]:
+    """Tasks in blocks whose pictures' features fit into `HELD_BYTES`: one, but for large maps of many pictures."""
+    tasks = len(next(iter(drawn.values())))
+    needed = len(np.unique(np.concatenate([d.ravel() for d in drawn.values()])))
+    example = torch.zeros(2, 3, dataset.size, dataset.size, device=accelerator.device)
+    with accelerator.autocast():
+        bytes_each = model.features(example)[0].numel() * 4
+    if needed * bytes_each <= HELD_BYTES:
+        return [slice(0, tasks)]
+    each = max(1, HELD_BYTES // bytes_each // sum(d[0].size for d in drawn.values()))
+    return [slice(first, min(first + each, tasks)) for first in range(0, tasks, each)]
 
 
 def _pictures(dataset: ImageSet, ways: int, shots: int, queries: int, seed: int, index: int) -> np.ndarray:
@@ -141,11 +151,11 @@ def _pictures(dataset: ImageSet, ways: int, shots: int, queries: int, seed: int,
 
 
 def _tasks(
-    accelerator: Accelerator, model: FewShotModel, features: Tensor, rows: Tensor, queries: int, seed: int
+    accelerator: Accelerator, model: FewShotModel, features: Tensor, rows: Tensor, queries: int, seed: int, number: int
 ) -> np.ndarray:
     """Accuracy in percent (tasks,) of tasks given as rows of `features` (tasks, ways, queries + shots).
 
-    Each process does every n-th chunk of tasks.
+    Each process does every n-th chunk of tasks. `number` is that of the first task.
     """
     tasks, ways, images = rows.shape
     bytes_per_task = ways * images * features[0].numel() * 4
@@ -155,11 +165,11 @@ def _tasks(
     what = f"{ways}-way {images - queries}-shot"
     for first in _progress(accelerator, starts, what, len(starts)):
         # whatever a classifier draws, a fresh head say, follows from the chunk, not from the process that tests it
-        torch.manual_seed(run.mix(seed, images - queries, first))
+        torch.manual_seed(launch.mix(seed, images - queries, number + first))
         query, support = (part.flatten(1) for part in rows[first : first + chunk].tensor_split([queries], 2))
         logits = model.classify(features[support], features[query], ways)  # (chunk, ways * queries, ways)
         correct[first : first + chunk] = _accuracy(logits, queries)
-    return accelerator.reduce(correct, reduction="sum").double().cpu().numpy()
+    return accelerator.reduce(correct, reduction="sum").cpu().double().numpy()
 
 
 @torch.no_grad()
@@ -182,7 +192,7 @@ def meta_test_images(
     """
     for k in shots:
         episodes.check(dataset, ways, k, queries)
-    model = accelerator.unwrap_model(model)
+    model = launch.synchronised(accelerator, model)
     training = model.training
     model.eval()
     most = max(shots)
@@ -202,7 +212,7 @@ def meta_test_images(
                 logits = model.predict(support[:, :, :k].flatten(1, 2), query, ways)
             correct[k][first : first + len(logits)] = _accuracy(logits, queries)
     model.train(training)
-    return {k: Result.of(accelerator.reduce(c, reduction="sum").double().cpu().numpy()) for k, c in correct.items()}
+    return {k: Result.of(accelerator.reduce(c, reduction="sum").cpu().double().numpy()) for k, c in correct.items()}
 
 
 def _images(accelerator: Accelerator, dataset: ImageSet, chunks: list[np.ndarray], workers: int) -> Iterator[Tensor]:
@@ -217,14 +227,8 @@ def _images(accelerator: Accelerator, dataset: ImageSet, chunks: list[np.ndarray
     for i in range(0, len(chunks), ahead):
         block = chunks[i : i + ahead]
         indices, places = np.unique(np.concatenate([chunk.ravel() for chunk in block]), return_inverse=True)
-        loader = episodes.image_loader(
-            dataset,
-            indices,
-            device=accelerator.device,
-            transform=transforms.test_transform(dataset),
-            batch_size=BATCH,
-            workers=workers,
-        )
+        feed, transform = Feed(device=accelerator.device, workers=workers), transforms.test_transform(dataset)
+        loader = episodes.image_loader(dataset, indices, feed, transform, batch_size=BATCH)
         batches = -(-len(indices) // BATCH)
         images = torch.cat([batch for batch, _ in _progress(accelerator, loader, "images", batches)])
         for chunk, place in zip(block, np.split(places, np.cumsum([chunk.size for chunk in block])[:-1])):

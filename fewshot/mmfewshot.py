@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewshot import InputError
+from fewshot import InputError, methods
 from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
 from fewshot.data.transforms import CAFFE, CAFFE_MPSR, IMAGENET
-from fewshot.inference import CLASSIFIERS, DETECTORS, Classifier, Detector
+from fewshot.methods import CLASSIFIERS, DETECTORS
 
 COCO_CLASSES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -79,6 +79,7 @@ DETECTOR_HEADS = LAST | {
 }
 AGGREGATOR = "roi_head.aggregation_layer.aggregator_list."
 PYRAMIDS = ("tfa", "fsce", "mpsr")  # methods with a feature pyramid
+PROTOTYPES = ("prototypes", "kernels", "maps", "known")  # buffers that checkpoints do not have
 
 
 @dataclass
@@ -200,11 +201,9 @@ def convert(
         else:
             tensors[key] = value
     detector = any(key.startswith(("rpn_head.", "roi_head.")) for key in tensors)
-    if method is not None and method not in (DETECTORS if detector else CLASSIFIERS):
-        kind = "detector" if detector else "classifier"
-        raise InputError(
-            f"{name} is a {kind}, and {method!r} is none of {', '.join(DETECTORS if detector else CLASSIFIERS)}"
-        )
+    task, possible = ("detector", DETECTORS) if detector else ("classifier", CLASSIFIERS)
+    if method is not None and method not in possible:
+        raise InputError(f"{name} is a {task}, and {method!r} is none of {', '.join(possible)}")
     text = f"{name} {meta.get('config', '')}"
     if detector:
         method = method or _detector_method(tensors, text)
@@ -218,9 +217,6 @@ def convert(
                 raise InputError(f"{key} in {name} is no part of {method}: is it of another method? (--method)")
             else:
                 ours[renamed] = value
-        build = Detector
-        if "known" in (wanted := _buffers(method, about)):
-            ours |= wanted
     else:
         method = method or _classifier_method(tensors, text)
         about = _classifier_about(tensors, method, meta, classes)
@@ -233,8 +229,10 @@ def convert(
                 ours[f"head.{head_name(rest)}"] = value
             else:
                 raise InputError(f"{key} in {name} is no part of a classifier of mmfewshot 0.1.0")
-        build = Classifier
-    build(ours, about, source=name)  # stops at what is missing, left over or of another shape
+    model = methods.built(about)
+    # no class is known yet
+    ours |= {buffer: value for buffer, value in model.named_buffers() if buffer in PROTOTYPES}
+    methods.fill(model, ours, name)  # stops at what is missing, left over or of another shape
     return Converted(ours, about, dropped)
 
 
@@ -342,17 +340,6 @@ def _novel(classes: Sequence[str]) -> list[str]:
     if set(classes) in (set(COCO_CLASSES), set(COCO_NOVEL)):
         return [name for name in classes if name in COCO_NOVEL]
     return []
-
-
-def _buffers(method: str, about: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Prototypes that checkpoints do not have: none is known."""
-    classes = len(about["classes"])
-    known = torch.zeros(classes, dtype=torch.bool)
-    if method in ("meta_rcnn", "fsdetview"):
-        return {"prototypes": torch.zeros(classes, 2048), "known": known}
-    if method == "attention_rpn":
-        return {"kernels": torch.zeros(classes, 1024), "maps": torch.zeros(classes, 2048, 7, 7), "known": known}
-    return {}
 
 
 def _classifier_about(

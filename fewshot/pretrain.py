@@ -6,13 +6,14 @@ from torch import Tensor, nn
 from torchvision import ops
 from tqdm.auto import tqdm
 
-from fewshot import run
-from fewshot.data import detection
-from fewshot.data.detection import DetectionSet, Pipeline
+from fewshot import launch
+from fewshot.data.detection import DetectionSet
+from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot.data.stream import Feed, Word
 from fewshot.detectors import faster_rcnn
+from fewshot.run import Schedule
 from fewshot.trunks import C4
 
-OBJECTS = 30  # the first word of every seed, as in `fewshot.data`
 NEAR, FAR = 8, 16  # boxes around each object, and anywhere on a picture, that are classified besides the objects
 ROIS = 32  # of them that are trained on, per picture
 
@@ -47,17 +48,16 @@ def name_objects(
     cls, reg = nn.Linear(size, classes + 1).to(device), nn.Linear(size, classes * 4).to(device)
     trained = [p for module in (trunk, cls, reg) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = run.warmup_step(optimizer, warmup=steps // 10, milestones=(steps * 4 // 5,))
-    loader = detection.train_loader(
-        train_set, pipeline, batch_size=batch_size, seed=seed, start=0, steps=steps, device=device, workers=workers
-    )
+    scheduler = Schedule(steps, lr, (steps * 4 // 5,), steps // 10).of(optimizer)
+    feed = Feed(seed, 0, steps, device=device, workers=workers)
+    loader = train_loader(train_set, pipeline, feed, trunk.normalisation, batch_size=batch_size)
     bar = tqdm(loader, "objects", steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     for step, batch in enumerate(bar):
-        torch.manual_seed(run.mix(OBJECTS, seed, step))
-        proposals = [near_and_far(boxes, *hw) for boxes, hw in zip(batch.boxes, batch.sizes.tolist(), strict=True)]
+        torch.manual_seed(launch.mix(Word.OBJECTS, seed, step))
+        proposals = [near_and_far(boxes, *hw) for boxes, hw in zip(batch.boxes, batch.sizes, strict=True)]
         rois = faster_rcnn.sample_rois(proposals, batch.boxes, batch.labels, classes=classes, number=ROIS, fraction=0.5)
         with accelerator.autocast():
-            features = trunk(batch.normalised(trunk.normalisation))
+            features = trunk(batch.images)
             aligned = faster_rcnn.roi_align(features, [r.boxes for r in rois], trunk.roi_size, trunk.stride)
             x = trunk.stage4(aligned).flatten(1)  # (RoIs of all pictures, size)
             losses = faster_rcnn.roi_losses(cls(x), reg(x).view(-1, classes, 4), rois)

@@ -1,112 +1,161 @@
-"""What every recipe needs around its loop: start, log, save, resume, report.
+"""What every recipe needs around its loop: schedule, log, save, resume, report. A run's folder holds
 
-With `meta_test` this is the only place that knows Accelerate's corners. A run's folder holds
+    args.json  log.jsonl  metrics.json  curves.png  model.safetensors  last/  lock
 
-    args.json  log.jsonl  metrics.json  curves.png  model.safetensors  last/
-
-where `last/` is Accelerate's state for `--resume` and `model.safetensors` is all that testing needs.
+where `last/` is Accelerate's state for `--resume`, `model.safetensors` is all that testing needs, and metrics.json
+comes last: a folder that has it is a finished run.
 """
+
+from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from fewshot import InputError, show, weights
+from fewshot import InputError, curves, launch, weights
+from fewshot.data.stream import Feed
+from fewshot.launch import on_main
 
 T = TypeVar("T")
 LOG_EVERY = 10  # steps between lines of log.jsonl; also how often the losses are brought from the device
 
 # Arguments that change how a run is carried out, not what it computes: a resumed run may change these.
-FREE_ARGS = {"resume", "wandb", "workers", "out", "test_only", "stage", "base", "save_every", "share_proposals"}
+FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "stage", "save_every"}
+FREE_ARGS |= {"share_proposals", "scramble_supports", "save_tasks", "classwise"}
+# What a test may choose; all else is the model's own, and comes from its file.
+TEST_ARGS = {"data_root", "cache", "ways", "shots", "queries", "tasks", "save_tasks", "test_temperature", "test_steps"}
+TEST_ARGS |= {"test_images", "classwise", "share_proposals", "scramble_supports", "at_once", "seed", "init"}
+TEST_ARGS |= {"out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base"}
+# What a base model must have in common with what is fine-tuned from it.
+BASE_ARGS = ("dataset", "novel_classes", "split", "backbone", "style", "short", "long", "support_size")
 
 
-def start(args: Any) -> Accelerator:
-    """Seed everything, silence tracebacks for `InputError`, and return the Accelerator of this launch.
+class Schedule(NamedTuple):
+    """How long and at what rate SGD or Adam train: steps, peak rate, milestones at which it falls, warm-up steps.
 
-    Precision, devices and processes come from `accelerate launch` (or its config file), nothing else does.
-    """
-    accelerator = Accelerator(log_with="wandb" if args.wandb else None, step_scheduler_with_optimizer=False)
-    set_seed(args.seed)
-
-    def one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if issubclass(kind, (InputError, FloatingPointError)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = one_line
-    return accelerator
-
-
-def warmup_step(
-    optimizer: torch.optim.Optimizer,
-    *,
-    warmup: int = 0,
-    ratio: float = 0.001,
-    milestones: Sequence[int] = (),
-    gamma: float = 0.1,
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up from `ratio` times the rate over `warmup` steps, times `gamma` at each milestone passed.
-
-    At 0-based step t the factor is gamma^{#(milestones <= t)}, times 1 - (1 - t / warmup)(1 - ratio) while t < warmup:
-    the two multiply, as in the reference's schedules.
+    At 0-based step t the rate is lr * gamma^{#(milestones <= t)}, times 1 - (1 - t / warmup)(1 - ratio) while
+    t < warmup: the two multiply, as in the reference's schedules. `batch` is the global batch that it is meant for.
     """
 
-    def factor(t: int) -> float:
-        warm = 1 - (1 - t / warmup) * (1 - ratio) if t < warmup else 1.0
-        return warm * gamma ** sum(m <= t for m in milestones)
+    steps: int
+    lr: float
+    milestones: tuple[int, ...] = ()
+    warmup: int = 0
+    gamma: float = 0.1
+    ratio: float = 0.001
+    batch: int = 1
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def scaled(self, args: Any, published: int | None = None) -> Schedule:
+        """The schedule that `args` ask for: `--iters` stretches milestones and warm-up, `--lr` replaces the rate.
+
+        With `published`, the batch that the steps and the rate are for, another `--batch-size` scales the rate by the
+        ratio and the steps by its inverse (the linear rule).
+        """
+        batch = args.batch_size or published or self.batch
+        ratio = batch / published if published else 1
+        steps = args.iters or max(1, round(self.steps / ratio))
+        lr = self.lr * ratio if args.lr is None else args.lr
+        milestones, warmup = tuple(m * steps // self.steps for m in self.milestones), self.warmup * steps // self.steps
+        return self._replace(
+            steps=steps, lr=lr, milestones=milestones, warmup=warmup, batch=batch
+        )
+
+    def of(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """The scheduler: it multiplies each group's own rate."""
+
+        def factor(t: int) -> float:
+            warm = 1 - (1 - t / self.warmup) * (1 - self.ratio) if t < self.warmup else 1.0
+            return warm * self.gamma ** sum(m <= t for m in self.milestones)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def finished(accelerator: Accelerator, model: str | Path) -> bool:
-    """Whether the run that leaves `model` is done; says so when its base model must be trained first."""
-    path = Path(model)
-    done = path.exists() and (path.parent / "metrics.json").exists()
-    accelerator.print(f"base model: {path}" if done else f"no finished base model at {path}: training it first")
-    return done
+def default_folder(method: str, dataset: str, *more: Any) -> str:
+    """runs/METHOD/DATASET-MORE-...: one folder for one run, so that what differs in these does not meet.
 
-
-def scaled(
-    accelerator: Accelerator, published: int, schedule: tuple[int, float, Sequence[int], int], args: Any
-) -> tuple[int, int, float, tuple[int, ...], int]:
-    """(batch size, steps, learning rate, milestones, warm-up) for what `args` ask of a published `schedule`.
-
-    The schedule (steps, rate, milestones, warm-up) is for a global batch of `published` pictures. Another
-    `--batch-size` scales the rate by the ratio and the steps by its inverse (the linear rule); `--iters` stretches
-    milestones and warm-up with the steps; `--lr` replaces the rate.
+    A data set that is a path gives all its parts, without the root.
     """
-    steps, lr, milestones, warmup = schedule
-    batch = args.batch_size or published
-    ratio = batch / published
-    wanted = args.iters or max(1, round(steps / ratio))
-    stretch = wanted / steps
-    rate = lr * ratio if args.lr is None else args.lr
-    if ratio != 1:
-        accelerator.print(f"batch of {batch}, published {published}: {wanted} steps at rate {rate:g} (linear rule)")
-    return batch, wanted, rate, tuple(round(m * stretch) for m in milestones), round(warmup * stretch)
+    parts = [part for part in Path(dataset).parts if part not in ("/", "..", ".")]
+    return f"runs/{method}/{'-'.join([*parts, *(str(part) for part in more if part is not None)])}"
 
 
-def gather_by_id(accelerator: Accelerator, results: dict[Any, T]) -> dict[Any, T]:
-    """Merge every process's `{id: result}` into one dict, sorted by id, on every process.
+def due(accelerator: Accelerator, method: str, args: Any, folder: str | Path, shared: bool = False) -> bool:
+    """Whether there is something to do for the run in `folder`; on every process.
 
-    Keyed by id, the outcome does not depend on how many processes there are or who did what; a picture that two
-    processes both did counts once.
+    A finished run of the same arguments is shown, not repeated, and False; only `--overwrite` replaces it. With
+    `shared`, a finished base model counts if what shaped it agrees (`BASE_ARGS`), whatever else differs. With
+    `--test-only` it is `saved`, and True.
+
+    Raises:
+        InputError: another process has the folder; it holds a run of other arguments, or an unfinished one and neither
+            `--resume` nor `--overwrite` is given; or there is no model to test.
     """
-    merged = {key: value for part in gather_object([results]) for key, value in part.items()}
-    return dict(sorted(merged.items()))
+    folder = Path(folder)
+    if args.test_only:
+        return bool(saved(accelerator, args, folder))
+
+    def look() -> bool:
+        if not (folder / "args.json").exists() or args.overwrite:
+            return True
+        with _lock(folder):
+            before, now = _began(folder), json.loads(json.dumps(vars(args)))
+            if (folder / "metrics.json").exists():
+                _check_same(
+                    folder, method, before, now, BASE_ARGS if shared else None, "give another --out, or --overwrite"
+                )
+                result = json.loads((folder / "metrics.json").read_text())
+                print(f"{folder} is finished (--overwrite would replace it): {summary(result)}", flush=True)
+                return False
+            if not args.resume and _last(folder) is not None:
+                raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
+            return True
+
+    return on_main(accelerator, look)
+
+
+def resumes(args: Any, folder: str | Path) -> bool:
+    """Whether the run in `folder` goes on from a state, so that what comes before the first step need not be done."""
+    return args.resume and _last(Path(folder)) is not None
+
+
+def saved(accelerator: Accelerator, args: Any, folder: str | Path) -> dict[str, Any]:
+    """What the model in `folder` says of itself; `args` get what it was made with, but for `TEST_ARGS`.
+
+    Raises:
+        InputError: there is no model, or a flag asks for another one than this.
+    """
+    about = on_main(accelerator, lambda: weights.describe_file(Path(folder) / "model.safetensors"))
+    fields = type(args).__dataclass_fields__
+    for name, value in about["args"].items():
+        if name in fields and name not in TEST_ARGS:
+            mine, value = getattr(args, name), tuple(value) if isinstance(value, list) else value
+            if mine not in (value, fields[name].default):
+                raise InputError(f"the model in {folder} was made with {name}={value}, not {mine}: leave that flag out")
+            setattr(args, name, value)
+    return about
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """The main numbers of a result in a line."""
+    if "shots" in metrics:
+        shots = (f"{k}-shot {v['accuracy']:.2f} ± {v['ci95']:.2f} %" for k, v in metrics["shots"].items())
+        return f"{metrics['ways']}-way, {', '.join(shots)}"
+    name = next((name for name in ("AP50", "AP") if name in metrics), None)
+    return f"{name} " + ", ".join(f"{group} {v:.1f}" for group, v in metrics[name].items()) if name else "done"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -116,21 +165,72 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def _lock(folder: Path) -> FileLock:
+    """The folder's lock, taken; the system releases it when the process ends, however it ends."""
+    lock, holder = FileLock(folder / "lock"), folder / "lock.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            who = "process {pid} on {host}, since {since}".format(**json.loads(holder.read_text()))
+        except (OSError, ValueError, KeyError):
+            who = "another process"
+        raise InputError(f"{folder} is in use by {who}: wait for it, or give another --out") from None
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    write_json(holder, {"pid": os.getpid(), "host": platform.node(), "since": since})
+    return lock
+
+
+def _last(folder: Path) -> Path | None:
+    # A kill between the two renames of `_save_state` leaves only last.old: it is whole.
+    return next((p for p in (folder / "last", folder / "last.old") if p.is_dir()), None)
+
+
+def _began(folder: Path) -> dict[str, Any]:
+    """The arguments that the folder's run was begun with, its method and its id."""
+    try:
+        return {"id": None, **json.loads((folder / "args.json").read_text())}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}/args.json cannot be read ({error}): --overwrite begins anew") from None
+
+
+def _check_same(
+    folder: Path, method: str, before: dict[str, Any], now: dict[str, Any], only: Sequence[str] | None, advice: str
+) -> None:
+    """Raises InputError naming the first argument in which the folder's run differs from this one."""
+    if before["method"] != method:
+        raise InputError(f"{folder} is a run of {before['method']}, not of {method}; give another --out")
+    names = sorted(set(before) | set(now)) if only is None else only
+    for name in names:
+        if name not in FREE_ARGS | {"method", "id"} and before.get(name) != now.get(name):
+            raise InputError(f"{folder} was begun with {name}={before.get(name)}, not {now.get(name)}; {advice}")
+
+
 class Record:
     """One training run and its folder.
 
     Args:
-        accelerator: from `start`.
+        accelerator: from `launch.started`.
         method: the recipe's name, written into everything that is saved.
         args: the recipe's dataclass of arguments.
-        folder: the run's folder, made when missing.
-        model, optimizer, scheduler: as `accelerator.prepare` returned them (one call for all three).
-        describe: what the saved model says of itself besides method and arguments (classes, normalisation, ...).
+        folder: the run's folder, made when missing, and this run's alone while it lives.
+        model, optimizer: not yet prepared by Accelerate; this does it.
+        schedule: of the training, scaled to what `args` ask for.
+        description: what the saved model says of itself besides method and arguments (classes, normalisation, ...).
+        files: json values to keep in the folder from the beginning, such as shots.json.
 
-    `step` is the number of steps done so far: 0, or where `--resume` found the run.
+    Attributes:
+        model, optimizer, scheduler: as Accelerate prepared them.
+        feed: what loaders need to know of the run.
+        step: the number of steps done so far: 0, or where `--resume` found the run.
+        about: what the model's file says of itself.
+
+    With `--test-only` nothing is trained, and nothing that training left is changed: there are no steps, `best` is the
+    model in the folder, and the result goes to a file of its own.
 
     Raises:
-        InputError: when `--resume` meets a run of another recipe or with other arguments.
+        InputError: another process has the folder, it cannot be seen from every machine, or `--resume` meets a run of
+            another recipe or with other arguments.
     """
 
     def __init__(
@@ -140,90 +240,138 @@ class Record:
         args: Any,
         folder: str | Path,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        describe: dict[str, Any],
+        optimizer: torch.optim.Optimizer | None,
+        schedule: Schedule | None,
+        description: Mapping[str, Any],
+        files: Mapping[str, Any] | None = None,
     ):
-        self.accelerator, self.folder, self.seed = accelerator, Path(folder), args.seed
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.step, self.best = 0, None
+        self.accelerator, self.folder, self.args = accelerator, Path(folder), args
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.step, self.saved, self.best_score = 0, None, None
         self.pending: list[tuple[int, dict[str, torch.Tensor], Sequence[Any]]] = []
-        self.metadata = {"method": method, "args": vars(args), **describe}
-        self.test_only = args.test_only
-        self.began = time.time()
-        if args.test_only:
-            self.accelerator.print(f"testing {self.folder}/model.safetensors")
-        elif args.resume:
-            self._resume()
-        elif accelerator.is_main_process:
-            self._begin()
-        accelerator.wait_for_everyone()
+        self.about = {"method": method, "args": dict(vars(args)), **description}
+        self.began, self.bar = time.time(), None
+        self.test_only, self.files = args.test_only, files or {}
+        self.lock = launch.on_main_only(accelerator, self._take_folder)
+        if not self.test_only:
+            scheduler = schedule.of(optimizer)
+            self.model, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
+            self._begin_or_resume()
+        else:
+            self.model = model.to(accelerator.device)
+            accelerator.print(f"testing {self.folder}/model.safetensors")
+        steps = self.step if self.test_only else schedule.steps
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.feed = Feed(args.seed, self.step, steps, rank, world, accelerator.device, args.workers)
+        # its own group, so that a GPU need not wait for the others' word
+        self._together = torch.distributed.new_group(backend="gloo") if world > 1 else None
         if args.wandb:
-            accelerator.trackers.clear()
-            name = str(self.folder.relative_to("runs") if self.folder.is_relative_to("runs") else self.folder)
-            accelerator.init_trackers(
-                "fewshot", config=vars(args), init_kwargs={"wandb": {"name": name, "dir": str(self.folder)}}
-            )
+            self._begin_wandb()
 
-    def _begin(self) -> None:
-        unfinished = self._last()
-        if unfinished is not None and not (self.folder / "metrics.json").exists():
-            print(f"{self.folder} holds an unfinished run: starting over (--resume would go on with it)")
+    def _take_folder(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in ("log.jsonl", "metrics.json", "model.safetensors"):
+        return _lock(self.folder)
+
+    def _begin_or_resume(self) -> None:
+        accelerator = self.accelerator
+
+        def look() -> tuple[Path | None, str]:
+            last = _last(self.folder) if self.args.resume else None
+            if last is None:
+                return None, self._begin()
+            before = _began(self.folder)
+            now = json.loads(json.dumps(self.about["args"]))
+            advice = "resume with the same arguments or give another --out"
+            _check_same(self.folder, self.about["method"], before, now, None, advice)
+            return last, before["id"]
+
+        last, self.id = on_main(accelerator, look)
+        if last is not None:
+            accelerator.load_state(str(last))
+            state = json.loads((last / "record.json").read_text())
+            self.step, self.best_score = state["step"], state["best"]
+            self.saved = self.step
+            accelerator.print(f"{self.folder}: resuming after step {self.step}")
+            if accelerator.is_main_process:
+                self._cut_log()
+        elif self.args.resume:
+            accelerator.print(f"{self.folder}: no saved state to resume, beginning with step 1")
+        if not all(gather_object([(self.folder / "args.json").is_file()])):
+            raise InputError(f"{self.folder} is not seen by every machine: give an --out on a disk that they share")
+
+    def _begin(self) -> str:
+        for stale in (*self.folder.glob("test-*"), *self.folder.glob("*.jsonl"), *self.folder.glob("*.png")):
+            stale.unlink(missing_ok=True)
+        for stale in ("metrics.json", "model.safetensors", "shots.json", "detections.json", "tasks.json"):
             (self.folder / stale).unlink(missing_ok=True)
         for stale in ("last", "last.old", "last.tmp"):
             shutil.rmtree(self.folder / stale, ignore_errors=True)
-        write_json(self.folder / "args.json", {"method": self.metadata["method"], **self.metadata["args"]})
+        identity = uuid.uuid4().hex[:12]
+        about = {"method": self.about["method"], "id": identity, **self.about["args"]}
+        write_json(self.folder / "args.json", about)
+        for file, content in self.files.items():
+            write_json(self.folder / file, content)
+        return identity
 
-    def _last(self) -> Path | None:
-        # A kill between the two renames of `save` leaves only last.old: it is whole.
-        return next((p for p in (self.folder / "last", self.folder / "last.old") if p.is_dir()), None)
+    def _cut_log(self) -> None:
+        """Steps after the save are done again, and a kill may have cut the last line."""
+        log, kept = self.folder / "log.jsonl", []
+        for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        log.write_text("".join(kept))
 
-    def _resume(self) -> None:
-        check_same_run(self.folder, self.metadata["method"], self.metadata["args"])
-        last = self._last()
-        if last is None:
-            self.accelerator.print(f"{self.folder}: no saved state yet, starting from step 0")
-            if self.accelerator.is_main_process:
-                self._begin()
-            return
-        self.accelerator.load_state(str(last))
-        state = json.loads((last / "record.json").read_text())
-        self.step, self.best = state["step"], state["best"]
-        self.accelerator.print(f"{self.folder}: resuming after step {self.step}")
-        if self.accelerator.is_main_process:
-            log = self.folder / "log.jsonl"
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            # Steps after the save are done again, and a kill may have cut the last line.
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            log.write_text("".join(kept))
+    def _begin_wandb(self) -> None:
+        name = str(self.folder.relative_to("runs") if self.folder.is_relative_to("runs") else self.folder)
+        about = {"name": name, "dir": str(self.folder)}
+        about |= {"name": f"{name} test"} if self.test_only else {"id": self.id, "resume": "allow"}
+        config = {"method": self.about["method"], **self.about["args"]}
+        self.accelerator.init_trackers("fewshot", config=config, init_kwargs={"wandb": about})
 
-    def steps(self, batches: Iterable[T], total: int) -> Iterator[tuple[int, T]]:
+    def steps(self, batches: Iterable[T]) -> Iterator[tuple[int, T]]:
         """(step, batch) for the steps that remain, the first being step `self.step + 1`, with a progress bar.
 
         Every step begins from a seed made of (seed, step, process), so that whatever it draws, a resumed run draws too.
+        Ctrl-C and SIGTERM end the loop after the step at hand, whose state is saved.
         """
-        bar = tqdm(
-            batches,
-            initial=self.step,
-            total=total,
-            desc=self.folder.name,
-            unit="step",
-            mininterval=0.5,
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
-        self.bar = bar
-        for step, batch in enumerate(bar, self.step + 1):
-            torch.manual_seed(mix(self.seed, step, self.accelerator.process_index))
-            yield step, batch
-            self.step = step
+        if self.test_only:
+            return
+        self.model.train()
+        total, main = self.schedule.steps, self.accelerator.is_main_process
+        options = {"unit": "step", "mininterval": 0.5, "disable": not main, "dynamic_ncols": True}
+        self.bar = tqdm(batches, initial=self.step, total=total, desc=self.folder.name, **options)
+        launch.signals.waiting = True
+        try:
+            for step, batch in enumerate(self.bar, self.step + 1):
+                torch.manual_seed(launch.mix(self.args.seed, step, self.accelerator.process_index))
+                yield step, batch
+                self.step = step
+                if self._told_to_stop():
+                    self._stop()
+        finally:
+            launch.signals.waiting = False
         self._flush()
         if self.step != total:
             raise RuntimeError(f"the data ended after step {self.step} of {total}")
 
-    def log(self, step: int, losses: dict[str, torch.Tensor], ids: Sequence[Any] = ()) -> None:
+    def _told_to_stop(self) -> bool:
+        """Whether any process was: all leave the loop after the same step."""
+        if self._together is None:
+            return bool(launch.signals.received)
+        told = torch.tensor([launch.signals.received])
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self._together)
+        return bool(told.item())
+
+    def _stop(self) -> None:
+        if self.saved != self.step:
+            self._flush()
+            self._save_state(self.step)
+        raise KeyboardInterrupt(f"step {self.step} of {self.folder} is saved; the same command with --resume goes on")
+
+    def log(self, step: int, losses: Mapping[str, torch.Tensor], ids: Sequence[Any] = ()) -> None:
         """Remember this step's terms; every tenth step their means over steps and processes go to the log.
 
         Raises:
@@ -264,13 +412,31 @@ class Record:
         """Keep the state for `--resume` in last/ and, if `score` is the best so far or None, model.safetensors.
 
         Atomic: a run that is killed at any moment finds a whole state.
+
+        Raises:
+            FloatingPointError: a parameter or buffer is not finite; nothing is saved then.
         """
         self._flush()
         if score is not None:
             self.write(step, {"validation": score})
-        if score is None or self.best is None or score > self.best:
-            self.best = score
-            self.save_model({"step": step})
+        if score is None or self.best_score is None or score > self.best_score:
+            self.best_score = score
+            self.save_model(step=step)
+        self._save_state(step)
+
+    def _finite(self, step: int) -> nn.Module:
+        """The model itself, after a look at all its numbers."""
+        model = launch.synchronised(self.accelerator, self.model)
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise FloatingPointError(
+                    f"{name} of the model is not finite after step {step} of {self.folder}, and is not saved: "
+                    "try a lower --lr; --resume goes on from the state before"
+                )
+        return model
+
+    def _save_state(self, step: int) -> None:
+        self._finite(step)
         temporary, last, old = (self.folder / name for name in ("last.tmp", "last", "last.old"))
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -278,76 +444,89 @@ class Record:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_json(temporary / "record.json", {"step": step, "best": self.best})
+            write_json(temporary / "record.json", {"step": step, "best": self.best_score})
             shutil.rmtree(old, ignore_errors=True)
             if last.exists():
                 os.rename(last, old)
             os.rename(temporary, last)
             shutil.rmtree(old, ignore_errors=True)
+        self.saved = step
         self.accelerator.wait_for_everyone()
 
-    def save_model(self, also: dict[str, Any] | None = None) -> None:
-        """Write model.safetensors with its description, to which `also` adds for good."""
-        self.metadata |= also or {}
+    def save_model(self, **more: Any) -> None:
+        """Write model.safetensors with its description, to which `more` adds for good; not in `--test-only`."""
+        if self.test_only:
+            return
+        self.about |= more
+        model = self._finite(self.step)
         if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model)
-            weights.save(self.folder / "model.safetensors", model, self.metadata)
+            weights.save(self.folder / "model.safetensors", model, self.about)
         self.accelerator.wait_for_everyone()
 
-    def load_best(self) -> None:
-        """Put the weights of model.safetensors into the model."""
+    def best(self) -> nn.Module:
+        """The model with the weights of model.safetensors, without wrappers, to be tested."""
         path = self.folder / "model.safetensors"
         state, about = weights.load(path)
-        weights.fill(self.accelerator.unwrap_model(self.model), state, path)
-        self.metadata["step"] = about.get("step")
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        weights.fill(model, state, path)
+        if self.test_only:
+            self.about = about
+        else:
+            self.about["step"] = about.get("step")
+        return model.eval()
 
-    def finish(self, metrics: dict[str, Any], pictures: dict[str, Any] | None = None) -> None:
-        """Write metrics.json, curves.png and `pictures` ({name: PIL image} -> name.png); close the tracker.
+    def finish(self, metrics: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
+        """Write the result with the settings it was reached with, and end the run: trackers, lock, memory, seed.
 
-        After a training the model's file is told the results, without those of single classes.
+        The result is metrics.json, beside curves.png and `files`: json values, or PIL images for names in .png. A test
+        of a finished run writes test-ID.json, and its files likewise, ID telling its settings apart. After a training
+        the model's file is told the results, without those of single classes.
         """
-        if not self.test_only:
-            self.save_model({"results": {key: value for key, value in metrics.items() if key != "per_class"}})
+        free = FREE_ARGS - {"share_proposals"}
+        trained = {k: v for k, v in self.about["args"].items() if k not in free | {"seed"}}
+        tested = {k: v for k, v in vars(self.args).items() if k in TEST_ARGS - free and k != "seed"}
+        settings = {
+            "method": self.about["method"],
+            "seed": self.about["args"]["seed"],
+            "trained": trained,
+            "tested": tested,
+        }
+        settings |= {"stage": self.about["stage"]} if "stage" in self.about else {}
+        name, prefix = "metrics", ""
+        if self.test_only:
+            digest = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(tested, sort_keys=True, default=str)).hex[:8]
+            name = f"test-{digest}"
+            prefix = f"{name}-"
+            settings["id"] = f"{self.about.get('id')}-{digest}"
+        else:
+            settings["id"] = self.id
+            results = {key: value for key, value in metrics.items() if key != "per_class"}
+            self.save_model(results=results, id=self.id)
         if self.accelerator.is_main_process:
-            write_json(self.folder / "metrics.json", metrics)
-            show.curves(self.folder / "log.jsonl", self.folder / "curves.png")
-            for name, picture in (pictures or {}).items():
-                picture.save(self.folder / f"{name}.png")
+            for file, content in (files or {}).items():
+                path = self.folder / f"{prefix}{file}"
+                content.save(path) if path.suffix == ".png" else write_json(path, content)
+            if not self.test_only:
+                curves.plot(self.folder / "log.jsonl", self.folder / "curves.png")
+            write_json(self.folder / f"{name}.json", {**metrics, "settings": settings})
+        self.accelerator.wait_for_everyone()
         self.accelerator.log(_flat(metrics), step=self.step)
+        self._log_pictures({k: v for k, v in (files or {}).items() if k.endswith(".png")})
+        self.accelerator.print(f"written to {self.folder}/{name}.json")
+        # the next stage starts as if it came alone: with its own tracker, no model of this one, and from the seed
+        launch.end_trackers(self.accelerator)
+        self.accelerator.free_memory()
+        if self.lock is not None:
+            self.lock.release()
+        set_seed(self.args.seed)
+
+    def _log_pictures(self, pictures: Mapping[str, Any]) -> None:
         if pictures and self.accelerator.trackers and self.accelerator.is_main_process:
-            images = {name: [np.asarray(picture)] for name, picture in pictures.items()}
+            images = {Path(name).stem: [np.asarray(picture)] for name, picture in pictures.items()}
             self.accelerator.get_tracker("wandb").log_images(images, step=self.step)
-        self.accelerator.end_training()
-        self.accelerator.print(f"written to {self.folder}/")
 
 
-def check_same_run(folder: Path, method: str, args: dict[str, Any]) -> None:
-    """`--resume` needs the recipe and the arguments that the folder's run began with.
-
-    Raises:
-        InputError: naming the first thing that differs.
-    """
-    path = folder / "args.json"
-    if not path.exists():
-        raise InputError(f"{folder}: nothing to resume there (no args.json); leave out --resume to begin")
-    before = json.loads(path.read_text())
-    if before.pop("method") != method:
-        raise InputError(f"{folder} is a run of another recipe; choose another --out")
-    now = json.loads(json.dumps(args))
-    for name in sorted(set(before) | set(now)):
-        if name not in FREE_ARGS and before.get(name) != now.get(name):
-            raise InputError(
-                f"{folder} was begun with {name}={before.get(name)}, not {now.get(name)}; "
-                "resume with the same arguments or choose another --out"
-            )
-
-
-def mix(*numbers: int) -> int:
-    """A seed for torch from several numbers: nearby ones give unrelated streams."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

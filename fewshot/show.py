@@ -1,40 +1,26 @@
-"""Pictures for people: training curves, detections on images."""
+"""Pictures for people: what was detected beside what is there, shots, guesses."""
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import islice, zip_longest
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import make_grid
 
 from fewshot.data.detection import DetectionSet
 from fewshot.evaluate import Detections
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # elsewhere only where something is drawn: it takes long to import
 
-def curves(log: Path, out: Path) -> None:
-    """Plot every column of a log.jsonl against the step, one panel each, to `out` (png)."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    names = sorted({name for line in lines for name in line} - {"step", "seconds"})
-    if not names:
-        return
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")  # without pyplot: needs no display
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis, name in zip(axes.flat, names, strict=False):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 30 else None)
-        axis.set_title(name, fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
-    figure.savefig(out, dpi=110)
+BASE, NOVEL = "royalblue", "orange"  # told apart by the colour-blind too
 
 
 def detections(
@@ -45,18 +31,51 @@ def detections(
     score_above: float = 0.3,
     side: int = 320,
 ) -> Image.Image:
-    """A sheet of the first `pictures` of `dataset`, each about `side` pixels high, with what was found on them.
+    """A sheet of `pictures` of `dataset`, each about `side` pixels high: left the truth, right what was found on it.
 
-    Boxes of base classes are blue, of novel ones orange, each with its class and score.
+    Pictures with objects of novel classes come first, one of each class in turn; without any, those of the set's
+    order. What was found has its score, and objects that do not count in tests are in brackets.
     """
-    images = []
-    for index, record in enumerate(dataset.records[:pictures]):
+    pairs = []
+    for index in islice(_novel_first(dataset), pictures):
+        record, image = dataset.records[index], dataset.image(index)
         boxes, scores, labels = (torch.as_tensor(column) for column in found[record.id])
-        shown = scores >= score_above
-        names = [dataset.classes[label] for label in labels[shown]]
-        text, ink = captions(names, scores[shown]), colors(names, dataset.novel)
-        images.append(boxes_on(dataset.image(index), boxes[shown], text, ink, side))
-    return sheet(images)
+        sure = torch.argsort(scores, stable=True)  # the best on top
+        sure = sure[scores[sure] >= score_above]
+        truth = [dataset.classes[label] for label in record.labels]
+        text = [f"({name})" if difficult else name for name, difficult in zip(truth, record.difficult)]
+        left = boxes_on(image, torch.from_numpy(record.boxes), text, colors(truth, dataset.novel), side)
+        names = [dataset.classes[label] for label in labels[sure]]
+        right = boxes_on(image, boxes[sure], captions(names, scores[sure]), colors(names, dataset.novel), side)
+        pairs.append(F.pad(torch.cat([left, F.pad(right, [3, 0, 0, 0], fill=255)], 2), [0, 0, 12, 8], fill=255))
+    return _with_legend(
+        sheet(pairs, columns=2), f"left: truth, (not counted)    right: found, score at least {score_above:g}"
+    )
+
+
+def _novel_first(dataset: DetectionSet) -> Iterator[int]:
+    """Positions of all pictures: of each novel class one in turn until none is left, then the others in order."""
+    holding = [
+        [i for i, record in enumerate(dataset.records) if (record.labels[~record.difficult] == label).any()]
+        for label in map(dataset.classes.index, dataset.novel)
+    ]
+    turns = [i for turn in zip_longest(*holding) for i in turn if i is not None]
+    yield from dict.fromkeys([*turns, *range(len(dataset))])
+
+
+def _with_legend(picture: Image.Image, text: str) -> Image.Image:
+    """The picture under a line of `text` and the colours of base and novel classes."""
+    font = _font(14)
+    whole = Image.new("RGB", (max(picture.width, 480), picture.height + 28), "white")
+    whole.paste(picture, (0, 28))
+    draw, x = ImageDraw.Draw(whole), 8
+    for color, name in ((None, text), (BASE, "base class"), (NOVEL, "novel class")):
+        if color:
+            draw.rectangle((x, 9, x + 13, 22), fill=color)
+            x += 19
+        draw.text((x, 7), name, fill="black", font=font)
+        x += round(font.getlength(name)) + 24
+    return whole
 
 
 def shots(dataset: DetectionSet, *, most: int = 10, side: int = 128) -> Image.Image:
@@ -83,6 +102,8 @@ def shots(dataset: DetectionSet, *, most: int = 10, side: int = 128) -> Image.Im
 
 def guesses(images: Sequence[Tensor], probabilities: Sequence[Mapping[str, float]], most: int = 5) -> Figure:
     """A figure of pictures, uint8 (3, H, W), each beside bars of its likeliest classes' probabilities."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 2 * len(images)), layout="constrained")
     for (picture, bars), image, table in zip(figure.subplots(len(images), 2, squeeze=False), images, probabilities):
         picture.imshow(image.permute(1, 2, 0))
@@ -99,6 +120,8 @@ def found(
     images: Sequence[Tensor], found: Sequence[tuple[Tensor, Tensor, list[str]]], novel: Sequence[str], side: int = 480
 ) -> Figure:
     """A figure of pictures, uint8 (3, H, W), with (boxes, scores, names) of each; novel classes are orange."""
+    from matplotlib.figure import Figure
+
     columns = min(3, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(4 * columns, 3.4 * rows), layout="constrained")
@@ -118,7 +141,7 @@ def captioned(images: Sequence[Tensor], text: Sequence[str], side: int = 128) ->
         image = F.resize(image, [side, max(1, round(image.shape[-1] * side / image.shape[-2]))])
         room = max(side, image.shape[-1])
         frame = F.to_pil_image(F.pad(image, [0, 0, room - image.shape[-1], 18], fill=255))
-        ImageDraw.Draw(frame).text((2, side + 2), line, fill="black", font=ImageFont.load_default(12))
+        ImageDraw.Draw(frame).text((2, side + 2), line, fill="black", font=_font(12))
         framed.append(F.pil_to_tensor(frame))
     return sheet(framed, columns=6)
 
@@ -130,19 +153,53 @@ def captions(names: Sequence[str], scores: Tensor) -> list[str]:
 
 def colors(names: Sequence[str], novel: Sequence[str]) -> list[str]:
     """Of boxes: orange for novel classes, blue for the others."""
-    return ["orange" if name in novel else "dodgerblue" for name in names]
+    return [NOVEL if name in novel else BASE for name in names]
 
 
 def boxes_on(image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequence[str], side: int) -> Tensor:
-    """`image` uint8 (3, H, W), resized to be `side` pixels high, with xyxy `boxes` (n, 4) in its own pixels, named."""
+    """`image` uint8 (3, H, W), resized to be `side` pixels high, with xyxy `boxes` (n, 4) in its own pixels, named.
+
+    Names stand inside the picture, on their box's colour, and if there is room not on each other.
+    """
     scale = side / image.shape[-2]
-    image = F.resize(image, [side, round(image.shape[-1] * scale)])
-    if not len(boxes):
-        return image
-    font = findfont("DejaVu Sans")  # matplotlib brings it along
-    return draw_bounding_boxes(
-        image, boxes.float() * scale, list(names), list(colors), width=2, font=font, font_size=max(10, side // 24)
-    )
+    picture = F.to_pil_image(F.resize(image, [side, max(1, round(image.shape[-1] * scale))]))
+    draw, font, taken = ImageDraw.Draw(picture), _font(max(10, side // 24)), []
+    ends = torch.tensor([picture.width - 1, side - 1]).repeat(2)
+    rows = torch.minimum((boxes.float() * scale).clamp(min=0), ends).tolist()
+    for box, color in zip(rows, colors):
+        draw.rectangle(box, outline=color, width=2)
+    for (x1, y1, _, y2), name, color in reversed(list(zip(rows, names, colors))):  # the last is the most important
+        name = _fitting(name, font, picture.width - 4)
+        width, height = round(font.getlength(name)) + 4, round(font.size * 1.25)
+        left = min(x1, picture.width - width)
+        places = [(left, min(max(y, 0), side - height)) for y in (y1 - height, y1, y2, y2 - height)]
+        free = [p for p in places if not any(_overlap((*p, p[0] + width, p[1] + height), other) for other in taken)]
+        x, y = (free or places)[0]
+        taken.append((x, y, x + width, y + height))
+        draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+        light = np.dot(ImageColor.getrgb(color), (0.299, 0.587, 0.114)) > 128
+        draw.text((x + 2, y + height / 2), name, fill="black" if light else "white", font=font, anchor="lm")
+    return F.pil_to_tensor(picture)
+
+
+def _fitting(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """As much of the name's beginning as `width` pixels hold."""
+    short = name
+    while len(short) > 1 and font.getlength(short) > width:
+        short = short[:-2] + "…"
+    return short
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes xyxy do."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    from matplotlib.font_manager import findfont
+
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)  # matplotlib brings it along
 
 
 def sheet(images: Sequence[Tensor], columns: int = 4) -> Image.Image:

@@ -1,7 +1,7 @@
 """Trunks of detectors: convolutional networks cut before their last stage, which detectors apply to RoIs.
 
-`c4` makes them: `resnet18`, `resnet50`, `resnet101`, `mobilenet_v2`, and `small` for small pictures on a CPU. Feature
-pyramids on them are in `fpn.py`.
+`begin` makes them for training, `c4` as they say themselves that they were: `resnet18`, `resnet50`, `resnet101`,
+`mobilenet_v2`, and `small` for small pictures on a CPU. Feature pyramids on them are in `fpn.py`.
 """
 
 import pickle
@@ -9,22 +9,25 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision import ops
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import FrozenBatchNorm2d
 
 from fewshot import InputError
 from fewshot.backbones import init_convs
 from fewshot.data.transforms import CAFFE, HALF, IMAGENET, Normalisation
 from fewshot.weights import fill
 
+Name = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
+Style = Literal["torchvision", "caffe"]  # of a ResNet
 # name -> (styles, norms), the default first
-TRUNKS = {
+TRUNKS: dict[str, tuple[tuple[str | None, ...], tuple[str, ...]]] = {
     "resnet18": (("torchvision", "caffe"), ("frozen", "group")),
     "resnet50": (("torchvision", "caffe"), ("frozen", "group")),
     "resnet101": (("torchvision", "caffe"), ("frozen", "group")),
@@ -33,17 +36,72 @@ TRUNKS = {
 }
 
 
-class C4(nn.Module):
+class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
+    """Torchvision's, but its result has the type of its input: constants of float32 would promote bfloat16 to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, h, w) -> the same shape and type."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
+
+
+class Pyramid(NamedTuple):
+    """What a feature pyramid on a trunk is like.
+
+    widths: channels of the stages' maps, finest first. channels: of every level. strides: input pixels per cell of each
+    level; a stride more than stages adds a level. anchor_scales: sides of square anchors in units of a level's stride.
+    """
+
+    widths: tuple[int, ...]
+    channels: int = 256
+    strides: tuple[int, ...] = (4, 8, 16, 32, 64)
+    anchor_scales: tuple[float, ...] = (8,)
+
+
+class Trunk(nn.Module):
+    """What trunks of one map, `C4`, and of several, `fpn.FPN`, have in common: a stem, then `stages`.
+
+    Attributes:
+        normalisation: of the images.
+        architecture: arguments that build this trunk again, with fresh weights.
+    """
+
+    normalisation: Normalisation
+    architecture: dict[str, Any]
+
+    def freeze(self, stages: int) -> None:
+        """Stop training the stem and the first `stages` stages; a `meta_conv` trains on.
+
+        Raises:
+            InputError: there are not so many.
+        """
+        if stages not in range(len(self.stages) + 1):
+            raise InputError(f"this trunk can freeze 0 to {len(self.stages)} stages after its stem, not {stages}")
+        for part in (self.conv1, self.bn1, *self.stages[:stages]):
+            part.requires_grad_(False)
+
+    def freeze_pretrained(self, stages: int) -> None:
+        """`freeze` where the trunk began with pretrained weights; else the stem alone, where random filters serve."""
+        self.freeze(stages if self.architecture["pretrained"] else 0)
+
+    def describe(self) -> dict[str, Any]:
+        """What saved models say of their trunk, for json."""
+        return {"architecture": self.architecture, "normalisation": self.normalisation.to_dict()}
+
+
+class C4(Trunk):
     """A convolutional trunk cut before its last stage: images to one map, and `stage4` for RoIs cut from that map.
 
     Attributes:
+        stages: the layers after the stem that give the map.
         stride: input pixels per cell of the map.
         out_channels: of the map.
         stage4: RoI features (n, out_channels, k, k) -> (n, stage4_channels, k / 2, k / 2); `small`: one vector.
         stage4_channels: of stage 4's result.
         roi_size: the k that RoIs are best aligned to.
         anchor_scales: sides of square anchors in units of the stride.
-        normalisation: of the images.
+        pyramid: what a feature pyramid on this trunk is like.
         architecture: `c4(**architecture)` builds this trunk again, with fresh weights.
 
     A meta trunk has a second first convolution, `meta_conv`, for supports with a box mask as fourth channel; all that
@@ -61,8 +119,9 @@ class C4(nn.Module):
         stage4_channels: int,
         roi_size: int,
         anchor_scales: Sequence[float],
+        pyramid: Pyramid,
         normalisation: Normalisation,
-        architecture: dict[str, str | bool | None],
+        architecture: dict[str, Any],
     ):
         super().__init__()
         self.conv1, self.bn1, self.pool = stem
@@ -72,8 +131,19 @@ class C4(nn.Module):
             like = self.conv1
             self.meta_conv = nn.Conv2d(4, like.out_channels, like.kernel_size, like.stride, like.padding, bias=False)
         self.stride, self.out_channels, self.stage4_channels = stride, out_channels, stage4_channels
-        self.roi_size, self.anchor_scales = roi_size, tuple(anchor_scales)
+        self.roi_size, self.anchor_scales, self.pyramid = roi_size, tuple(anchor_scales), pyramid
         self.normalisation, self.architecture = normalisation, architecture
+
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.layer1, self.layer2, self.layer3
+
+    def pyramid_stages(self) -> tuple[nn.Module, ...]:
+        """What gives each of a pyramid's maps, finest first, from the one before."""
+        return *self.stages, self.stage4
+
+    def keep_maps(self) -> None:
+        """Leave out what shrinks a RoI's map to a vector in `stage4`, if anything does."""
 
     def forward(self, images: Tensor, support: bool = False) -> Tensor:
         """Normalised images (b, 3, H, W) -> maps (b, out_channels, H / stride, W / stride), rounded up.
@@ -84,22 +154,45 @@ class C4(nn.Module):
         x = self.pool(self.bn1(x))
         return self.layer3(self.layer2(self.layer1(x)))
 
-    def freeze(self, stages: int) -> None:
-        """Stop training the stem and `layer1` ... `layer{stages}`; `meta_conv` trains on.
 
-        Raises:
-            InputError: `stages` is not 0, 1, 2 or 3.
-        """
-        if stages not in range(4):
-            raise InputError(f"a C4 trunk can freeze 0 to 3 stages after its stem, not {stages}")
-        for part in (self.conv1, self.bn1, self.layer1, self.layer2, self.layer3)[: 2 + stages]:
-            part.requires_grad_(False)
+class SmallC4(C4):
+    """`small`: its layers 2 and 3 have one stride, and its stage 4 ends in a convolution over a whole RoI."""
+
+    def pyramid_stages(self) -> tuple[nn.Module, ...]:
+        return self.layer1, nn.Sequential(self.layer2, self.layer3), self.stage4[0]
+
+    def keep_maps(self) -> None:
+        if self.stage4_channels != (width := self.pyramid.widths[-1]):
+            self.stage4, self.stage4_channels = self.stage4[0], width
+
+
+def begin(name: str, weights: str | None = None, *, style: str | None = None, meta: bool = False) -> C4:
+    """A trunk to begin training with.
+
+    Args:
+        name: one of `TRUNKS`.
+        weights: see `c4`; by default "imagenet", but "none" for `small`. A ResNet without has group norm.
+        style, meta: see `c4`.
+
+    Raises:
+        InputError: as `c4`.
+    """
+    weights = weights or ("none" if name == "small" else "imagenet")
+    # frozen batch norm needs statistics to be frozen at
+    norm = "group" if weights == "none" and name.startswith("resnet") else None
+    return c4(name, weights=weights, meta=meta, style=style, norm=norm, pretrained=weights != "none")
 
 
 def c4(
-    name: str, *, weights: str = "none", meta: bool = False, style: str | None = None, norm: str | None = None
+    name: str,
+    *,
+    weights: str = "none",
+    meta: bool = False,
+    style: str | None = None,
+    norm: str | None = None,
+    pretrained: bool | None = None,
 ) -> C4:
-    """A detection trunk.
+    """A detection trunk; `begin` has the defaults for training one.
 
     Args:
         name: one of `TRUNKS`.
@@ -109,6 +202,7 @@ def c4(
             RGB images; "caffe", the style of the papers' weights, has it on the first 1 x 1, and takes BGR images.
         norm: of a ResNet. "frozen" batch norm (the default) has constants that come with pretrained weights. Without
             them it normalises nothing and trains poorly: from scratch, use "group" norm.
+        pretrained: whether the trunk began with pretrained weights; older files do not say, but their norm does.
 
     Raises:
         InputError: the name, or a choice that this trunk does not have, or weights that do not fit.
@@ -122,7 +216,8 @@ def c4(
         if value not in choices:
             allowed = " or ".join(choice or "left out" for choice in choices)
             raise InputError(f"trunk {name} has no {what} {value!r}: it must be {allowed}")
-    architecture = {"name": name, "style": style, "norm": norm, "meta": meta}
+    pretrained = weights != "none" or norm != "group" if pretrained is None else pretrained
+    architecture = {"name": name, "style": style, "norm": norm, "meta": meta, "pretrained": pretrained}
     trunk = {"small": _small, "mobilenet_v2": _mobilenet_v2}.get(name, _resnet)(architecture)
     if weights != "none":
         load_pretrained(trunk, weights)
@@ -138,15 +233,17 @@ def _resnet(architecture: dict) -> C4:
         for layer in (net.layer2, net.layer3, net.layer4):
             if isinstance(layer[0], Bottleneck):
                 layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    wide = net.fc.in_features
     return C4(
         (net.conv1, net.bn1, nn.Sequential(net.relu, net.maxpool)),
         (net.layer1, net.layer2, net.layer3),
         net.layer4,
         stride=16,
-        out_channels=net.fc.in_features // 2,
-        stage4_channels=net.fc.in_features,
+        out_channels=wide // 2,
+        stage4_channels=wide,
         roi_size=14,
         anchor_scales=(2, 4, 8, 16, 32),
+        pyramid=Pyramid((wide // 8, wide // 4, wide // 2, wide)),
         normalisation=CAFFE if caffe else IMAGENET,
         architecture=architecture,
     )
@@ -164,6 +261,7 @@ def _mobilenet_v2(architecture: dict) -> C4:
         stage4_channels=320,
         roi_size=8,
         anchor_scales=(2, 4, 8, 16, 32),
+        pyramid=Pyramid((24, 32, 96, 320)),
         normalisation=IMAGENET,
         architecture=architecture,
     )
@@ -171,7 +269,7 @@ def _mobilenet_v2(architecture: dict) -> C4:
 
 def _small(architecture: dict) -> C4:
     """A residual network for pictures of some 160 pixels: a step of eight takes about 0.1 s on two CPU cores."""
-    trunk = C4(
+    trunk = SmallC4(
         (nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, 24), nn.ReLU(inplace=True)),
         (_small_layer(24, 32, 2, blocks=1), _small_layer(32, 64, 2, blocks=2), _small_layer(64, 96, 1, blocks=2)),
         nn.Sequential(
@@ -186,6 +284,8 @@ def _small(architecture: dict) -> C4:
         stage4_channels=256,
         roi_size=6,
         anchor_scales=(3, 5, 8),
+        # small pictures hold no object for the anchors of a further level
+        pyramid=Pyramid((32, 96, 128), channels=64, strides=(4, 8, 16), anchor_scales=(6,)),
         normalisation=HALF,
         architecture=architecture,
     )

@@ -41,12 +41,21 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Raises:
         InputError: the file is missing, not ours, or of a newer format.
     """
+    about = describe_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a model file of this project ({error})") from error
+
+
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """What a file that `save` wrote says of itself. Raises InputError as `load` does."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such model file")
     try:
         with safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a model file of this project ({error})") from error
     if "fewshot_format" not in about:
@@ -55,7 +64,7 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise InputError(
             f"{path}: written by a newer version (format {about['fewshot_format']}, this one reads {FORMAT})"
         )
-    return tensors, about
+    return about
 
 
 def load_of(classes: Sequence[str], path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

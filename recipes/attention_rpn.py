@@ -11,77 +11,59 @@ one needs only its supports.
 """
 
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import InputError, run, trunks, weights
+from fewshot import InputError, detect, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
+from fewshot.data.pipeline import Pipeline
 from fewshot.data.query_aware import QueryAware, without_small
-from fewshot.detect import detect, report
 from fewshot.detectors.attention_rpn import AttentionRPN
-from fewshot.fold import folded
+from fewshot.detectors.build import rebuilt
 from fewshot.pretrain import name_objects
+from fewshot.run import Schedule
 
-# pictures of a global batch in base training and in fine-tuning, and the published schedules for them (steps, learning
-# rate, milestones, warm-up), but for the embedded glyphs a quick one
+METHOD = "attention_rpn"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps, rate, milestones, warm-up for a global batch of BATCH pictures (base training, fine-tuning): as published, but
+# for the embedded glyphs quick
 BATCH = {"glyphs": (8, 8), "voc": (16, 8), "coco": (8, 4)}
+RATIO = 0.1  # the share of the rate that a warm-up begins with
+# fmt: off
 SCHEDULE = {
     "glyphs": {
-        "base": (500, 0.02, (400,), 50),
-        1: (60, 0.01, (), 0),
-        2: (80, 0.01, (), 0),
-        3: (80, 0.01, (), 0),
-        5: (120, 0.01, (), 0),
-        10: (120, 0.01, (), 0),
+        "base": Schedule(500, 0.02, (400,), 50),
+        1: Schedule(60, 0.01), 2: Schedule(80, 0.01), 3: Schedule(80, 0.01), 5: Schedule(120, 0.01),
+        10: Schedule(120, 0.01),
     },
     "voc": {
-        "base": (18_000, 0.004, (16_000,), 500),
-        1: (300, 0.001, (), 0),
-        2: (600, 0.001, (), 0),
-        3: (900, 0.001, (), 0),
-        5: (1200, 0.001, (), 0),
-        10: (1500, 0.001, (), 0),
+        "base": Schedule(18_000, 0.004, (16_000,), 500),
+        1: Schedule(300, 0.001), 2: Schedule(600, 0.001), 3: Schedule(900, 0.001), 5: Schedule(1200, 0.001),
+        10: Schedule(1500, 0.001),
     },
     "coco": {
-        "base": (120_000, 0.004, (112_000,), 1000),
-        10: (3000, 0.001, (2000,), 200),
-        30: (6000, 0.001, (3000, 5000), 400),
+        "base": Schedule(120_000, 0.004, (112_000,), 1000),
+        10: Schedule(3000, 0.001, (2000,), 200), 30: Schedule(6000, 0.001, (3000, 5000), 400),
     },
 }
-WARMUP_RATIO = 0.1
+# fmt: on
 HEAD_LR = {"glyphs": 0.5, "voc": 2.0, "coco": 2.0}  # times the rate of the others, where these train too
 SHOTS = {"glyphs": 2, "voc": 10, "coco": 10}  # supports per class and picture in base training
 SMALLEST = {"glyphs": 0, "voc": 1024, "coco": 1024}  # base training leaves out pictures with an object of less area
 OBJECTS = 300  # steps of naming objects, if --weights says so; --iters can only shorten them
 TABLE = {"glyphs": 30, "voc": 100, "coco": 10}  # supports per class that a base model is tested with
-# (shorter side, one of these in training; longer side) of the pictures to search, then side and context of supports
+# shorter side (one of these in training), longer side of the pictures to search; side and context of supports
 SHORT = (440, 472, 504, 536, 568, 600)
 PICTURES = {"glyphs": (None, None, 80, 4), "voc": (SHORT, 1000, 320, 16), "coco": (SHORT, 1000, 320, 16)}
 # RoIs per pair in training, hidden channels of RPN and patch relation, proposals before and after NMS
-SIZES = {
-    "glyphs": {
-        "rois": 32,
-        "rpn_channels": 64,
-        "relation_channels": 64,
-        "train_proposals": (500, 100),
-        "test_proposals": (500, 50),
-        "shared_proposals": 50,
-    },
-    "voc": {
-        "rois": 128,
-        "rpn_channels": 1024,
-        "relation_channels": 512,
-        "train_proposals": (12000, 2000),
-        "test_proposals": (6000, 100),
-        "shared_proposals": 100,
-    },
-}
-SIZES["coco"] = SIZES["voc"]
-Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
+QUICK = {"rois": 32, "rpn_channels": 64, "relation_channels": 64, "shared_proposals": 50}
+QUICK |= {"train_proposals": (500, 100), "test_proposals": (500, 50)}
+PUBLISHED = {"rois": 128, "rpn_channels": 1024, "relation_channels": 512, "shared_proposals": 100}
+PUBLISHED |= {"train_proposals": (12000, 2000), "test_proposals": (6000, 100)}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
+BACKBONE = {"glyphs": "small", "voc": "resnet50", "coco": "resnet50"}
 
 
 @dataclass
@@ -107,150 +89,134 @@ class Args:
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
     save_every: int = 200  # steps between saves of the state
     # model
-    backbone: Backbone | None = None  # by default small for glyphs, else as published
-    style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
+    backbone: trunks.Name | None = None  # by default small for glyphs, else as published
+    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
     weights: str | None = None  # imagenet (default), a file, none, or objects: names them first (default of small)
     init: str | None = None  # start the trunk from that of a model of meta_rcnn or fsdetview, instead of --weights
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/attention_rpn/<dataset>-split<split>
+    out: str | None = None  # where everything goes; by default runs/attention_rpn/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
+    scramble_supports: bool = False  # test also with every class given the next class's supports
     share_proposals: bool = False  # test all classes on one set of RoIs: quicker, not quite the same
     wandb: bool = False  # log to Weights & Biases
 
+    @property
+    def published(self) -> str:  # whose settings are taken: own data train as VOC does
+        return self.dataset if self.dataset in SCHEDULE else "voc"
+
 
 def main(args: Args) -> None:
-    accelerator = run.start(args)
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"
-    if args.shots not in SCHEDULE[kind]:
-        raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/attention_rpn/{Path(args.dataset).stem}-split{args.split}"
-    args.base = args.base or f"{args.out}/base/model.safetensors"
-    if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
-        train_and_test(args, accelerator, "base", f"{args.out}/base")
-    if args.stage != "base":
-        train_and_test(args, accelerator, "finetune", f"{args.out}/{args.shots}shot-seed{args.seed}")
+    with launch.started(METHOD, args) as accelerator:
+        if args.shots not in SCHEDULE[args.published]:
+            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
+        args.backbone = args.backbone or BACKBONE[args.published]
+        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
+        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
+        if args.test_only:
+            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
+        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
+        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
+            train_base(args, accelerator, base)
+        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
+            finetune(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
 
 
-def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
-    """Base training on the base classes, or fine-tuning of the head on K shots of every class (COCO: novel ones)."""
-    finetune = stage == "finetune"
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
-    short, long, support_size, context = PICTURES[kind]
-    support_size = args.support_size or support_size
+def open_data(args: Args) -> detection.DetectionSplit:
+    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
+    return detection.open_split(*choice, test_images=args.test_images)
 
-    # data
-    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
-    train_set = detection.open_detection(args.dataset, part="train", **where)
-    test_set = detection.open_detection(args.dataset, part="test", **where)
-    test_set = test_set.with_records(test_set.records[: args.test_images])
-    base, novel = train_set.base, train_set.novel
-    if not finetune or args.dataset == "coco":
-        chosen = novel if finetune else base
-        train_set, test_set = train_set.restrict(chosen), test_set.restrict(chosen)
-    if finetune:
-        train_set = k_shot.choose_shots(train_set, args.shots, args.seed, args.shot_lists)
-    else:
-        train_set = without_small(train_set, SMALLEST[kind])
-    for note in train_set.notes:
-        accelerator.print(note)
-    pipeline = detection.Pipeline(args.short or short, args.long or long)
-    # in fine-tuning one shot is to be found, the others show what to look for
-    shots = min(max(args.shots - 1, 1), 10) if finetune else SHOTS[kind]
-    episodes = QueryAware(train_set, pipeline, ways=2, shots=shots, size=support_size, context=context)
 
-    # model
-    if finetune:
-        state, saved = weights.load_of(base, args.base)
-        trunk, sizes = trunks.c4(**saved["architecture"]), saved["sizes"]
-    else:
-        name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet50")
-        source = args.weights or ("none" if args.init else "objects" if name == "small" else "imagenet")
-        pretrained = source not in ("none", "objects")
-        # frozen batch norm needs statistics to be frozen at
-        norm = None if pretrained or not name.startswith("resnet") else "group"
-        style = args.style if name.startswith("resnet") else None
-        trunk = trunks.c4(name, weights=source if pretrained else "none", style=style, norm=norm)
-        sizes = SIZES[kind]
-        if args.init:
-            weights.fill_part(trunk, args.init, "trunk.", without=("meta_conv.",))
-        trunk.freeze(2 if pretrained else 0)  # 0: the stem alone; random filters serve there
-        if source == "objects" and not args.test_only:
-            how = {"seed": args.seed, "steps": min(args.iters or OBJECTS, OBJECTS), "workers": args.workers}
-            name_objects(accelerator, trunk, train_set, pipeline, **how)
-    if args.rois:
-        sizes = {**sizes, "rois": args.rois}
-    model = AttentionRPN(trunk, len(train_set.classes), **sizes)
-    if finetune:
-        weights.fill(model, state, args.base, fresh=("kernels", "maps", "known"))
-        for part in (trunk.conv1, trunk.bn1, trunk.layer1, trunk.layer2, trunk.layer3):
-            part.requires_grad_(False)
-        if args.dataset != "coco":
-            trunk.requires_grad_(False)
-            model.rpn.requires_grad_(False)
-    batch_size, iters, lr, milestones, warmup = run.scaled(
-        accelerator, BATCH[kind][finetune], SCHEDULE[kind][args.shots if finetune else "base"], args
-    )
-    head = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("relation.")]
-    others = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("relation.")]
-    groups = [{"params": others}, {"params": head, "lr": lr * HEAD_LR[kind] if others else lr}]
-    optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = run.warmup_step(optimizer, warmup=warmup, ratio=WARMUP_RATIO, milestones=milestones)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
-    about |= {"architecture": trunk.architecture, "sizes": sizes, "support_size": support_size, "context": context}
-    about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
-    record = run.Record(accelerator, "attention_rpn", args, out, model, optimizer, scheduler, about)
-    if finetune:
-        k_shot.save_shots(record.folder / "shots.json", train_set)
+def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """All of the detector but the trunk's first stages, on every object of the base classes."""
+    data = open_data(args)
+    train, test = without_small(data.train.restrict(data.base), SMALLEST[args.published]), data.test.restrict(data.base)
+    source = args.weights or ("none" if args.init else "objects" if args.backbone == "small" else None)
+    trunk = trunks.begin(args.backbone, "none" if source == "objects" else source, style=args.style)
+    if args.init:
+        weights.fill_part(trunk, args.init, "trunk.", without=("meta_conv.",))
+    trunk.freeze_pretrained(2)
+    episodes = searching(args, train, SHOTS[args.published])
+    if source == "objects" and not run.resumes(args, folder):
+        steps = min(args.iters or OBJECTS, OBJECTS)
+        name_objects(accelerator, trunk, train, episodes.pipeline, seed=args.seed, steps=steps, workers=args.workers)
+    sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})
+    model, schedule = AttentionRPN(trunk, len(train.classes), **sizes), SCHEDULE[args.published]["base"]
+    schedule = schedule.scaled(args, BATCH[args.published][0])
+    fit(args, accelerator, folder, "base", schedule, model, train, test, episodes, TABLE[args.published])
+
+
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+    """The head alone on K objects of every class; on COCO also RPN and stage 4, and of the novel classes alone."""
+    data = open_data(args)
+    classes = data.novel if args.dataset == "coco" else data.train.classes
+    train = k_shot.choose_shots(data.train.restrict(classes), args.shots, args.seed, args.shot_lists)
+    state, about = weights.load_of(data.base, base)
+    model = rebuilt(AttentionRPN, about, len(train.classes), rois=args.rois)
+    weights.fill(model, state, base, fresh=("kernels", "maps", "known"))
+    model.trunk.freeze(3)
+    for part in () if args.dataset == "coco" else (model.trunk, model.rpn):
+        part.requires_grad_(False)
+    # one shot is to be found, the others show what to look for
+    episodes = searching(args, train, min(max(args.shots - 1, 1), 10))
+    schedule = SCHEDULE[args.published][args.shots].scaled(args, BATCH[args.published][1])
+    fit(args, accelerator, folder, "finetune", schedule, model, train, data.test.restrict(classes), episodes, None)
+
+
+def searching(args: Args, train: detection.DetectionSet, shots: int) -> QueryAware:
+    short, long, size, context = PICTURES[args.published]
+    pictures = Pipeline(args.short or short, args.long or long)
+    return QueryAware(train, pictures, ways=2, shots=shots, size=args.support_size or size, context=context)
+
+
+def fit(args, accelerator, folder, stage, schedule, model, train, test, episodes, most) -> None:
+    """One stage: the loop, then the test, with at most so many supports of a class."""
+    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
+    normalisation, trained = model.trunk.normalisation, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    head, others = ([p for n, p in trained if n.startswith("relation.") == wanted] for wanted in (True, False))
+    groups = [{"params": others}, {"params": head, "lr": schedule.lr * (HEAD_LR[args.published] if others else 1)}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
+    about = {"stage": stage, "pictures": episodes.pipeline.describe()}
+    about |= model.describe() | train.describe() | episodes.describe()
+    schedule, files = schedule._replace(ratio=RATIO), k_shot.files(train)
+    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, files)
 
     # train
-    if not args.test_only:
-        loader = episodes.loader(
-            batch_size=batch_size,
-            seed=args.seed,
-            start=record.step,
-            steps=iters,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            device=accelerator.device,
-            workers=args.workers,
-            group=args.group_aspect,
-        )
-        model.train()
-        for step, (batch, support) in record.steps(loader, iters):
-            losses = model(
-                batch.normalised(trunk.normalisation),
-                batch.sizes.tolist(),
-                batch.boxes,
-                support.normalised(trunk.normalisation),
-                support.boxes,
-            )
-            accelerator.backward(sum(losses.values()))
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            record.log(step, losses, ids=batch.ids)
-            if step % args.save_every == 0 or step == iters:
-                record.save(step)
+    loader = episodes.loader(record.feed, normalisation, batch_size=schedule.batch, group=args.group_aspect)
+    for step, (batch, support) in record.steps(loader):
+        losses = record.model(batch.images, batch.sizes, batch.boxes, support.images, support.boxes)
+        accelerator.backward(sum(losses.values()))
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, losses, ids=batch.ids)
+        if step % args.save_every == 0 or step == schedule.steps:
+            record.save(step)
 
     # test
-    record.load_best()
-    detector = accelerator.unwrap_model(model).eval()
-    most = None if finetune else TABLE[kind]
-    table = episodes.table(most, args.seed, device=accelerator.device, workers=args.workers)
+    detector, table = record.best(), episodes.table(most, record.feed, normalisation)
     with torch.no_grad(), accelerator.autocast():
-        detector.set_prototypes(
-            (*detector.support_features(s.normalised(trunk.normalisation), s.boxes), s.labels) for s in table
-        )
+        detector.set_prototypes((*detector.support_features(s.images, s.boxes), s.labels) for s in table)
     record.save_model()
-    search = partial(folded(detector).detect, share=args.share_proposals)
-    also = {"proposals": "shared by all classes" if args.share_proposals else "of each class"}
-    found = detect(accelerator, search, test_set, pipeline, trunk.normalisation, workers=args.workers)
-    report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args, also=also)
+    test_with(args, record, test)
+
+
+def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """The model that is there, as it is."""
+    about = run.saved(accelerator, args, folder)
+    record = run.Record(accelerator, METHOD, args, folder, rebuilt(AttentionRPN, about), None, None, about)
+    test_with(args, record, open_data(args).test.restrict(about["classes"]))
+
+
+def test_with(args: Args, record: run.Record, test: detection.DetectionSet) -> None:
+    options = {"workers": args.workers, "classwise": args.classwise, "scramble": args.scramble_supports}
+    protocol = {"proposals": "shared by all classes" if args.share_proposals else "of each class"}
+    detect.test(record, test, protocol, **options, share=args.share_proposals)
 
 
 if __name__ == "__main__":

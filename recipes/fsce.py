@@ -9,89 +9,71 @@ positives, and a contrastive loss pulls RoIs of one class together so that simil
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import InputError, fpn, run, weights
+from fewshot import InputError, detect, fpn, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
-from fewshot.detect import detect, report
+from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.tfa import grow
-from fewshot.fold import folded
+from fewshot.run import Schedule
 
-# (steps, learning rate, milestones, warm-up), then the factor at milestones, for a global batch of BATCH pictures: the
-# published schedules, but for the embedded glyphs a quick one. VOC has one for each split.
+METHOD = "fsce"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps, rate, milestones, warm-up, the factor at milestones for a global batch of BATCH pictures: as published, but for
+# the embedded glyphs quick
 BATCH = {"glyphs": 8, "voc": 16, "coco": 16}
+# fmt: off
 SCHEDULE = {
     "glyphs": {
-        "base": ((600, 0.02, (480,), 100), 0.1),
-        1: ((100, 0.01, (80,), 10), 0.1),
-        2: ((150, 0.01, (120,), 10), 0.1),
-        3: ((150, 0.01, (120,), 10), 0.1),
-        5: ((200, 0.01, (160,), 10), 0.1),
-        10: ((200, 0.01, (160,), 10), 0.1),
+        "base": Schedule(600, 0.02, (480,), 100),
+        1: Schedule(100, 0.01, (80,), 10), 2: Schedule(150, 0.01, (120,), 10), 3: Schedule(150, 0.01, (120,), 10),
+        5: Schedule(200, 0.01, (160,), 10), 10: Schedule(200, 0.01, (160,), 10),
     },
-    "voc": {
-        "base": ((18_000, 0.02, (12_000, 16_000), 100), 0.1),
-        (1, 1): ((6000, 0.001, (3500,), 20), 0.1),
-        (1, 2): ((7000, 0.001, (5000,), 20), 0.1),
-        (1, 3): ((8000, 0.001, (4000, 6000), 200), 0.5),
-        (1, 5): ((9000, 0.001, (5000, 7000), 200), 0.5),
-        (1, 10): ((15_000, 0.001, (8000, 13_000), 200), 0.5),
-        (2, 1): ((3000, 0.001, (2000,), 20), 0.1),
-        (2, 2): ((5000, 0.001, (3000,), 20), 0.1),
-        (2, 3): ((9000, 0.001, (5000, 7000), 200), 0.5),
-        (2, 5): ((9000, 0.001, (5000, 7000), 100), 0.5),
-        (2, 10): ((12_000, 0.001, (7000, 9000), 200), 0.5),
-        (3, 1): ((8000, 0.001, (6000,), 20), 0.1),
-        (3, 2): ((8000, 0.001, (6000,), 20), 0.1),
-        (3, 3): ((10_000, 0.001, (6000, 8000), 200), 0.5),
-        (3, 5): ((12_000, 0.001, (8000, 10_000), 200), 0.3),
-        (3, 10): ((15_000, 0.001, (8000, 13_000), 200), 0.5),
+    "voc": {  # by split and shots
+        "base": Schedule(18_000, 0.02, (12_000, 16_000), 100),
+        (1, 1): Schedule(6000, 0.001, (3500,), 20), (1, 2): Schedule(7000, 0.001, (5000,), 20),
+        (1, 3): Schedule(8000, 0.001, (4000, 6000), 200, 0.5), (1, 5): Schedule(9000, 0.001, (5000, 7000), 200, 0.5),
+        (1, 10): Schedule(15_000, 0.001, (8000, 13_000), 200, 0.5),
+        (2, 1): Schedule(3000, 0.001, (2000,), 20), (2, 2): Schedule(5000, 0.001, (3000,), 20),
+        (2, 3): Schedule(9000, 0.001, (5000, 7000), 200, 0.5), (2, 5): Schedule(9000, 0.001, (5000, 7000), 100, 0.5),
+        (2, 10): Schedule(12_000, 0.001, (7000, 9000), 200, 0.5),
+        (3, 1): Schedule(8000, 0.001, (6000,), 20), (3, 2): Schedule(8000, 0.001, (6000,), 20),
+        (3, 3): Schedule(10_000, 0.001, (6000, 8000), 200, 0.5),
+        (3, 5): Schedule(12_000, 0.001, (8000, 10_000), 200, 0.3),
+        (3, 10): Schedule(15_000, 0.001, (8000, 13_000), 200, 0.5),
     },
     "coco": {
-        "base": ((110_000, 0.02, (85_000, 100_000), 1000), 0.1),
-        10: ((30_000, 0.001, (20_000,), 200), 0.3),
-        30: ((40_000, 0.001, (30_000,), 200), 0.3),
+        "base": Schedule(110_000, 0.02, (85_000, 100_000), 1000),
+        10: Schedule(30_000, 0.001, (20_000,), 200, 0.3), 30: Schedule(40_000, 0.001, (30_000,), 200, 0.3),
     },
 }
+# fmt: on
 # the contrastive loss by shots: weight, least overlap of a RoI, and the steps after each of which the weight is halved
 CONTRAST = {
     "glyphs": dict.fromkeys((1, 2, 3, 5, 10), (0.2, 0.7, (100,))),
     "voc": {3: (0.2, 0.6, (3000, 6000)), 5: (0.5, 0.7, (4000, 7000)), 10: (0.5, 0.8, (6000, 10_000))},
     "coco": {},  # published without
 }
-# (shorter side, one of these in training; longer side; flip): glyphs are characters, never mirrored
+# shorter side (one of these in training), longer side, flip; glyphs are characters: never mirrored
 SHORT = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True), "coco": (SHORT[5:], 1333, True)}
-# RoIs per training picture, width of the box head, hidden channels of the RPN, proposals before and after NMS
-SIZES = {
-    "glyphs": {
-        "rois": 64,
-        "width": 256,
-        "rpn_channels": 64,
-        "train_proposals": (500, 200),
-        "test_proposals": (500, 100),
-    },
-    "voc": {
-        "rois": 512,
-        "width": 1024,
-        "rpn_channels": 256,
-        "train_proposals": (2000, 1000),
-        "test_proposals": (1000, 1000),
-    },
-}
-SIZES["coco"] = SIZES["voc"]
+# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS
+QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 200), "test_proposals": (500, 100)}
+PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
+PUBLISHED |= {"train_proposals": (2000, 1000), "test_proposals": (1000, 1000)}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
+BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101"}
 # what fine-tuning changes: half the RoIs, of twice the proposals, with looser positives
 FINETUNE = {
     "glyphs": {"rois": 32, "train_proposals": (500, 400), "threshold": 0.4},
     "voc": {"rois": 256, "train_proposals": (2000, 2000), "threshold": 0.4},
     "coco": {"rois": 256, "train_proposals": (2000, 2000), "threshold": 0.5},
 }
-Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
 
 
 @dataclass
@@ -117,126 +99,114 @@ class Args:
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
     save_every: int = 200  # steps between saves of the state
     # model
-    backbone: Backbone | None = None  # by default small for glyphs, else as published
-    style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
+    backbone: trunks.Name | None = None  # by default small for glyphs, else as published
+    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/fsce/<dataset>-split<split>
+    out: str | None = None  # where everything goes; by default runs/fsce/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
     wandb: bool = False  # log to Weights & Biases
 
+    @property
+    def published(self) -> str:  # whose settings are taken: own data train as VOC does
+        return self.dataset if self.dataset in SCHEDULE else "voc"
+
+    @property
+    def few(self) -> int | tuple[int, int]:  # key of the fine-tuning's schedule
+        return (self.split, self.shots) if self.published == "voc" else self.shots
+
 
 def main(args: Args) -> None:
-    accelerator = run.start(args)
-    if args.shots not in (10, 30) if args.dataset == "coco" else args.shots == 30:
-        raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/fsce/{Path(args.dataset).stem}-split{args.split}"
-    args.base = args.base or f"{args.out}/base/model.safetensors"
-    if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
-        train_and_test(args, accelerator, "base", f"{args.out}/base")
-    if args.stage != "base":
-        train_and_test(args, accelerator, "finetune", f"{args.out}/{args.shots}shot-seed{args.seed}")
+    with launch.started(METHOD, args) as accelerator:
+        if args.few not in SCHEDULE[args.published]:
+            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
+        args.backbone = args.backbone or BACKBONE[args.published]
+        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
+        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
+        if args.test_only:
+            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
+        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
+        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
+            train_base(args, accelerator, base)
+        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
+            finetune(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
 
 
-def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
-    """Base training on the base classes, or fine-tuning on K shots of every class."""
-    finetune = stage == "finetune"
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
-    short, long, flip = PICTURES[kind]
+def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
+    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
+    return detection.open_split(*choice, difficult=difficult, test_images=args.test_images)
 
-    # data
-    difficult = "drop" if finetune else "keep"
-    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
-    train_set = detection.open_detection(args.dataset, part="train", difficult=difficult, **where)
-    test_set = detection.open_detection(args.dataset, part="test", **where)
-    test_set = test_set.with_records(test_set.records[: args.test_images])
-    if finetune:
-        train_set = k_shot.choose_shots(train_set, args.shots, args.seed, args.shot_lists)
-    else:
-        train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(train_set.base)
-    for note in train_set.notes:
-        accelerator.print(note)
-    pipeline = detection.Pipeline(args.short or short, args.long or long, flip, multiple=32)
 
-    # model
-    if finetune:
-        state, saved = weights.load_of(train_set.base, args.base)
-        trunk, sizes = fpn.fpn(**saved["architecture"]), saved["sizes"]
-    else:
-        name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
-        source = args.weights or ("none" if name == "small" else "imagenet")
-        # frozen batch norm needs statistics to be frozen at
-        norm = "group" if source == "none" and name.startswith("resnet") else None
-        style = args.style if name.startswith("resnet") else None
-        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
-        trunk.freeze(0 if source == "none" else 1)  # 0: the stem alone; random filters serve there
-    key = "base" if not finetune else (args.split, args.shots) if kind == "voc" else args.shots
-    schedule, gamma = SCHEDULE[kind][key]
-    batch_size, iters, lr, milestones, warmup = run.scaled(accelerator, BATCH[kind], schedule, args)
-    strength, above, halvings = CONTRAST[kind].get(args.shots, (0.2, 0.6, (3000, 6000)))
-    contrastive = finetune and (args.contrastive == "on" or args.shots in CONTRAST[kind])
-    dimensions = 128 if contrastive and args.contrastive != "off" else 0
-    sizes |= FINETUNE[kind] if finetune else {}
-    classes = len(train_set.classes)
-    if args.rois:
-        sizes = {**sizes, "rois": args.rois}
-    model = FSCE(trunk, classes, dimensions=dimensions, above=above, cosine=finetune, **sizes)
-    if finetune:
-        state = grow(state, train_set.base, train_set.classes)
-        weights.fill(model, state, args.base, fresh=("contrast.",))
-        model.trunk.freeze(len(model.trunk.stages))
-        if kind == "voc" and args.shots < 3:
-            for part in (model.trunk, model.rpn, model.fc1):
-                part.requires_grad_(False)
+def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """All of TFA's detector but the trunk's first stage, on every object of the base classes."""
+    data = open_data(args, difficult="keep")
+    train, test = data.train.restrict(data.base), data.test.restrict(data.base)
+    trunk = fpn.begin(args.backbone, args.weights, style=args.style)
+    trunk.freeze_pretrained(1)
+    sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})
+    model = FSCE(trunk, len(train.classes), dimensions=0, **sizes)
+    fit(args, accelerator, folder, "base", SCHEDULE[args.published]["base"], model, train, test)
+
+
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+    """All but the trunk (VOC's first two shots: less), on K objects of every class, with the contrastive loss."""
+    data = open_data(args)
+    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists)
+    state, about = weights.load_of(data.base, base)
+    contrast = CONTRAST[args.published].get(args.shots)
+    wanted = args.contrastive == "on" or (args.contrastive == "published" and contrast is not None)
+    contrast = contrast or (0.2, 0.6, (3000, 6000))
+    changes = FINETUNE[args.published] | ({"rois": args.rois} if args.rois else {})
+    dimensions = 128 if wanted else 0
+    model = rebuilt(FSCE, about, len(train.classes), cosine=True, dimensions=dimensions, above=contrast[1], **changes)
+    weights.fill(model, grow(state, data.base, train.classes), base, fresh=("contrast.",))
+    model.trunk.freeze(len(model.trunk.stages))
+    for part in (model.trunk, model.rpn, model.fc1) if args.published == "voc" and args.shots < 3 else ():
+        part.requires_grad_(False)
+    fit(args, accelerator, folder, "finetune", SCHEDULE[args.published][args.few], model, train, data.test, contrast)
+
+
+def fit(args, accelerator, folder, stage, schedule, model, train, test, contrast=(0.0, 0.0, ())) -> None:
+    """One stage: the loop, then the test."""
+    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
+    short, long, flip = PICTURES[args.published]
+    pictures = Pipeline(args.short or short, args.long or long, flip, multiple=32)
+    published, schedule = schedule.steps, schedule.scaled(args, BATCH[args.published])
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = run.warmup_step(optimizer, warmup=warmup, milestones=milestones, gamma=gamma)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
-    about |= {"architecture": trunk.architecture, "sizes": sizes, "cosine": finetune, "dimensions": dimensions}
-    about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
-    record = run.Record(accelerator, "fsce", args, out, model, optimizer, scheduler, about)
-    if finetune:
-        k_shot.save_shots(record.folder / "shots.json", train_set)
+    optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
+    about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
+    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
 
     # train
-    if not args.test_only:
-        loader = detection.train_loader(
-            train_set,
-            pipeline,
-            batch_size=batch_size,
-            seed=args.seed,
-            start=record.step,
-            steps=iters,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            device=accelerator.device,
-            workers=args.workers,
-            group=args.group_aspect,
-        )
-        model.train()
-        for step, batch in record.steps(loader, iters):
-            halved = sum(step > h * iters / schedule[0] for h in halvings)
-            accelerator.unwrap_model(model).strength = strength * 0.5**halved
-            images = batch.normalised(trunk.normalisation)
-            losses = model(images, batch.sizes.tolist(), batch.boxes, batch.labels)
-            accelerator.backward(sum(losses.values()))
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            record.log(step, losses, ids=batch.ids)
-            if step % args.save_every == 0 or step == iters:
-                record.save(step)
+    strength, _, halvings = contrast
+    options = {"batch_size": schedule.batch, "group": args.group_aspect}
+    loader = train_loader(train, pictures, record.feed, model.trunk.normalisation, **options)
+    for step, batch in record.steps(loader):
+        model.strength = strength * 0.5 ** sum(step > h * schedule.steps / published for h in halvings)
+        losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels)
+        accelerator.backward(sum(losses.values()))
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, losses, ids=batch.ids)
+        if step % args.save_every == 0 or step == schedule.steps:
+            record.save(step)
 
     # test
-    record.load_best()
-    detector = accelerator.unwrap_model(model).eval()
-    found = detect(accelerator, folded(detector).detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
-    report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
+    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+
+
+def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """The model that is there, as it is."""
+    about = run.saved(accelerator, args, folder)
+    record = run.Record(accelerator, METHOD, args, folder, rebuilt(FSCE, about), None, None, about)
+    test = open_data(args).test.restrict(about["classes"])
+    detect.test(record, test, workers=args.workers, classwise=args.classwise)
 
 
 if __name__ == "__main__":

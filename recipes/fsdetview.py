@@ -10,54 +10,53 @@ then K shots of every class train only the last layers.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import InputError, run, trunks, weights
+from fewshot import InputError, detect, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
+from fewshot.data.pipeline import Pipeline, train_loader
 from fewshot.data.support import NWayKShot
-from fewshot.detect import detect, report
+from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsdetview import FSDetView
-from fewshot.fold import folded
+from fewshot.run import Schedule
 
-# (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures: the published schedules, but for the
-# embedded glyphs a quick one.
+METHOD = "fsdetview"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the embedded glyphs quick
 BATCH = {"glyphs": 8, "voc": 32, "coco": 32}
+# fmt: off
 SCHEDULE = {
     "glyphs": {
-        "base": (600, 0.04, (480,), 50),
-        1: (100, 0.04, (80,), 10),
-        2: (150, 0.04, (120,), 10),
-        3: (150, 0.04, (120,), 10),
-        5: (200, 0.04, (160,), 10),
-        10: (200, 0.04, (160,), 10),
+        "base": Schedule(600, 0.04, (480,), 50),
+        1: Schedule(100, 0.04, (80,), 10), 2: Schedule(150, 0.04, (120,), 10), 3: Schedule(150, 0.04, (120,), 10),
+        5: Schedule(200, 0.04, (160,), 10), 10: Schedule(200, 0.04, (160,), 10),
     },
-    "voc": {
-        "base": (18_000, 0.005, (16_000,), 100),
-        1: (100, 0.005, (), 0),
-        2: (300, 0.001, (), 0),
-        3: (500, 0.001, (), 0),
-        5: (800, 0.001, (), 0),
-        10: (1000, 0.001, (), 0),
+    "voc": {  # by split and shots
+        "base": Schedule(18_000, 0.005, (16_000,), 100),
+        (1, 1): Schedule(100, 0.005), (2, 1): Schedule(100, 0.005), (3, 1): Schedule(100, 0.005),
+        (1, 2): Schedule(300, 0.001), (2, 2): Schedule(300, 0.001), (3, 2): Schedule(300, 0.001),
+        (1, 3): Schedule(500, 0.005), (2, 3): Schedule(500, 0.001), (3, 3): Schedule(500, 0.001),
+        (1, 5): Schedule(800, 0.005), (2, 5): Schedule(800, 0.001), (3, 5): Schedule(800, 0.001),
+        (1, 10): Schedule(1000, 0.005), (2, 10): Schedule(1000, 0.001), (3, 10): Schedule(1000, 0.001),
     },
-    "coco": {"base": (80_000, 0.01, (), 1000), 10: (5000, 0.001, (), 0), 30: (8000, 0.001, (), 0)},
+    "coco": {"base": Schedule(80_000, 0.01, (), 1000), 10: Schedule(5000, 0.001), 30: Schedule(8000, 0.001)},
 }
-SPLIT_1_LR = {3: 0.005, 5: 0.005, 10: 0.005}  # the published rates by shots where VOC's split 1 has others
-# (shorter side, longer side, flip) of query pictures, then the side of supports and how many a base class has at most;
-# glyphs are characters: never mirrored
-PICTURES = {"glyphs": (None, None, False, 80, 30), "voc": (600, 1000, True, 224, 200)}
-PICTURES["coco"] = PICTURES["voc"]
+# fmt: on
+BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet50"}
+# shorter side, longer side, flip of query pictures (glyphs are characters: never mirrored), then the side of supports
+# and how many a base class has at most
+PICTURES = {
+    "glyphs": (None, None, False, 80, 30),
+    "voc": (600, 1000, True, 224, 200),
+    "coco": (600, 1000, True, 224, 200),
+}
 # RoIs per training picture, hidden channels of the RPN, proposals before and after NMS
-SIZES = {
-    "glyphs": {"rois": 32, "rpn_channels": 128, "train_proposals": (1000, 100), "test_proposals": (1000, 100)},
-    "voc": {"rois": 128, "rpn_channels": 512, "train_proposals": (12000, 2000), "test_proposals": (6000, 300)},
-}
-SIZES["coco"] = SIZES["voc"]
-
-Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
+QUICK = {"rois": 32, "rpn_channels": 128, "train_proposals": (1000, 100), "test_proposals": (1000, 100)}
+PUBLISHED = {"rois": 128, "rpn_channels": 512, "train_proposals": (12000, 2000), "test_proposals": (6000, 300)}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
 
 
 @dataclass
@@ -83,136 +82,118 @@ class Args:
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
     save_every: int = 200  # steps between saves of the state
     # model
-    backbone: Backbone | None = None  # by default small for glyphs, else as published
-    style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
+    backbone: trunks.Name | None = None  # by default small for glyphs, else as published
+    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/fsdetview/<dataset>-split<split>
+    out: str | None = None  # where everything goes; by default runs/fsdetview/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
+    scramble_supports: bool = False  # test also with every class given the next class's supports
     wandb: bool = False  # log to Weights & Biases
+
+    @property
+    def published(self) -> str:  # whose settings are taken: own data train as VOC does
+        return self.dataset if self.dataset in SCHEDULE else "voc"
+
+    @property
+    def few(self) -> int | tuple[int, int]:  # key of the fine-tuning's schedule; own data train as VOC's split 2
+        return (self.split if self.dataset == "voc" else 2, self.shots) if self.published == "voc" else self.shots
 
 
 def main(args: Args) -> None:
-    accelerator = run.start(args)
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"
-    if args.shots not in SCHEDULE[kind]:
-        raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/fsdetview/{Path(args.dataset).stem}-split{args.split}"
-    args.base = args.base or f"{args.out}/base/model.safetensors"
-    if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
-        train_and_test(args, accelerator, "base", f"{args.out}/base")
-    if args.stage != "base":
-        train_and_test(args, accelerator, "finetune", f"{args.out}/{args.shots}shot-seed{args.seed}")
+    with launch.started(METHOD, args) as accelerator:
+        if args.few not in SCHEDULE[args.published]:
+            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
+        args.backbone = args.backbone or BACKBONE[args.published]
+        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
+        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
+        if args.test_only:
+            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
+        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
+        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
+            train_base(args, accelerator, base)
+        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
+            finetune(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
 
 
-def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
-    """Base training on the base classes, or fine-tuning of the last layers on K shots of every class."""
-    finetune = stage == "finetune"
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
-    short, long, flip, support_size, used = PICTURES[kind]
-    support_size = args.support_size or support_size
+def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
+    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
+    return detection.open_split(*choice, difficult=difficult, test_images=args.test_images)
 
-    # data
-    difficult = "drop" if finetune else "keep"
-    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
-    train_set = detection.open_detection(args.dataset, part="train", difficult=difficult, **where)
-    test_set = detection.open_detection(args.dataset, part="test", **where)
-    test_set = test_set.with_records(test_set.records[: args.test_images])
-    if finetune:
-        train_set = k_shot.choose_shots(train_set, args.shots, args.seed, args.shot_lists)
-    else:
-        train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(test_set.base)
-    for note in train_set.notes:
-        accelerator.print(note)
-    pipeline = detection.Pipeline(args.short or short, args.long or long, flip)
-    supports = NWayKShot(train_set, 1, used=30 if finetune else used, one_per_image=not finetune, size=support_size)
 
-    # model
-    if finetune:
-        state, base = weights.load_of(train_set.base, args.base)
-        trunk = trunks.c4(**base["architecture"])
-    else:
-        name = args.backbone or {"glyphs": "small", "voc": "resnet101", "coco": "resnet50"}[kind]
-        source = args.weights or ("none" if name == "small" else "imagenet")
-        # frozen batch norm needs statistics to be frozen at
-        norm = "group" if source == "none" and name.startswith("resnet") else None
-        style = args.style if name.startswith("resnet") else None
-        trunk = trunks.c4(name, weights=source, meta=True, style=style, norm=norm)
-        trunk.freeze(0 if source == "none" else 2)  # 0: the stem alone; random filters serve there
-    sizes = SIZES[kind]
-    if args.rois:
-        sizes = {**sizes, "rois": args.rois}
-    model = FSDetView(trunk, len(train_set.classes), **sizes)
-    if finetune:
-        weights.fill(model, state, args.base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
-        model.trunk.requires_grad_(False)
-        model.rpn.requires_grad_(False)
-        model.product.requires_grad_(False)  # their batch norms go on to count, as published
-        model.difference.requires_grad_(False)
-    batch_size, iters, lr, milestones, warmup = run.scaled(
-        accelerator, BATCH[kind], SCHEDULE[kind][args.shots if finetune else "base"], args
-    )
-    if finetune and args.dataset == "voc" and args.split == 1 and args.lr is None:
-        lr *= SPLIT_1_LR.get(args.shots, SCHEDULE["voc"][args.shots][1]) / SCHEDULE["voc"][args.shots][1]
+def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """All of the detector but the trunk's first stages, on every object of the base classes."""
+    data = open_data(args, difficult="keep")
+    train, test = data.train.restrict(data.base), data.test.restrict(data.base)
+    trunk = trunks.begin(args.backbone, args.weights, style=args.style, meta=True)
+    trunk.freeze_pretrained(2)
+    model = FSDetView(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
+    *_, size, used = PICTURES[args.published]
+    supports = NWayKShot(train, 1, used=used, one_per_image=True, size=args.support_size or size)
+    fit(args, accelerator, folder, "base", SCHEDULE[args.published]["base"], model, train, test, supports)
+
+
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+    """The last layers alone, on K objects of every class, from the base model."""
+    data = open_data(args)
+    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists)
+    state, about = weights.load_of(data.base, base)
+    model = rebuilt(FSDetView, about, len(train.classes), rois=args.rois)
+    weights.fill(model, state, base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
+    model.trunk.requires_grad_(False)
+    model.rpn.requires_grad_(False)
+    model.product.requires_grad_(False)  # their batch norms go on to count, as published
+    model.difference.requires_grad_(False)
+    supports = NWayKShot(train, 1, used=30, size=args.support_size or PICTURES[args.published][3])
+    schedule, multiple = SCHEDULE[args.published][args.few], 32  # padded so as published
+    fit(args, accelerator, folder, "finetune", schedule, model, train, data.test, supports, multiple)
+
+
+def fit(args, accelerator, folder, stage, schedule, model, train, test, supports, multiple=1) -> None:
+    """One stage: the loop, then the test."""
+    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
+    short, long, flip, *_ = PICTURES[args.published]
+    pictures, normalisation = Pipeline(args.short or short, args.long or long, flip), model.trunk.normalisation
+    schedule = schedule.scaled(args, BATCH[args.published])
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = run.warmup_step(optimizer, warmup=warmup, milestones=milestones)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
-    about |= {"architecture": trunk.architecture, "sizes": sizes, "support_size": support_size}
-    about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
-    record = run.Record(accelerator, "fsdetview", args, out, model, optimizer, scheduler, about)
-    if finetune:
-        k_shot.save_shots(record.folder / "shots.json", train_set)
+    optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
+    about = {"stage": stage, "pictures": pictures.describe()}
+    about |= model.describe() | train.describe() | supports.describe()
+    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
 
     # train
-    if not args.test_only:
-        loader = detection.train_loader(
-            train_set,
-            replace(pipeline, multiple=32) if finetune else pipeline,  # as published
-            batch_size=batch_size,
-            seed=args.seed,
-            start=record.step,
-            steps=iters,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            device=accelerator.device,
-            workers=args.workers,
-            group=args.group_aspect,
-            extra=supports.draw,
-        )
-        model.train()
-        for step, (batch, support) in record.steps(loader, iters):
-            losses = model(
-                batch.normalised(trunk.normalisation),
-                batch.sizes.tolist(),
-                batch.boxes,
-                batch.labels,
-                support.normalised(trunk.normalisation),
-                support.labels,
-            )
-            accelerator.backward(sum(losses.values()))
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            record.log(step, losses, ids=batch.ids)
-            if step % args.save_every == 0 or step == iters:
-                record.save(step)
+    padded, options = replace(pictures, multiple=multiple), {"batch_size": schedule.batch, "group": args.group_aspect}
+    loader = train_loader(train, padded, record.feed, normalisation, extra=supports.draw, **options)
+    for step, (batch, support) in record.steps(loader):
+        losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels, support.images, support.labels)
+        accelerator.backward(sum(losses.values()))
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, losses, ids=batch.ids)
+        if step % args.save_every == 0 or step == schedule.steps:
+            record.save(step)
 
     # test
-    record.load_best()
-    detector = accelerator.unwrap_model(model).eval()
+    detector = record.best()
     with torch.no_grad(), accelerator.autocast():
-        table = supports.table(device=accelerator.device, workers=args.workers)
-        vectors = [(detector.support_vectors(s.normalised(trunk.normalisation)), s.labels) for s in table]
-    detector.set_prototypes(*(torch.cat(part) for part in zip(*vectors)))
+        table = [(detector.support_vectors(s.images), s.labels) for s in supports.table(record.feed, normalisation)]
+    detector.set_prototypes(*(torch.cat(part) for part in zip(*table)))
     record.save_model()
-    found = detect(accelerator, folded(detector).detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
-    report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
+    detect.test(record, test, workers=args.workers, classwise=args.classwise, scramble=args.scramble_supports)
+
+
+def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """The model that is there, as it is."""
+    about = run.saved(accelerator, args, folder)
+    record = run.Record(accelerator, METHOD, args, folder, rebuilt(FSDetView, about), None, None, about)
+    test = open_data(args).test.restrict(about["classes"])
+    detect.test(record, test, workers=args.workers, classwise=args.classwise, scramble=args.scramble_supports)
 
 
 if __name__ == "__main__":

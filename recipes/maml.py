@@ -9,22 +9,24 @@ queries after those steps, and its gradient goes through them.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import tyro
 
-from fewshot import backbones, run
+from fewshot import backbones, launch, run
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.maml import MAML
 from fewshot.meta_test import meta_test_images, report
+from fewshot.run import Schedule
 
-# episodes per step, steps, learning rates outside and inside, and test tasks: as published, but for glyphs and Omniglot
-# quick on a CPU
-QUICK, PUBLISHED = (2, 120, 3e-3, 0.05, 300), (8, 12_500, 1e-3, 0.01, 2000)
-SCHEDULE = {"glyphs": QUICK, "omniglot": QUICK, "cub": PUBLISHED, "mini_imagenet": PUBLISHED}
-SCHEDULE |= {"tiered_imagenet": PUBLISHED, "cifar_fs": PUBLISHED, "fc100": PUBLISHED, "folder": PUBLISHED}
+METHOD = "maml"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps, rate and episodes per step, then the inner rate and test tasks: as published, but for glyphs and Omniglot quick
+# on a CPU
+QUICK, PUBLISHED = (Schedule(120, 3e-3, batch=2), 0.05, 300), (Schedule(12_500, 1e-3, batch=8), 0.01, 2000)
+SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {"glyphs": QUICK, "omniglot": QUICK}
 
 
 @dataclass
@@ -54,20 +56,26 @@ class Args:
     first_order: bool = False  # leave out second derivatives: faster, with an approximate gradient
     at_once: int | None = None  # tasks computed at once: fewer take less memory; by default 4, on a CPU 1
     # run
-    out: str | None = None  # where everything goes; by default runs/maml/<dataset>
+    out: str | None = None  # where everything goes; by default runs/maml/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace the run in --out if it is finished, or begun
     test_only: bool = False  # only test the best model in --out
     wandb: bool = False  # log to Weights & Biases
 
 
 def main(args: Args) -> None:
-    accelerator = run.start(args)
-    batch_size, iters, lr, inner_lr, tasks = SCHEDULE[args.dataset]
-    batch_size, iters, tasks = args.batch_size or batch_size, args.iters or iters, args.tasks or tasks
-    lr, inner_lr = (lr if args.lr is None else args.lr), (inner_lr if args.inner_lr is None else args.inner_lr)
-    out = args.out or f"runs/maml/{args.dataset}"
+    with launch.started(METHOD, args) as accelerator:
+        args.out = args.out or run.default_folder(METHOD, args.dataset, args.backbone, f"seed{args.seed}")
+        if run.due(accelerator, METHOD, args, args.out):
+            train_and_test(args, accelerator)
+
+
+def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+    schedule, inner_lr, tasks = SCHEDULE[args.dataset]
+    schedule, tasks = schedule.scaled(args), args.tasks or tasks
+    inner_lr = inner_lr if args.inner_lr is None else args.inner_lr
 
     # data
     with accelerator.local_main_process_first():  # one process fills the cache
@@ -88,49 +96,33 @@ def main(args: Args) -> None:
         first_order=args.first_order,
         at_once=args.at_once,
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    scheduler = run.warmup_step(optimizer)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr)
     about = train_set.describe() | {"inner_lr": inner_lr}
-    record = run.Record(accelerator, "maml", args, out, model, optimizer, scheduler, about)
+    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, about)
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
-    if not args.test_only:
-        loader = episodes.episode_loader(
-            train_set,
-            args.ways,
-            args.train_shots,
-            args.train_queries,
-            tasks=batch_size,
-            seed=args.seed,
-            start=record.step,
-            steps=iters,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            device=accelerator.device,
-            transform=transforms.train_transform(train_set),
-            workers=args.workers,
-        )
-        model.train()
-        for step, episode in record.steps(loader, iters):
-            # which output of the head stands for which class is by chance, as an episode's classes come in random order
-            loss = model(episode.support, episode.support_labels, episode.query, episode.query_labels)
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            record.log(step, {"loss": loss}, ids=episode.indices.tolist())
+    transform = transforms.train_transform(train_set)
+    loader = episodes.episode_loader(
+        train_set, args.ways, args.train_shots, args.train_queries, record.feed, transform, tasks=schedule.batch
+    )
+    for step, episode in record.steps(loader):
+        # which output of the head stands for which class is by chance, as an episode's classes come in random order
+        loss = record.model(episode.support, episode.support_labels, episode.query, episode.query_labels)
+        accelerator.backward(loss)
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, {"loss": loss}, ids=episode.indices)
 
-            if step % args.eval_every == 0 or step == iters:
-                result = meta_test_images(
-                    accelerator, model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test
-                )
-                record.save(step, score=result[args.shots[0]].accuracy)
+        if step % args.eval_every == 0 or step == schedule.steps:
+            result = meta_test_images(
+                accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test
+            )
+            record.save(step, score=result[args.shots[0]].accuracy)
 
     # test
-    record.load_best()
-    results = meta_test_images(accelerator, model, test_set, shots=args.shots, tasks=tasks, **test)
+    results = meta_test_images(accelerator, record.best(), test_set, shots=args.shots, tasks=tasks, **test)
     report(record, results, args.ways, args.save_tasks)
 
 

@@ -10,64 +10,52 @@ name them. Base classes train everything, then K shots of every class train ever
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import InputError, fpn, run, weights
+from fewshot import InputError, detect, fpn, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.object_crops import ObjectCrops
+from fewshot.data.pipeline import Pipeline, train_loader
 from fewshot.data.transforms import CAFFE_MPSR
-from fewshot.detect import detect, report
+from fewshot.detectors.build import rebuilt
 from fewshot.detectors.mpsr import MPSR
-from fewshot.fold import folded
+from fewshot.run import Schedule
 
-# (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures and as many objects: the published
-# schedules, but for the embedded glyphs a quick one.
-BATCH = {"glyphs": 4, "voc": 4, "coco": 4}
-FINETUNE = {"voc": (2000, 0.005, (1300,), 500), "coco": (4000, 0.005, (2800, 3500), 500)}
+METHOD = "mpsr"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps, rate, milestones, warm-up for a global batch of 4 pictures and as many objects: as published, but for the
+# embedded glyphs quick
+BATCH, RATIO = 4, 1 / 3  # the share of the rate that the warm-up begins with
+# fmt: off
 SCHEDULE = {
     "glyphs": {
-        "base": (1000, 0.01, (800,), 100),
-        1: (100, 0.005, (80,), 10),
-        2: (150, 0.005, (120,), 10),
-        3: (150, 0.005, (120,), 10),
-        5: (200, 0.005, (160,), 10),
-        10: (200, 0.005, (160,), 10),
-    },
-    "voc": {"base": (36_000, 0.005, (24_000, 32_000), 500)} | dict.fromkeys((1, 2, 3, 5, 10), FINETUNE["voc"]),
-    "coco": {"base": (80_000, 0.005, (56_000, 70_000), 500)} | dict.fromkeys((10, 30), FINETUNE["coco"]),
-}
-WARMUP_RATIO = 1 / 3
-VOC_OFFSET = (-1.0, -1.0, -1.0, -1.0)  # of VOC's pixels, which count from 1; the published models take it off all sides
-# (shorter side, longer side, flip), and the sides in pixels below which objects are not cut out; glyphs are characters:
-# never mirrored
-PICTURES = {"glyphs": (None, None, False, 2), "voc": (800, 1333, True, 2), "coco": (800, 1333, True, 8)}
-# RoIs per training picture, width of the box head, hidden channels of the RPN, proposals before and after NMS (in
-# training after it for a process's batch together), and whether RoIs are cut half a pixel off, as they should be: the
-# published models fine-tuned on VOC start from models that did not, and a model fine-tunes as its base was trained
-SIZES = {
-    "glyphs": {
-        "rois": 64,
-        "width": 256,
-        "rpn_channels": 64,
-        "train_proposals": (500, 400),
-        "test_proposals": (500, 100),
-        "aligned": True,
+        "base": Schedule(1000, 0.01, (800,), 100),
+        1: Schedule(100, 0.005, (80,), 10), 2: Schedule(150, 0.005, (120,), 10), 3: Schedule(150, 0.005, (120,), 10),
+        5: Schedule(200, 0.005, (160,), 10), 10: Schedule(200, 0.005, (160,), 10),
     },
     "voc": {
-        "rois": 512,
-        "width": 1024,
-        "rpn_channels": 256,
-        "train_proposals": (2000, 2000),
-        "test_proposals": (1000, 1000),
-        "aligned": True,
+        "base": Schedule(36_000, 0.005, (24_000, 32_000), 500),
+        **dict.fromkeys((1, 2, 3, 5, 10), Schedule(2000, 0.005, (1300,), 500)),
+    },
+    "coco": {
+        "base": Schedule(80_000, 0.005, (56_000, 70_000), 500),
+        **dict.fromkeys((10, 30), Schedule(4000, 0.005, (2800, 3500), 500)),
     },
 }
-SIZES["coco"] = SIZES["voc"]
-Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
+# fmt: on
+VOC_OFFSET = (-1.0, -1.0, -1.0, -1.0)  # of VOC's pixels, which count from 1; the published models take it off all sides
+# shorter side, longer side, flip (glyphs are characters: never mirrored); objects of a smaller side are not cut out
+PICTURES = {"glyphs": (None, None, False, 2), "voc": (800, 1333, True, 2), "coco": (800, 1333, True, 8)}
+# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS (in
+# training after it for a process's batch together)
+QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 400), "test_proposals": (500, 100)}
+PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
+PUBLISHED |= {"train_proposals": (2000, 2000), "test_proposals": (1000, 1000)}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
+BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101"}
 
 
 @dataclass
@@ -92,128 +80,107 @@ class Args:
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
     save_every: int = 200  # steps between saves of the state
     # model
-    backbone: Backbone | None = None  # by default small for glyphs, else as published
-    style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
+    backbone: trunks.Name | None = None  # by default small for glyphs, else as published
+    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/mpsr/<dataset>-split<split>
+    out: str | None = None  # where everything goes; by default runs/mpsr/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
     wandb: bool = False  # log to Weights & Biases
 
+    @property
+    def published(self) -> str:  # whose settings are taken: own data train as VOC does
+        return self.dataset if self.dataset in SCHEDULE else "voc"
+
 
 def main(args: Args) -> None:
-    accelerator = run.start(args)
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"
-    if args.shots not in SCHEDULE[kind]:
-        raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/mpsr/{Path(args.dataset).stem}-split{args.split}"
-    args.base = args.base or f"{args.out}/base/model.safetensors"
-    if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
-        train_and_test(args, accelerator, "base", f"{args.out}/base")
-    if args.stage != "base":
-        train_and_test(args, accelerator, "finetune", f"{args.out}/{args.shots}shot-seed{args.seed}")
+    with launch.started(METHOD, args) as accelerator:
+        if args.shots not in SCHEDULE[args.published]:
+            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
+        args.backbone = args.backbone or BACKBONE[args.published]
+        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
+        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
+        if args.test_only:
+            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
+        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
+        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
+            train_base(args, accelerator, base)
+        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
+            finetune(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
 
 
-def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
-    """Base training on the base classes, or fine-tuning of everything on K shots of every class."""
-    finetune = stage == "finetune"
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
-    short, long, flip, smallest = PICTURES[kind]
+def open_data(args: Args) -> detection.DetectionSplit:
+    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
+    offset = VOC_OFFSET if args.dataset == "voc" else None
+    return detection.open_split(*choice, offset=offset, test_images=args.test_images)
 
-    # data
-    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
-    where |= {"offset": VOC_OFFSET if args.dataset == "voc" else None}
-    train_set = detection.open_detection(args.dataset, part="train", **where)
-    test_set = detection.open_detection(args.dataset, part="test", **where)
-    test_set = test_set.with_records(test_set.records[: args.test_images])
-    if finetune:
-        train_set = k_shot.choose_shots(train_set, args.shots, args.seed, args.shot_lists)
-    else:
-        train_set, test_set = train_set.restrict(train_set.base), test_set.restrict(test_set.base)
-    for note in train_set.notes:
-        accelerator.print(note)
-    pipeline = detection.Pipeline(args.short or short, args.long or long, flip, multiple=32)
-    unpadded = replace(pipeline, multiple=1)
 
-    # model
-    if finetune:
-        state, base = weights.load_of(train_set.base, args.base)
-        trunk, sizes = fpn.fpn(**base["architecture"]), base["sizes"]
-        trunk.freeze(0 if base["architecture"]["norm"] == "group" else 1)
-    else:
-        name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
-        source = args.weights or ("none" if name == "small" else "imagenet")
-        # frozen batch norm needs statistics to be frozen at
-        norm = "group" if source == "none" and name.startswith("resnet") else None
-        style = args.style if name.startswith("resnet") else None
-        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
-        trunk.freeze(0 if source == "none" else 1)  # 0: the stem alone; random filters serve there
-    if trunk.architecture["style"] == "caffe":
+def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """All of the detector but the trunk's first stage, on every object of the base classes."""
+    data = open_data(args)
+    train, test = data.train.restrict(data.base), data.test.restrict(data.base)
+    trunk = fpn.begin(args.backbone, args.weights, style=args.style)
+    trunk.freeze_pretrained(1)
+    if args.style == "caffe":
         trunk.normalisation = CAFFE_MPSR
-    if args.rois:
-        sizes = {**sizes, "rois": args.rois}
-    model = MPSR(trunk, len(train_set.classes), **sizes)
-    if finetune:
-        torch.nn.init.normal_(model.cls.weight, std=0.001)
-        weights.fill(model, state, args.base, fresh=("cls.",))
-    batch_size, iters, lr, milestones, warmup = run.scaled(
-        accelerator, BATCH[kind], SCHEDULE[kind][args.shots if finetune else "base"], args
-    )
-    optimizer = torch.optim.SGD(parameter_groups(model, lr, kind), lr=lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = run.warmup_step(optimizer, warmup=warmup, ratio=WARMUP_RATIO, milestones=milestones)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
-    about |= {"architecture": trunk.architecture, "sizes": sizes}
-    about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": unpadded.describe()}
-    record = run.Record(accelerator, "mpsr", args, out, model, optimizer, scheduler, about)
-    if finetune:
-        k_shot.save_shots(record.folder / "shots.json", train_set)
+    model = MPSR(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
+    fit(args, accelerator, folder, "base", SCHEDULE[args.published]["base"], model, train, test, train)
+
+
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+    """The same parts, with a new last layer, on K objects of every class."""
+    data = open_data(args)
+    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists)
+    state, about = weights.load_of(data.base, base)
+    model = rebuilt(MPSR, about, len(train.classes), rois=args.rois)
+    model.trunk.freeze_pretrained(1)
+    torch.nn.init.normal_(model.cls.weight, std=0.001)
+    weights.fill(model, state, base, fresh=("cls.",))
+    shown = balanced(train) if args.dataset == "voc" else train
+    schedule = SCHEDULE[args.published][args.shots]
+    fit(args, accelerator, folder, "finetune", schedule, model, train, data.test, shown)
+
+
+def fit(args, accelerator, folder, stage, schedule, model, train, test, shown) -> None:
+    """One stage: the loop, on the pictures of `shown` and the objects of `train`, then the test."""
+    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
+    short, long, flip, smallest = PICTURES[args.published]
+    pictures, normalisation = Pipeline(args.short or short, args.long or long, flip), model.trunk.normalisation
+    schedule = schedule.scaled(args, BATCH)._replace(ratio=RATIO)
+    groups = parameter_groups(model, schedule.lr, args.published)
+    optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
+    about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
+    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
 
     # train
-    if not args.test_only:
-        mine = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-        scales = accelerator.unwrap_model(model).levels.scales
-        crops = ObjectCrops(train_set, scales, batch_size, flip=flip, smallest=smallest, **mine)
-        loader = detection.train_loader(
-            balanced(train_set) if finetune and args.dataset == "voc" else train_set,
-            pipeline,
-            batch_size=batch_size,
-            seed=args.seed,
-            start=record.step,
-            steps=iters,
-            device=accelerator.device,
-            workers=args.workers,
-            group=args.group_aspect,
-            extra=crops.draw,
-            **mine,
-        )
-        model.train()
-        for step, (batch, objects) in record.steps(loader, iters):
-            losses = model(
-                batch.normalised(trunk.normalisation),
-                batch.sizes.tolist(),
-                batch.boxes,
-                batch.labels,
-                objects.normalised(trunk.normalisation),
-                objects.labels,
-            )
-            accelerator.backward(sum(losses.values()))
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            record.log(step, losses, ids=batch.ids)
-            if step % args.save_every == 0 or step == iters:
-                record.save(step)
+    crops = ObjectCrops(train, model.levels.scales, schedule.batch, record.feed, flip=flip, smallest=smallest)
+    padded, options = replace(pictures, multiple=32), {"batch_size": schedule.batch, "group": args.group_aspect}
+    loader = train_loader(shown, padded, record.feed, normalisation, extra=crops.draw, **options)
+    for step, (batch, objects) in record.steps(loader):
+        losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels, objects.images, objects.labels)
+        accelerator.backward(sum(losses.values()))
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, losses, ids=batch.ids)
+        if step % args.save_every == 0 or step == schedule.steps:
+            record.save(step)
 
     # test
-    record.load_best()
-    detector = accelerator.unwrap_model(model).eval()
-    found = detect(accelerator, folded(detector).detect, test_set, unpadded, trunk.normalisation, workers=args.workers)
-    report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
+    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+
+
+def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """The model that is there, as it is."""
+    about = run.saved(accelerator, args, folder)
+    record = run.Record(accelerator, METHOD, args, folder, rebuilt(MPSR, about), None, None, about)
+    test = open_data(args).test.restrict(about["classes"])
+    detect.test(record, test, workers=args.workers, classwise=args.classwise)
 
 
 def parameter_groups(model: torch.nn.Module, lr: float, dataset: str) -> list[dict]:

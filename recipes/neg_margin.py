@@ -8,23 +8,30 @@ Cosine classifiers whose target gets a margin *below* zero in training: classes 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, heads, run, task_heads
+from fewshot import backbones, heads, launch, run, task_heads
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.meta_test import meta_test, report
+from fewshot.run import Schedule
 
-# steps, milestones and warm-up: as published (200 epochs, tiered-ImageNet 100), but for glyphs and Omniglot quick
-QUICK, EPOCHS_200 = (500, (300, 425), 25), (120_000, (36_000, 72_000), 3000)
-SCHEDULE = {"glyphs": QUICK, "omniglot": QUICK, "cub": (18_400, (5_520, 11_040), 3000), "mini_imagenet": EPOCHS_200}
-SCHEDULE |= {"cifar_fs": EPOCHS_200, "fc100": EPOCHS_200, "folder": EPOCHS_200}
-SCHEDULE |= {"tiered_imagenet": (701_100, (210_330, 420_660), 5000)}
+METHOD = "neg_margin"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps, rate, milestones, warm-up: as published (200 epochs, tiered-ImageNet 100), but for glyphs and Omniglot quick
+QUICK = Schedule(500, 0.05, (300, 425), 25, ratio=0.25)
+PUBLISHED = Schedule(120_000, 0.05, (36_000, 72_000), 3000, ratio=0.25)
+SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {
+    "glyphs": QUICK,
+    "omniglot": QUICK,
+    "cub": Schedule(18_400, 0.05, (5_520, 11_040), 3000, ratio=0.25),
+    "tiered_imagenet": Schedule(701_100, 0.05, (210_330, 420_660), 5000, ratio=0.25),
+}
 MARGIN = {
     "cub": -0.01,
     "tiered_imagenet": -0.02,
@@ -54,10 +61,11 @@ class Args:
     temperature: float = 10.0  # of training logits
     test_temperature: float = 5.0  # of a test task's logits
     # run
-    out: str | None = None  # where everything goes; by default runs/neg_margin/<dataset>
+    out: str | None = None  # where everything goes; by default runs/neg_margin/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace the run in --out if it is finished, or begun
     test_only: bool = False  # only test the best model in --out
     wandb: bool = False  # log to Weights & Biases
 
@@ -81,11 +89,14 @@ class NegMargin(nn.Module):
 
 
 def main(args: Args) -> None:
-    accelerator = run.start(args)
-    published, milestones, warmup = SCHEDULE[args.dataset]
-    iters = args.iters or published
-    milestones = [milestone * iters // published for milestone in milestones]
-    out = args.out or f"runs/neg_margin/{args.dataset}"
+    with launch.started(METHOD, args) as accelerator:
+        args.out = args.out or run.default_folder(METHOD, args.dataset, args.backbone, f"seed{args.seed}")
+        if run.due(accelerator, METHOD, args, args.out):
+            train_and_test(args, accelerator)
+
+
+def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+    schedule = SCHEDULE[args.dataset].scaled(args)
 
     # data
     with accelerator.local_main_process_first():  # one process fills the cache
@@ -102,42 +113,27 @@ def main(args: Args) -> None:
     margin = margin if args.margin is None else args.margin
     backbone = backbones.build(args.backbone, train_set.size)
     model = NegMargin(backbone, len(train_set.classes), margin, args.temperature, args.test_temperature)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = run.warmup_step(optimizer, warmup=warmup * iters // published, ratio=0.25, milestones=milestones)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    record = run.Record(accelerator, "neg_margin", args, out, model, optimizer, scheduler, train_set.describe())
+    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
+    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe())
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
-    if not args.test_only:
-        loader = episodes.class_batch_loader(
-            train_set,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            start=record.step,
-            steps=iters,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            device=accelerator.device,
-            transform=transforms.train_transform(train_set),
-            workers=args.workers,
-        )
-        model.train()
-        for step, (images, labels, indices) in record.steps(loader, iters):
-            loss = F.cross_entropy(model(images, labels), labels)
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            record.log(step, {"loss": loss}, ids=indices.tolist())
+    transform = transforms.train_transform(train_set)
+    loader = episodes.class_batch_loader(train_set, record.feed, transform, batch_size=schedule.batch)
+    for step, (images, labels, indices) in record.steps(loader):
+        loss = F.cross_entropy(record.model(images, labels), labels)
+        accelerator.backward(loss)
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, {"loss": loss}, ids=indices)
 
-            if step % args.eval_every == 0 or step == iters:
-                result = meta_test(accelerator, model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
-                record.save(step, score=result[args.shots[0]].accuracy)
+        if step % args.eval_every == 0 or step == schedule.steps:
+            result = meta_test(accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+            record.save(step, score=result[args.shots[0]].accuracy)
 
     # test
-    record.load_best()
-    results = meta_test(accelerator, model, test_set, shots=args.shots, tasks=args.tasks, **test)
+    results = meta_test(accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test)
     report(record, results, args.ways, args.save_tasks)
 
 

@@ -8,22 +8,27 @@ A class is the mean of its support features, and a query belongs to the class wh
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, heads, run, weights
+from fewshot import backbones, heads, launch, run, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.meta_test import meta_test, report
+from fewshot.run import Schedule
 
-# episodes (ways, shots, queries) and steps: as published, but for glyphs and Omniglot quick on a CPU
-QUICK, OMNIGLOT, PUBLISHED = ((5, 5, 16), 600), ((60, 1, 5), 500), ((5, 5, 16), 100_000)
-SCHEDULE = {"glyphs": QUICK, "omniglot": OMNIGLOT, "cub": PUBLISHED, "mini_imagenet": PUBLISHED}
-SCHEDULE |= {"tiered_imagenet": PUBLISHED, "cifar_fs": PUBLISHED, "fc100": PUBLISHED, "folder": PUBLISHED}
+METHOD = "proto_net"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps and rate, and a training episode's ways, shots and queries: as published, but for glyphs and Omniglot quick
+SCHEDULE = dict.fromkeys(get_args(DatasetName), Schedule(100_000, 1e-3)) | {
+    "glyphs": Schedule(600, 1e-3),
+    "omniglot": Schedule(500, 1e-3),
+}
+EPISODE = dict.fromkeys(get_args(DatasetName), (5, 5, 16)) | {"omniglot": (60, 1, 5)}
 
 
 @dataclass
@@ -52,10 +57,11 @@ class Args:
     distance: Literal["squared", "euclidean"] = "squared"  # the paper's, or mmfewshot's (not squared)
     init: str | None = None  # start from the backbone of this model file, say a trained baseline
     # run
-    out: str | None = None  # where everything goes; by default runs/proto_net/<dataset>
+    out: str | None = None  # where everything goes; by default runs/proto_net/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace the run in --out if it is finished, or begun
     test_only: bool = False  # only test the best model in --out
     wandb: bool = False  # log to Weights & Biases
 
@@ -76,11 +82,16 @@ class ProtoNet(nn.Module):
 
 
 def main(args: Args) -> None:
-    accelerator = run.start(args)
-    (ways, shots, queries), iters = SCHEDULE[args.dataset]
-    ways, shots = args.train_ways or ways, args.train_shots or shots
-    queries, iters = args.train_queries or queries, args.iters or iters
-    out = args.out or f"runs/proto_net/{args.dataset}"
+    with launch.started(METHOD, args) as accelerator:
+        args.out = args.out or run.default_folder(METHOD, args.dataset, args.backbone, f"seed{args.seed}")
+        if run.due(accelerator, METHOD, args, args.out):
+            train_and_test(args, accelerator)
+
+
+def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+    schedule, (ways, shots, queries) = SCHEDULE[args.dataset].scaled(args), EPISODE[args.dataset]
+    schedule = schedule._replace(milestones=args.milestones)
+    ways, shots, queries = args.train_ways or ways, args.train_shots or shots, args.train_queries or queries
 
     # data
     with accelerator.local_main_process_first():  # one process fills the cache
@@ -93,48 +104,30 @@ def main(args: Args) -> None:
 
     # model
     model = ProtoNet(backbones.build(args.backbone, train_set.size), args.distance)
-    if args.init:
+    if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    scheduler = run.warmup_step(optimizer, milestones=args.milestones)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    record = run.Record(accelerator, "proto_net", args, out, model, optimizer, scheduler, train_set.describe())
+    optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr)
+    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe())
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
-    if not args.test_only:
-        loader = episodes.episode_loader(
-            train_set,
-            ways,
-            shots,
-            queries,
-            tasks=args.batch_size,
-            seed=args.seed,
-            start=record.step,
-            steps=iters,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            device=accelerator.device,
-            transform=transforms.train_transform(train_set),
-            workers=args.workers,
-        )
-        model.train()
-        for step, episode in record.steps(loader, iters):
-            logits = model(episode.support, episode.query, ways)  # (tasks, queries, ways)
-            loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            record.log(step, {"loss": loss}, ids=episode.indices.tolist())
+    transform = transforms.train_transform(train_set)
+    loader = episodes.episode_loader(train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch)
+    for step, episode in record.steps(loader):
+        logits = record.model(episode.support, episode.query, ways)  # (tasks, queries, ways)
+        loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
+        accelerator.backward(loss)
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, {"loss": loss}, ids=episode.indices)
 
-            if step % args.eval_every == 0 or step == iters:
-                result = meta_test(accelerator, model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
-                record.save(step, score=result[args.shots[0]].accuracy)
+        if step % args.eval_every == 0 or step == schedule.steps:
+            result = meta_test(accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+            record.save(step, score=result[args.shots[0]].accuracy)
 
     # test
-    record.load_best()
-    results = meta_test(accelerator, model, test_set, shots=args.shots, tasks=args.tasks, **test)
+    results = meta_test(accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test)
     report(record, results, args.ways, args.save_tasks)
 
 

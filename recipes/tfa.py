@@ -10,67 +10,53 @@ classifier that compares directions, not lengths, so that classes of few example
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import InputError, fpn, run, weights
+from fewshot import InputError, detect, fpn, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
-from fewshot.detect import detect, report
+from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot.detectors.build import rebuilt
 from fewshot.detectors.tfa import TFA, grow
-from fewshot.fold import folded
+from fewshot.run import Schedule
 
-# (steps, learning rate, milestones, warm-up) for a global batch of BATCH pictures: the published schedules, but for the
-# embedded glyphs a quick one.
+METHOD = "tfa"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the embedded glyphs quick
 BATCH = {"glyphs": 8, "voc": 16, "coco": 16}
+# fmt: off
 SCHEDULE = {
     "glyphs": {
-        "base": (600, 0.02, (480,), 100),
-        1: (100, 0.02, (80,), 10),
-        2: (150, 0.02, (120,), 10),
-        3: (150, 0.02, (120,), 10),
-        5: (200, 0.02, (160,), 10),
-        10: (200, 0.02, (160,), 10),
+        "base": Schedule(600, 0.02, (480,), 100),
+        1: Schedule(100, 0.02, (80,), 10), 2: Schedule(150, 0.02, (120,), 10), 3: Schedule(150, 0.02, (120,), 10),
+        5: Schedule(200, 0.02, (160,), 10), 10: Schedule(200, 0.02, (160,), 10),
     },
     "voc": {
-        "base": (18_000, 0.02, (12_000, 16_000), 100),
-        1: (4000, 0.001, (3000,), 0),
-        2: (8000, 0.001, (7000,), 0),
-        3: (12_000, 0.001, (11_000,), 10),
-        5: (20_000, 0.001, (18_000,), 10),
-        10: (40_000, 0.001, (36_000,), 10),
+        "base": Schedule(18_000, 0.02, (12_000, 16_000), 100),
+        1: Schedule(4000, 0.001, (3000,)), 2: Schedule(8000, 0.001, (7000,)), 3: Schedule(12_000, 0.001, (11_000,), 10),
+        5: Schedule(20_000, 0.001, (18_000,), 10), 10: Schedule(40_000, 0.001, (36_000,), 10),
     },
     "coco": {
-        "base": (110_000, 0.02, (85_000, 100_000), 1000),
-        10: (160_000, 0.001, (144_000,), 10),
-        30: (240_000, 0.001, (216_000,), 10),
+        "base": Schedule(110_000, 0.02, (85_000, 100_000), 1000),
+        10: Schedule(160_000, 0.001, (144_000,), 10), 30: Schedule(240_000, 0.001, (216_000,), 10),
     },
 }
-SPLIT_2_LR = 0.005  # the published rate of fine-tuning on VOC's split 2
-# (shorter side, one of these in training; longer side; flip): glyphs are characters, never mirrored
+VOC_SPLIT_2 = {
+    1: Schedule(4000, 0.005, (3000,)), 2: Schedule(8000, 0.005, (7000,)), 3: Schedule(12_000, 0.005, (11_000,), 10),
+    5: Schedule(20_000, 0.005, (18_000,), 10), 10: Schedule(40_000, 0.005, (36_000,), 10),
+}
+# fmt: on
+# shorter side (one of these in training), longer side, flip; glyphs are characters: never mirrored
 SHORT = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True), "coco": (SHORT[5:], 1333, True)}
-# RoIs per training picture, width of the box head, hidden channels of the RPN, proposals before and after NMS
-SIZES = {
-    "glyphs": {
-        "rois": 64,
-        "width": 256,
-        "rpn_channels": 64,
-        "train_proposals": (500, 200),
-        "test_proposals": (500, 100),
-    },
-    "voc": {
-        "rois": 512,
-        "width": 1024,
-        "rpn_channels": 256,
-        "train_proposals": (2000, 1000),
-        "test_proposals": (1000, 1000),
-    },
-}
-SIZES["coco"] = SIZES["voc"]
-Backbone = Literal["small", "mobilenet_v2", "resnet18", "resnet50", "resnet101"]
+# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS
+QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 200), "test_proposals": (500, 100)}
+PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
+PUBLISHED |= {"train_proposals": (2000, 1000), "test_proposals": (1000, 1000)}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
+BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101"}
 
 
 @dataclass
@@ -96,128 +82,124 @@ class Args:
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
     save_every: int = 200  # steps between saves of the state
     # model
-    backbone: Backbone | None = None  # by default small for glyphs, else as published
-    style: Literal["torchvision", "caffe"] = "torchvision"  # of a ResNet; caffe needs --weights FILE
+    backbone: trunks.Name | None = None  # by default small for glyphs, else as published
+    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/tfa/<dataset>-split<split>
+    out: str | None = None  # where everything goes; by default runs/tfa/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
     wandb: bool = False  # log to Weights & Biases
 
+    @property
+    def published(self) -> str:  # whose settings are taken: own data train as VOC does
+        return self.dataset if self.dataset in SCHEDULE else "voc"
+
+    @property
+    def few(self) -> Schedule:  # of fine-tuning
+        return (VOC_SPLIT_2 if (self.dataset, self.split) == ("voc", 2) else SCHEDULE[self.published])[self.shots]
+
 
 def main(args: Args) -> None:
-    accelerator = run.start(args)
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"
-    if args.shots not in SCHEDULE[kind]:
-        raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-    args.out = args.out or f"runs/tfa/{Path(args.dataset).stem}-split{args.split}"
-    args.base = args.base or f"{args.out}/base/model.safetensors"
-    if args.stage == "base" or (args.stage == "all" and not run.finished(accelerator, args.base)):
-        train_and_test(args, accelerator, "base", f"{args.out}/base")
-    if args.stage == "novel":
-        train_and_test(args, accelerator, "novel", f"{args.out}/{args.shots}shot-seed{args.seed}-novel")
-    elif args.stage != "base":
-        train_and_test(args, accelerator, "finetune", f"{args.out}/{args.shots}shot-seed{args.seed}")
+    with launch.started(METHOD, args) as accelerator:
+        if args.shots not in SCHEDULE[args.published]:
+            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
+        args.backbone = args.backbone or BACKBONE[args.published]
+        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
+        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
+        tuned += "-novel" * (args.stage == "novel")
+        if args.test_only:
+            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
+        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
+        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
+            train_base(args, accelerator, base)
+        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
+            last_layers = train_novel if args.stage == "novel" else finetune
+            last_layers(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
 
 
-def train_and_test(args: Args, accelerator: run.Accelerator, stage: str, out: str) -> None:
-    """Base training on the base classes, or training of the last layers on K shots of the novel or of all classes."""
-    finetune = stage != "base"
-    kind = args.dataset if args.dataset in SCHEDULE else "voc"  # own data train as VOC does
-    short, long, flip = PICTURES[kind]
+def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
+    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
+    return detection.open_split(*choice, difficult=difficult, test_images=args.test_images)
 
-    # data
-    difficult = "drop" if finetune else "keep"
-    where = {"root": args.data_root, "split": args.split, "novel": args.novel_classes}
-    train_set = detection.open_detection(args.dataset, part="train", difficult=difficult, **where)
-    test_set = detection.open_detection(args.dataset, part="test", **where)
-    test_set = test_set.with_records(test_set.records[: args.test_images])
-    if finetune:
-        train_set = k_shot.choose_shots(train_set, args.shots, args.seed, args.shot_lists)
-    base, novel, everything = train_set.base, train_set.novel, train_set.classes
-    if stage != "finetune":
-        chosen = base if stage == "base" else novel
-        train_set, test_set = train_set.restrict(chosen), test_set.restrict(chosen)
-    for note in train_set.notes:
-        accelerator.print(note)
-    pipeline = detection.Pipeline(args.short or short, args.long or long, flip, multiple=32)
 
-    # model
-    if finetune:
-        state, saved = weights.load_of(base, args.base)
-        trunk, sizes = fpn.fpn(**saved["architecture"]), saved["sizes"]
-    else:
-        name = args.backbone or ("small" if args.dataset == "glyphs" else "resnet101")
-        source = args.weights or ("none" if name == "small" else "imagenet")
-        # frozen batch norm needs statistics to be frozen at
-        norm = "group" if source == "none" and name.startswith("resnet") else None
-        style = args.style if name.startswith("resnet") else None
-        trunk, sizes = fpn.fpn(name, weights=source, style=style, norm=norm), SIZES[kind]
-        trunk.freeze(0 if source == "none" else 1)  # 0: the stem alone; random filters serve there
-    if args.rois:
-        sizes = {**sizes, "rois": args.rois}
-    model = TFA(trunk, len(train_set.classes), cosine=finetune, **sizes)
-    if stage == "finetune":
-        given = weights.load_of(novel, args.novel)[0] if args.novel else None
-        weights.fill(model, grow(state, base, everything, given, novel), args.base)
-    elif stage == "novel":
-        weights.fill(model, state, args.base, fresh=("cls.", "reg."))
-    if finetune:
-        model.requires_grad_(False)
-        model.cls.requires_grad_(True)
-        model.reg.requires_grad_(True)
-    batch_size, iters, lr, milestones, warmup = run.scaled(
-        accelerator, BATCH[kind], SCHEDULE[kind][args.shots if finetune else "base"], args
-    )
-    if finetune and args.dataset == "voc" and args.split == 2 and args.lr is None:
-        lr *= SPLIT_2_LR / 0.001
+def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """All of the detector but the trunk's first stage, on every object of the base classes."""
+    data = open_data(args, difficult="keep")
+    train, test = data.train.restrict(data.base), data.test.restrict(data.base)
+    trunk = fpn.begin(args.backbone, args.weights, style=args.style)
+    trunk.freeze_pretrained(1)
+    model = TFA(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
+    fit(args, accelerator, folder, "base", SCHEDULE[args.published]["base"], model, train, test)
+
+
+def train_novel(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+    """New last layers alone, on K objects of every novel class: they can start `finetune`, with --novel."""
+    data = open_data(args)
+    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists).restrict(data.novel)
+    state, about = weights.load_of(data.base, base)
+    model = rebuilt(TFA, about, len(train.classes), cosine=True, rois=args.rois)
+    weights.fill(model, state, base, fresh=("cls.", "reg."))
+    freeze_all_but_last(model)
+    fit(args, accelerator, folder, "novel", args.few, model, train, data.test.restrict(data.novel))
+
+
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+    """The last layers alone, on K objects of every class, those of base classes from the base model."""
+    data = open_data(args)
+    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists)
+    state, about = weights.load_of(data.base, base)
+    model = rebuilt(TFA, about, len(train.classes), cosine=True, rois=args.rois)
+    novel = weights.load_of(data.novel, args.novel)[0] if args.novel else None
+    weights.fill(model, grow(state, data.base, train.classes, novel, data.novel), base)
+    freeze_all_but_last(model)
+    fit(args, accelerator, folder, "finetune", args.few, model, train, data.test)
+
+
+def freeze_all_but_last(model: TFA) -> None:
+    model.requires_grad_(False)
+    model.cls.requires_grad_(True)
+    model.reg.requires_grad_(True)
+
+
+def fit(args, accelerator, folder, stage, schedule, model, train, test) -> None:
+    """One stage: the loop, then the test."""
+    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
+    short, long, flip = PICTURES[args.published]
+    pictures = Pipeline(args.short or short, args.long or long, flip, multiple=32)
+    schedule = schedule.scaled(args, BATCH[args.published])
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = run.warmup_step(optimizer, warmup=warmup, milestones=milestones)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    about = {"stage": stage, "classes": train_set.classes, "base": train_set.base, "novel": train_set.novel}
-    about |= {"architecture": trunk.architecture, "sizes": sizes, "cosine": finetune}
-    about |= {"normalisation": trunk.normalisation.to_dict(), "pictures": pipeline.describe()}
-    record = run.Record(accelerator, "tfa", args, out, model, optimizer, scheduler, about)
-    if finetune:
-        k_shot.save_shots(record.folder / "shots.json", train_set)
+    optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
+    about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
+    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
 
     # train
-    if not args.test_only:
-        loader = detection.train_loader(
-            train_set,
-            pipeline,
-            batch_size=batch_size,
-            seed=args.seed,
-            start=record.step,
-            steps=iters,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            device=accelerator.device,
-            workers=args.workers,
-            group=args.group_aspect,
-        )
-        model.train()
-        for step, batch in record.steps(loader, iters):
-            images = batch.normalised(trunk.normalisation)
-            losses = model(images, batch.sizes.tolist(), batch.boxes, batch.labels)
-            accelerator.backward(sum(losses.values()))
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            record.log(step, losses, ids=batch.ids)
-            if step % args.save_every == 0 or step == iters:
-                record.save(step)
+    options = {"batch_size": schedule.batch, "group": args.group_aspect}
+    loader = train_loader(train, pictures, record.feed, model.trunk.normalisation, **options)
+    for step, batch in record.steps(loader):
+        losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels)
+        accelerator.backward(sum(losses.values()))
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, losses, ids=batch.ids)
+        if step % args.save_every == 0 or step == schedule.steps:
+            record.save(step)
 
     # test
-    record.load_best()
-    detector = accelerator.unwrap_model(model).eval()
-    found = detect(accelerator, folded(detector).detect, test_set, pipeline, trunk.normalisation, workers=args.workers)
-    report(record, found, test_set, stage=stage, trained_on=train_set.classes, args=args)
+    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+
+
+def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+    """The model that is there, as it is."""
+    about = run.saved(accelerator, args, folder)
+    record = run.Record(accelerator, METHOD, args, folder, rebuilt(TFA, about), None, None, about)
+    test = open_data(args).test.restrict(about["classes"])
+    detect.test(record, test, workers=args.workers, classwise=args.classwise)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Literal
 import tyro
 from tqdm.auto import tqdm
 
-from fewshot import InputError, show
+from fewshot import InputError, run, show
 from fewshot.data import detection, k_shot
 
 
@@ -49,7 +49,7 @@ def main(args: Args) -> None:
     for k, seed in tqdm(wanted, unit="draw", leave=False):
         path = folder / f"{k}shot-seed{seed}.json"
         chosen = k_shot.choose_shots(dataset, k, seed, args.shot_lists)
-        k_shot.save_shots(path, chosen)
+        run.write_json(path, k_shot.shots_of(chosen))
         draw(chosen, path)
         for note in chosen.notes[len(dataset.notes) :]:
             tqdm.write(note)

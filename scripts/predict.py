@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import fewshot
 from fewshot import InputError, show
 from fewshot.data import annotations
-from fewshot.data.classification import PICTURES
+from fewshot.data.pictures import PICTURES
 from fewshot.inference import Classifier, decoded
 
 SIDE = 480  # pixels: height of annotated pictures

@@ -66,7 +66,9 @@ def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
     module = module_of(recipe)
     run.Record.log = remember
     try:
-        module.main(tyro.cli(module.Args, args=[*RUNS[name].split(), "--out", str(folder / recipe)]))
+        # TFA's stage for novel classes goes on from its base model
+        out = folder / (recipe if "--stage" in RUNS[name] else name.replace(" ", "_"))
+        module.main(tyro.cli(module.Args, args=[*RUNS[name].split(), "--out", str(out)]))
     finally:
         run.Record.log = log
     return seen

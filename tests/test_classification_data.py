@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import pickle
 import shutil
 import zipfile
@@ -183,7 +184,7 @@ WNIDS = [f"n{i:08d}" for i in range(16)]  # of a made-up val split
 
 def mini_csv(home: Path, ranks: tuple[int, ...]) -> None:
     home.mkdir(parents=True, exist_ok=True)
-    with (home / "val.csv").open("w", newline="") as file:
+    with (home / "val.csv").open("w", newline="", encoding="utf-8-sig") as file:  # as a spreadsheet writes it
         csv.writer(file).writerows(
             [("filename", "label"), *((f"{wnid}{rank:08d}.jpg", wnid) for wnid in WNIDS for rank in ranks)]
         )
@@ -225,6 +226,9 @@ def test_mini_imagenet_from_whole_ilsvrc_folders(tmp_path):
     (tmp_path / "images" / WNIDS[5] / f"{WNIDS[5]}_77.JPEG").unlink()
     with pytest.raises(InputError, match=rf"{WNIDS[5]}: expected .* needs picture 4 of it, and 3 are there"):
         open_dataset("mini_imagenet", tmp_path, "val")
+    mini_csv(tmp_path, (1, 0))
+    with pytest.raises(InputError, match=rf"{WNIDS[0]}: expected .* needs picture 00000 of it"):
+        open_dataset("mini_imagenet", tmp_path, "val")
     shutil.rmtree(tmp_path / "images" / WNIDS[5])
     with pytest.raises(InputError, match=f"{tmp_path / 'images' / WNIDS[5]}: missing"):
         open_dataset("mini_imagenet", tmp_path, "val")
@@ -238,6 +242,13 @@ def test_mini_imagenet_without_its_tables(tmp_path):
         open_dataset("mini_imagenet", tmp_path, "test")
     (tmp_path / "test.csv").write_text("filename,label\na.jpg,n01\n")
     with pytest.raises(InputError, match=r"test.csv: 1 classes, this split has 20"):
+        open_dataset("mini_imagenet", tmp_path, "test")
+    for row in ("../a.jpg,n01", "/a.jpg,n01", "a.jpg,../n01"):
+        (tmp_path / "test.csv").write_text(f"filename,label\n{row}\n")
+        with pytest.raises(InputError, match=r"test.csv: '.*' leads out of the data's folder"):
+            open_dataset("mini_imagenet", tmp_path, "test")
+    (tmp_path / "test.csv").write_bytes("filename,label\nä.jpg,n01\n".encode("latin1"))
+    with pytest.raises(InputError, match=r"test.csv: not text in UTF-8"):
         open_dataset("mini_imagenet", tmp_path, "test")
     (tmp_path / "test.csv").write_text("a.jpg,n01\n")
     with pytest.raises(InputError, match=r"test.csv: its first line must be filename,label"):
@@ -485,3 +496,68 @@ def test_missing_or_broken_cifar(tmp_path):
     (tmp_path / "cifar-100-python" / "test").unlink()
     with pytest.raises(InputError, match=r"cifar-100-python/test: not readable"):
         open_dataset("cifar_fs", tmp_path, "train")
+
+
+def test_broken_pickles_are_named(tmp_path):
+    home = tmp_path / "cifar-100-python"
+    cifar(home)
+    for content in (
+        b"",
+        b"no pickle",
+        pickle.dumps(["no dictionary"]),
+        pickle.dumps({"data": 1}),
+        b"\x80\x02]K\x01}b.",
+    ):
+        (home / "meta").write_bytes(content)
+        with pytest.raises(InputError, match="meta: not readable") as caught:
+            open_dataset("cifar_fs", tmp_path, "train")
+        assert "\n" not in str(caught.value)
+    whole = pickle.dumps({"a": np.arange(9), "b": ["x", np.int32(3)]}, protocol=2)
+    broken = tmp_path / "broken.pkl"
+    for place in range(len(whole)):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
+            broken.write_bytes(damaged)
+            try:
+                classification._unpickle(broken, "a")
+            except InputError as error:
+                assert str(error).startswith(f"{broken}: not readable")
+
+
+class Planted:
+    """Has a function called when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_pickles_run_no_code(tmp_path, protocol):
+    path, done = tmp_path / "val_images_png.pkl", tmp_path / "done"
+    for planted, name in [
+        (Planted(os.system, f"touch {done}"), "system"),
+        (Planted(eval, f"open({str(done)!r}, 'w')"), "eval"),
+        (Planted(np.fromfile, str(path)), "fromfile"),
+        (Planted(np.ndarray, (1,), np.dtype("O"), b"anywhere"), ""),  # would take eight bytes for an object's address
+    ]:
+        path.write_bytes(pickle.dumps([planted], protocol=protocol))
+        with pytest.raises(InputError, match=f"val_images_png.pkl: not readable .*{name}"):
+            classification._unpickle(path)
+        assert not done.exists()
+
+
+def test_pickles_of_python_2_and_3_give_their_arrays(tmp_path):
+    content = {"bytes": np.array([7, 255], np.uint8), "f": np.arange(6.0).reshape(2, 3).T, "n": np.int64(-3)}
+    content |= {"s": np.array(["a", "bc"]), "o": np.array([1, "x"], object), ">": np.array([258], ">i2")}
+    for protocol in (2, 3, 4):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+        found = classification._unpickle(tmp_path / "a.pkl", "bytes", "n")
+        for key, wanted in content.items():
+            assert np.array_equal(found[key], wanted) and found[key].dtype == wanted.dtype
+    # by Python 2, whose texts are bytes
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + array + b"(K\x01K\x02\x85" + dtype + b"\x89U\x02\x07\xfftb.")
+    assert classification._unpickle(tmp_path / "a.pkl").tolist() == [7, 255]

@@ -10,13 +10,17 @@ import pytest
 import torch
 from naming_rule import boxes as named_boxes
 from naming_rule import close, golden, jitter, stream
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fewshot import evaluate
-from fewshot.data import detection
+from fewshot.data import detection, pipeline
 from fewshot.data.annotations import make_record
-from fewshot.data.detection import DetectionSet, Pipeline
+from fewshot.data.detection import DetectionSet
+from fewshot.data.pipeline import Pipeline
+from fewshot.data.stream import Feed
+from fewshot.data.transforms import HALF
 from fewshot.evaluate import Detections, evaluate_coco, evaluate_voc
 
 GOLDEN = golden("voc_ap")
@@ -306,7 +310,7 @@ def test_detections_return_to_original_pixels():
     dataset = detection.open_detection("glyphs", "", part="test")
     dataset = dataset.with_records(dataset.records[:4])
     found = {}
-    for batch in detection.test_loader(dataset, Pipeline(400), batch_size=2):
+    for batch in pipeline.test_loader(dataset, Pipeline(400), Feed(), HALF, batch_size=2):
         perfect = [(b, torch.ones(len(b)), names) for b, names in zip(batch.boxes, batch.labels)]
         found |= evaluate.in_original_pixels(batch, perfect)
     assert evaluate.evaluate(found, dataset)["AP50"]["all"] == 100
@@ -334,3 +338,40 @@ def test_coco_json():
     assert [i["image_id"] for i in items] == [r.id for r in dataset.records]
     assert items[0]["bbox"] == [1, 2, 10, 20] and items[0]["category_id"] == 4 and items[0]["score"] == 0.5
     assert items[0]["category"] == dataset.classes[3]
+
+
+def test_coco_json_has_the_ids_of_the_users_json(tmp_path):
+    """Whoever has the json that a model was tested with gets our AP from pycocotools and detections.json."""
+    rng = np.random.default_rng(0)
+    for ids in ([7, 3_000_000_000, 12], ["b-1", "a/2", "007"]):
+        images, objects = [], []
+        for id in ids:
+            name = str(id).replace("/", "_") + ".png"
+            Image.new("RGB", (200, 200)).save(tmp_path / name)
+            images.append({"id": id, "file_name": name, "width": 200, "height": 200})
+            for _ in range(12):
+                x, y, w, h = rng.uniform((0, 0, 20, 20), (100, 100, 100, 100)).round(1).tolist()
+                item = {"image_id": id, "bbox": [x, y, w, h], "area": w * h, "iscrowd": int(rng.random() < 0.1)}
+                objects.append({"id": len(objects) + 1, "category_id": int(rng.choice([3, 17, 90])), **item})
+        categories = [{"id": 90, "name": "ant"}, {"id": 3, "name": "cat"}, {"id": 17, "name": "bee"}]
+        content = {"images": images, "annotations": objects, "categories": categories}
+        (tmp_path / "own.json").write_text(json.dumps(content))
+        dataset = detection.open_detection("own.json", tmp_path, part="test", novel=["bee"])
+        found = {}
+        for record in dataset.records:
+            boxes = record.boxes.repeat(3, 0) + rng.normal(0, 8, (3 * len(record.boxes), 4)).astype(np.float32)
+            labels = np.where(rng.random(len(boxes)) < 0.8, record.labels.repeat(3), 0)
+            found[record.id] = Detections(boxes, rng.random(len(boxes)).astype(np.float32), labels)
+        items = json.loads(json.dumps(evaluate.coco_json(found, dataset)))
+        assert [i["image_id"] for i in items[:: len(items) // 3]] == ids
+        assert {(i["category_id"], i["category"]) for i in items} == {(90, "ant"), (3, "cat"), (17, "bee")}
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(tmp_path / "own.json"))
+            plain = COCOeval(truth, truth.loadRes(items), "bbox")
+            plain.params.maxDets = [100, 300, 1000]
+            plain.evaluate()
+            plain.accumulate()
+            plain.summarize()
+        mine = evaluate_coco(found, dataset)
+        assert mine["AP"]["all"] == pytest.approx(100 * plain.stats[0], abs=1e-6) and mine["AP"]["all"] > 10
+        assert mine["AR1000"]["all"] == pytest.approx(100 * plain.stats[8], abs=1e-6)

@@ -26,7 +26,7 @@ def test_anchors_equal_the_reference(kind):
     golden = json.loads((GOLDENS / "det_anchors.json").read_text())[kind]
     config = golden["config"]
     for stride, base in zip(config["strides"], golden["base_anchors"], strict=True):
-        anchors = faster_rcnn.anchor_grid((2, 3), stride, config["scales"], config["ratios"])
+        anchors = faster_rcnn.anchor_grid((2, 3), stride, tuple(config["scales"]), tuple(config["ratios"]))
         a = len(base)
         assert torch.allclose(anchors[:a], torch.tensor(base), atol=1e-4)
         shift = torch.tensor([2.0 * stride, stride, 2.0 * stride, stride])

@@ -16,6 +16,7 @@ import fewshot
 from fewshot import InputError, mmfewshot, weights
 from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
 from fewshot.detectors.faster_rcnn import Detections
+from fewshot.inference import Found
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_mmfewshot.py"
 NOVEL = VOC_NOVEL[1].split()
@@ -44,7 +45,7 @@ def detector_checkpoint(case: str, path: Path) -> dict:
     return stored
 
 
-def as_reference(found: fewshot.inference.Found, classes: list[str]) -> Detections:
+def as_reference(found: Found, classes: list[str]) -> Detections:
     return Detections(found.boxes, found.scores, torch.tensor([classes.index(name) for name in found.names]))
 
 
@@ -124,7 +125,7 @@ def test_classifiers(method, tmp_path, script):
     x = model.transformed([torch.from_numpy(p).permute(2, 0, 1) for p in pictures], "keep")
     assert torch.allclose(x, rgb_input(*pictures), atol=1e-5)
     if method != "maml":  # whose norms never use the statistics that a checkpoint has
-        close(model.features(x), stored["eval"], 1e-5)
+        close(model.network.features(x), stored["eval"], 1e-5)
     state = load_file(tmp_path / "model.safetensors")
     assert len([key for key in state if key.startswith("head.")]) == len(head)
 

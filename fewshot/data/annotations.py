@@ -7,10 +7,11 @@ but that all of them are there is checked at once.
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -56,6 +57,7 @@ class Record:
     difficult: np.ndarray  # bool (n,): VOC's difficult objects, COCO's crowds; evaluation ignores them
     areas: np.ndarray | None = None  # float32 (n,), of COCO's masks, for its size classes; None: the boxes' areas
     scene: int | None = None  # number of the glyph scene to draw
+    image_id: int | str | None = None  # as the json has it, for COCO's format
 
     def select(self, which: np.ndarray | Sequence[int]) -> "Record":
         """The same picture with only the objects `which`: a mask, or positions in the order wanted."""
@@ -63,6 +65,14 @@ class Record:
         return replace(
             self, boxes=self.boxes[which], labels=self.labels[which], difficult=self.difficult[which], areas=areas
         )
+
+
+class Coco(NamedTuple):
+    """What a json file in COCO's format holds: the ids of its classes in label order, and what the user should hear."""
+
+    category_ids: dict[str, int]
+    records: list[Record]
+    notes: list[str]
 
 
 def make_record(id: str, path: str | Path, width: int, height: int, objects: Sequence[tuple]) -> Record:
@@ -78,7 +88,7 @@ def make_record(id: str, path: str | Path, width: int, height: int, objects: Seq
 
 
 def read_voc(root: Path, part: Part, offset: Sequence[float]) -> tuple[list[Record], list[str]]:
-    """Records of VOC 07+12 trainval or 07 test, labelled by `VOC_CLASSES`, and notes on a year that is not there.
+    """Records of VOC 07+12 trainval or 07 test, labelled by `VOC_CLASSES`, and what the user should hear.
 
     `root` holds VOC2007 and VOC2012, or VOCdevkit with them. Ids are "VOC2007/000012". Boxes are the annotated
     integers, plus `offset` in the training part.
@@ -95,11 +105,12 @@ def read_voc(root: Path, part: Part, offset: Sequence[float]) -> tuple[list[Reco
         elif not ids.is_file():
             raise InputError(f"{ids} is missing: unpack {year} {name} there")
         else:
-            lines = ids.read_text().splitlines()
-            records += [_voc_record(folder, line.split()[0]) for line in lines if line.strip()]
+            lines = read_text(ids).splitlines()
+            records += [_voc_record(folder, inside(line.split()[0], ids)) for line in lines if line.strip()]
     if part == "train":
         for record in records:
             record.boxes += np.float32(offset)
+        notes += _beyond(devkit, records)
     _check_pictures(records)
     return records, notes
 
@@ -109,9 +120,11 @@ def _voc_record(folder: Path, name: str) -> Record:
     try:
         tree = ElementTree.parse(path).getroot()
         width, height = (int(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
+        if not (_finite(width, height) and min(width, height) > 0):
+            raise ValueError(f"{width} x {height} pixels")
     except FileNotFoundError:
         raise InputError(f"{path} is missing though listed in ImageSets/Main: unpack {folder.name} again") from None
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # LookupError: of an encoding
         raise InputError(f"{path}: not a VOC annotation with a size ({error}); unpack or correct it") from None
     objects = []
     for item in tree.iterfind("object"):
@@ -120,16 +133,18 @@ def _voc_record(folder: Path, name: str) -> Record:
             continue
         try:
             box = [int(float(item.findtext(f"bndbox/{k}", ""))) for k in ("xmin", "ymin", "xmax", "ymax")]
-        except ValueError:
+        except (ValueError, OverflowError):  # also of NaN and infinity
             raise InputError(f"{path}: a {label} without a whole bndbox; correct it or take it out") from None
+        if not _finite(*box):
+            raise InputError(f"{path}: {label} box {box} is too large; correct it or take it out")
         if box[2] < box[0] or box[3] < box[1]:  # both ends are inside: a box from 7 to 7 is one pixel wide
             raise InputError(f"{path}: {label} box {box} has no area; correct it or take it out")
         objects.append((box, VOC_CLASSES.index(label), item.findtext("difficult", "0").strip() == "1"))
     return make_record(f"{folder.name}/{name}", folder / "JPEGImages" / f"{name}.jpg", width, height, objects)
 
 
-def read_coco(root: Path, part: Part) -> tuple[list[str], list[Record]]:
-    """COCO's class names in COCO's order, and its records. `root` holds annotations/ and train2017/ etc., or coco/."""
+def read_coco(root: Path, part: Part) -> Coco:
+    """COCO, its classes in COCO's order. `root` holds annotations/ and train2017/ etc., or coco/."""
     places = [root / folder for folder in COCO_FOLDERS]
     pairs = [(place / train, place / test) for train, test in COCO_FILES for place in places]
     pair = next((p for p in pairs if p[0].is_file() or p[1].is_file()), None)
@@ -137,17 +152,17 @@ def read_coco(root: Path, part: Part) -> tuple[list[str], list[Record]]:
         raise InputError(f"{root}: no annotations/instances_train2017.json or such in it or its coco; {_holds(root)}")
     path = pair[part == "test"]
     # COCO holds some boxes of next to no area: training skips them, COCO's own evaluation does not.
-    classes, records = read_coco_json(path, "skip" if part == "train" else "take")
+    coco = _read_coco(path, "skip" if part == "train" else "take")
     pictures = root / "coco" if (root / "coco").is_dir() else root
-    for record in records:
+    for record in coco.records:
         year = re.search(r"(train|val)20\d\d", record.path) or re.search(r"(train|val)20\d\d", path.name)
         record.path = str(pictures / (year[0] if year else "") / Path(record.path).name)
-    _check_pictures(records)
-    return classes, records
+    _check_pictures(coco.records)
+    return coco
 
 
-def read_own(place: Path, part: Part) -> tuple[list[str], list[Record], list[str]]:
-    """Class names in alphabetical order, records and notes of one's own data in COCO's format.
+def read_own(place: Path, part: Part) -> Coco:
+    """One's own data in COCO's format, its classes in alphabetical order.
 
     `place` is a folder with train.json and test.json, whose categories must agree, or one json file. Pictures are where
     the json's file names say, from images/ beside it, the json's folder, train/ or test/ beside it, or ../images.
@@ -155,7 +170,7 @@ def read_own(place: Path, part: Part) -> tuple[list[str], list[Record], list[str
     path, notes = place / f"{part}.json", []
     if not place.is_dir():
         path, notes = place, [f"{place} is one file: test a model on other pictures than it was trained on"]
-    ids, records = read_coco_json(path, "refuse")
+    ids, records, flaws = _read_coco(path, "refuse")
     if place.is_dir():
         other = place / ("test.json" if part == "train" else "train.json")
         if other.is_file() and (differ := {c["name"] for c in _coco_lists(other)[0]} ^ set(ids)):
@@ -173,7 +188,7 @@ def read_own(place: Path, part: Part) -> tuple[list[str], list[Record], list[str
     for record in records:
         record.path, record.labels = str(folder / record.path), to_new[record.labels]
     _check_pictures(records)
-    return classes, records, notes
+    return Coco({name: ids[name] for name in classes}, records, notes + flaws)
 
 
 def read_coco_json(path: Path, flawed: Literal["skip", "take", "refuse"]) -> tuple[list[str], list[Record]]:
@@ -182,41 +197,119 @@ def read_coco_json(path: Path, flawed: Literal["skip", "take", "refuse"]) -> tup
     `flawed` says what becomes of boxes without area (`InputError` if refused), and of those outside their picture,
     smaller than a pixel or marked "ignore" (skipped unless taken).
     """
+    category_ids, records, _ = _read_coco(path, flawed)
+    return list(category_ids), records
+
+
+def _read_coco(path: Path, flawed: Literal["skip", "take", "refuse"]) -> Coco:
     categories, images, annotations = _coco_lists(path)
+    if flawed == "refuse":
+        _check_unique(path, categories, images)
     categories = sorted(categories, key=lambda category: category["id"])
     label = {category["id"]: i for i, category in enumerate(categories)}
-    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    sizes = {image["id"]: (int(image["width"]), int(image["height"])) for image in images}
     objects: dict[Any, list[tuple]] = {image["id"]: [] for image in images}
+    dropped: Counter[str] = Counter()
     for item in annotations:
-        what = f"{path}: annotation {item.get('id')} of image {item.get('image_id')}"
-        if item.get("image_id") not in objects or item.get("category_id") not in label:
-            raise InputError(f"{what}: its image or category {item.get('category_id')} is not listed; correct the file")
-        if len(item.get("bbox") or ()) != 4:
-            raise InputError(f"{what} has no bbox [x, y, width, height]; add it or take the annotation out")
-        x, y, w, h = item["bbox"]
+        picture, category, bbox = item.get("image_id"), item.get("category_id"), item.get("bbox")
+        what = f"{path}: annotation {item.get('id')!r} of image {picture!r}"
+        if not (_is_id(picture) and _is_id(category) and picture in objects and category in label):
+            raise InputError(f"{what}: its image or category {category!r} is not listed; correct the file")
+        if not (isinstance(bbox, list) and len(bbox) == 4 and _finite(*bbox)):
+            raise InputError(
+                f"{what}: bbox {bbox!r:.60} is not [x, y, width, height] in pixels; correct it or take it out"
+            )
+        x, y, w, h = bbox
         if flawed == "refuse" and (w <= 0 or h <= 0):
-            raise InputError(f"{what}: box {item['bbox']} has no area; correct it or take it out")
-        area, (width, height) = item.get("area", w * h), sizes[item["image_id"]]
-        outside = min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0)
-        if flawed != "take" and (item.get("ignore") or outside or area <= 0 or w < 1 or h < 1):
+            raise InputError(f"{what}: box {bbox} has no area; correct it or take it out")
+        area = w * h if item.get("area") is None else item["area"]
+        if not _finite(area):
+            raise InputError(f"{what}: area {area!r} is no number; correct it or take it out")
+        width, height = sizes[picture]
+        flaws = {
+            "marked ignore": item.get("ignore"),
+            "without area": area <= 0 or w <= 0 or h <= 0,
+            "outside their picture": min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0),
+            "smaller than a pixel": w < 1 or h < 1,
+        }
+        if flawed != "take" and (flaw := next((kind for kind, found in flaws.items() if found), None)):
+            dropped[flaw] += 1
             continue
-        box = (x, y, x + w, y + h)
-        objects[item["image_id"]].append((box, label[item["category_id"]], bool(item.get("iscrowd")), area))
-    records = [make_record(str(i["id"]), i["file_name"], i["width"], i["height"], objects[i["id"]]) for i in images]
-    return [category["name"] for category in categories], records
+        objects[picture].append(((x, y, x + w, y + h), label[category], bool(item.get("iscrowd")), area))
+    records = []
+    for image in images:
+        id = image["id"]
+        records.append(make_record(str(id), image["file_name"], *sizes[id], objects[id]))
+        records[-1].image_id = id
+    notes = [f"{path}: boxes {flaw}, left out: {n}" for flaw, n in dropped.items()]
+    if flawed != "take":
+        notes += _beyond(path, records)
+    return Coco({category["name"]: category["id"] for category in categories}, records, notes)
+
+
+def _beyond(where: Path, records: list[Record]) -> list[str]:
+    """A note on boxes that reach beyond their picture, if some do by more than rounding."""
+    n = 0
+    for record in records:
+        limits = np.float32([record.width, record.height] * 2) + 0.5
+        n += int(((record.boxes < -0.5) | (record.boxes > limits)).any(1).sum())
+    return [f"{where}: boxes that reach beyond their picture, cut off there in training: {n}"] if n else []
+
+
+def _finite(*values: Any) -> bool:
+    """Whether all are numbers, and as small as those of pixels are: NaN and infinity are not."""
+    return all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in values)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str))
+
+
+def _check_unique(path: Path, categories: list[dict], images: list[dict]) -> None:
+    for kind, values in (
+        ("category id", [category["id"] for category in categories]),
+        ("category", [category["name"] for category in categories]),
+        ("image id", [str(image["id"]) for image in images]),
+    ):
+        value, count = max(Counter(values).items(), key=lambda item: item[1], default=("", 0))
+        if count > 1:
+            raise InputError(f"{path}: {kind} {value!r} is listed {count} times; list it once")
 
 
 def _coco_lists(path: Path) -> tuple[list[dict], list[dict], list[dict]]:
     """The categories, images and annotations of a json file, each known to have the fields that everything needs."""
     content = read_json(path)
-    needed = {"categories": ("id", "name"), "images": ("id", "file_name", "width", "height"), "annotations": ()}
-    for key, names in needed.items():
+    lists = []
+    for key, check in (("categories", _category_flaw), ("images", _image_flaw), ("annotations", None)):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path}: no list {key!r}; COCO's format has categories, images and annotations")
-        for item in content[key]:
-            if absent := [name for name in names if name not in item]:
-                raise InputError(f"{path}: an entry of {key!r} without {absent[0]!r}: {item}; add it")
-    return content["categories"], content["images"], content["annotations"]
+        for number, item in enumerate(content[key]):
+            what = f"{path}: entry {number} of {key!r}"
+            if not isinstance(item, dict):
+                raise InputError(f"{what} is no object: {item!r:.60}; correct it or take it out")
+            if check and (flaw := check(item)):
+                raise InputError(f"{what} {flaw}: {item!r:.200}; correct it")
+            if key == "images":
+                inside(item["file_name"], what)
+        lists.append(content[key])
+    return tuple(lists)
+
+
+def _category_flaw(item: dict) -> str | None:
+    if not isinstance(item.get("id"), int):
+        return "has no whole number 'id'"
+    return None if isinstance(item.get("name"), str) else "has no text 'name'"
+
+
+def _image_flaw(item: dict) -> str | None:
+    if not _is_id(item.get("id")):
+        return "has no number or text 'id'"
+    if not isinstance(item.get("file_name"), str):
+        return "has no text 'file_name'"
+    for side in ("width", "height"):
+        if not (_finite(item.get(side)) and item[side] > 0 and item[side] == int(item[side])):
+            return f"has no positive whole number {side!r}"
+    return None
 
 
 def read_shot_list(
@@ -232,7 +325,7 @@ def read_shot_list(
     if path is None:
         raise InputError(f"{folder}: no list {names[0]} or {names[1]}; give the folder that holds the lists")
     if path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = [inside(line.strip(), path) for line in read_text(path).splitlines() if line.strip()]
         listed = [(_voc_id(line), line, None) for line in lines]
     else:
         classes, records = read_coco_json(path, "skip")
@@ -261,12 +354,28 @@ def _voc_id(line: str) -> str:
 
 def read_json(path: str | Path) -> Any:
     """The content of a json file; `InputError` naming it when it is missing or broken."""
+    text = read_text(path)
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not json ({error}); make or unpack it again") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The content of a file in UTF-8, with or without a byte order mark; `InputError` naming it when it is not that."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError:
         raise InputError(f"{path} cannot be read: is it there?") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not json ({error}); make or unpack it again") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text in UTF-8 ({error}); save it as that") from None
+
+
+def inside(name: str, where: str | Path) -> str:
+    """The name of a picture in the list `where`; `InputError` if it would lead out of the folder of the data."""
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        raise InputError(f"{where}: {name!r} leads out of the data's folder; give its path in there")
+    return name
 
 
 def _holds(folder: Path) -> str:

@@ -35,10 +35,10 @@ class Squares:
     def __init__(self, path: Path):
         try:
             records = np.load(path, mmap_mode="r")
-        except (OSError, EOFError, ValueError) as error:
+            self.pixels, self.aspects = np.asarray(records["pixels"]), np.asarray(records["aspect"])
+        except (OSError, EOFError, ValueError, LookupError) as error:
             raise InputError(f"{path}: not readable as a cache ({error}); delete it to have it made again") from error
         self.path = path
-        self.pixels, self.aspects = np.asarray(records["pixels"]), np.asarray(records["aspect"])
 
     def __reduce__(self) -> tuple:
         return Squares, (self.path,)  # a loading process opens the file instead of being sent its contents

@@ -4,8 +4,8 @@
 and the embedded glyphs. Classes come in the order in which mmfewshot numbers them, where it has the data set.
 """
 
+import codecs
 import csv
-import io
 import os
 import pickle
 import re
@@ -14,22 +14,23 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from fewshot import InputError
-from fewshot.data import transforms
+from fewshot.data import pictures, transforms
+from fewshot.data.annotations import inside, read_text
 from fewshot.data.glyphs import glyph
 from fewshot.data.image_set import ImageSet, Source, Split
 from fewshot.data.label_orders import CIFAR_FS, FC100, MINI_ORDER, TIERED_ORDER
+from fewshot.data.pictures import PICTURES
 
 DatasetName = Literal["glyphs", "omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "folder"]
 
 CACHE_FOLDER = ".fewshot_cache"  # beside the data
 SIDE = 84  # what networks see of natural images, unless told otherwise
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}  # files in class folders
 
 GLYPH_CLASSES = {"train": range(64), "val": range(64, 80), "test": range(80, 100)}  # as many as mini-ImageNet's
 GLYPHS_PER_CLASS = 600
@@ -87,21 +88,6 @@ def _open(name: DatasetName, root: Path, split: Split, size: int | None, seed: i
     raise InputError(f"data set {name!r}: must be one of {', '.join(get_args(DatasetName))}")
 
 
-def read_picture(path: str | os.PathLike) -> Image.Image:
-    """A picture file as an RGB image, upright if its EXIF says how. Raises InputError naming an unreadable file."""
-    return _decode(path, str(path))
-
-
-def _decode(file: str | os.PathLike | BinaryIO, name: str, mode: str = "RGB") -> Image.Image:
-    try:
-        with Image.open(file) as picture:
-            return ImageOps.exif_transpose(picture).convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # PIL's own words on an unknown format are the file's name once more
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise InputError(f"{name}: not readable as a picture ({reason}); replace or remove it") from error
-
-
 @dataclass(frozen=True)
 class _Files:
     """Pictures in files."""
@@ -109,7 +95,7 @@ class _Files:
     paths: list[str]
 
     def __call__(self, index: int) -> Image.Image:
-        return read_picture(self.paths[index])
+        return pictures.read(self.paths[index])
 
     def version(self) -> object:
         return [_file_version(path) for path in self.paths]
@@ -123,7 +109,7 @@ class _Buffers:
     buffers: list[np.ndarray]
 
     def __call__(self, index: int) -> Image.Image:
-        return _decode(io.BytesIO(self.buffers[index]), f"{self.path}, picture {index}")
+        return pictures.decode(self.buffers[index], f"{self.path}, picture {index}")
 
     def version(self) -> object:
         return _file_version(self.path)
@@ -253,21 +239,21 @@ def _omniglot_drawings(home: Path, part: str) -> list[tuple[str, bytes]]:
         with zipfile.ZipFile(archive) as opened:
             files = [name for name in opened.namelist() if name.endswith(".png")]
             return [(name.removeprefix(f"{part}/"), opened.read(name)) for name in files]
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{archive}: not readable ({error}); put it there again, or unpack it to {folder}") from error
 
 
 def _ink(encoded: bytes, name: str, size: int) -> np.ndarray:
     """A drawing as uint8 (size, size), 255 where there is ink: the files are black on white."""
-    paper = _decode(io.BytesIO(encoded), name, mode="L").resize((size, size), Image.Resampling.BILINEAR)
+    paper = pictures.decode(encoded, name, mode="L").resize((size, size), Image.Resampling.BILINEAR)
     return 255 - np.asarray(paper)
 
 
 def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, size: int) -> ImageSet:
     """A part of CIFAR-100's classes with all their pictures, those for training and those for testing."""
     home = _find(root, name, ("cifar100",), ("cifar-100-python",)) / "cifar-100-python"
-    parts = [_unpickle(home / part) for part in ("train", "test")]
-    names = _unpickle(home / "meta")["fine_label_names"]
+    parts = [_unpickle(home / part, "data", "fine_labels", "coarse_labels") for part in ("train", "test")]
+    names = _unpickle(home / "meta", "fine_label_names")["fine_label_names"]
     fine, coarse = (np.concatenate([part[f"{key}_labels"] for part in parts]) for key in ("fine", "coarse"))
     if name == "fc100":
         chosen = np.unique(fine[np.isin(coarse, FC100[split])])
@@ -336,13 +322,15 @@ def _open_mini_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     table = home / f"{split}.csv"
     if not table.is_file():
         raise InputError(f"{table}: missing; Ravi and Larochelle's split belongs there")
-    with table.open(newline="") as lines:
-        header, *rows = [row for row in csv.reader(lines) if row] or [[]]
+    try:
+        header, *rows = [row for row in csv.reader(read_text(table).splitlines()) if row] or [[]]
+    except csv.Error as error:
+        raise InputError(f"{table}: not a table ({error}); get the published one") from error
     if header != ["filename", "label"] or any(len(row) != 2 for row in rows):
         raise InputError(f"{table}: its first line must be filename,label, and all lines alike")
     names: dict[str, list[str]] = {}  # wnid -> what the split calls its pictures
     for file, wnid in rows:
-        names.setdefault(wnid, []).append(file)
+        names.setdefault(inside(wnid, table), []).append(inside(file, table))
     classes = _in_order(names, MINI_ORDER[split], table)
     paths = {
         wnid: dict(zip(files, _mini_imagenet_files(home / "images", wnid, files))) for wnid, files in names.items()
@@ -367,15 +355,16 @@ def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path
     elif (folder / names[0]).is_file():
         files = [folder / name for name in names]
     else:
-        ranked = [path for path in folder.iterdir() if re.fullmatch(rf"{wnid}_\d+", path.stem)]
+        ranked = [path for path in folder.iterdir() if re.fullmatch(rf"{re.escape(wnid)}_\d+", path.stem)]
         ranked.sort(key=lambda path: int(path.stem.rpartition("_")[2]))
-        ranks = [int(Path(name).stem[-5:]) for name in names]
-        if max(ranks) > len(ranked):
-            raise InputError(
-                f"{folder}: expected {names[0]} there, or ILSVRC12's whole folder of this class: the split needs "
-                f"picture {max(ranks)} of it, and {len(ranked)} are there"
-            )
-        return [ranked[rank - 1] for rank in ranks]
+        by_rank = {f"{rank:05d}": path for rank, path in enumerate(ranked, 1)}
+        for name in names:
+            if (rank := Path(name).stem[-5:]) not in by_rank:
+                raise InputError(
+                    f"{folder}: expected {names[0]} there, or ILSVRC12's whole folder of this class: the split needs "
+                    f"picture {rank.lstrip('0') or rank} of it, and {len(ranked)} are there"
+                )
+        return [by_rank[Path(name).stem[-5:]] for name in names]
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: missing, though others of this class are there; unpack the data set again")
@@ -385,7 +374,7 @@ def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path
 def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     home = _find(root, "tiered_imagenet", ("tiered_imagenet",), (f"{split}_labels.pkl",))
     table = home / f"{split}_labels.pkl"
-    found = _unpickle(table)
+    found = _unpickle(table, "label_specific_str", "label_specific")
     names, specific = list(found["label_specific_str"]), np.asarray(found["label_specific"])
     classes = _in_order(names, TIERED_ORDER[split], table)
     label = {name: i for i, name in enumerate(classes)}
@@ -405,12 +394,50 @@ def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     return _open_photographs("tiered_imagenet", split, classes, labels, source, size)
 
 
-def _unpickle(path: Path) -> Any:
+class _Array(np.ndarray):
+    """An array whose pickle says what it holds, but not what numpy should take that for in memory."""
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, dtype, *rest = state
+        super().__setstate__((version, shape, np.dtype(dtype.str), *rest))
+
+
+def _array(*_: Any) -> _Array:
+    return _Array(0, np.uint8)  # its state, shape and all, follows in the pickle
+
+
+def _scalar(dtype: np.dtype, raw: bytes | str) -> np.generic:
+    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.str)[0]
+
+
+# All that the published pickles call. numpy's own functions would make objects of any bytes, and so crash.
+HARMLESS = {
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _array for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{("numpy", "ndarray"): None, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): codecs.encode},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Calls nothing but `HARMLESS`: a pickle may name any function and have it called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in HARMLESS:
+            raise pickle.UnpicklingError(f"it would call {module}.{name}")
+        return HARMLESS[module, name]
+
+
+def _unpickle(path: Path, *keys: str) -> Any:
+    """The content of a pickle: a dictionary with these keys, if any are given."""
     try:
         with path.open("rb") as file:
-            return pickle.load(file, encoding="latin1")  # Python 2 wrote the published ones
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not readable ({error}); get the published archive again") from error
+            found = _Unpickler(file, encoding="latin1").load()  # Python 2 wrote the published ones
+        if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
+            raise ValueError(f"not a dictionary with {', '.join(keys)}")
+        return found
+    except Exception as error:  # a broken pickle calls anything with anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not readable ({reason}); get the published archive again") from error
 
 
 def _in_order(names: Collection[str], order: str, where: Path) -> list[str]:

@@ -1,25 +1,18 @@
-"""Episodes, and the loaders that feed pictures to a device in an order that is a pure function of the seed.
-
-Whatever a step holds, its classes, pictures and augmentation, follows from the seed and the step's number. So a run
-that was resumed equals one that never stopped, and neither processes nor workers change what is seen.
-"""
+"""Episodes, and the loaders that bring pictures, normalised, to a device in an order that follows from the seed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from fewshot import InputError
-from fewshot.data.classification import ImageSet
+from fewshot.data.image_set import ImageSet
+from fewshot.data.stream import Feed, Word, stream
 from fewshot.data.transforms import Transform
-
-# The first word of every seed, so that no two kinds of randomness share a stream.
-EPISODE, AUGMENTATION, ORDER = range(20, 23)
 
 
 @dataclass
@@ -30,8 +23,8 @@ class Episode:
     support_labels:  (tasks, ways * shots) int64 in [0, ways)
     query:           (tasks, ways * queries, 3, H, W) likewise
     query_labels:    (tasks, ways * queries) int64 in [0, ways)
-    classes:         (tasks, ways) the data set's number of each class
-    indices:         (tasks,) number of each episode in the endless stream of its seed
+    classes:         (tasks, ways) the data set's number of each class; stays on the CPU
+    indices:         number of each episode in the endless stream of its seed
     """
 
     support: Tensor
@@ -39,7 +32,7 @@ class Episode:
     query: Tensor
     query_labels: Tensor
     classes: Tensor
-    indices: Tensor
+    indices: list[int]
 
 
 class Draw(NamedTuple):
@@ -67,7 +60,7 @@ def draw(dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, querie
     """
     _check_numbers(dataset, ways, shots, queries)
     by_class = _by_class(dataset)
-    rng = _rng(EPISODE, seed, index)
+    rng = _rng(Word.EPISODE, seed, index)
     classes = rng.permutation(len(by_class))[:ways]
     for label in classes:
         _check_class(dataset, label, shots, queries)
@@ -97,191 +90,128 @@ def reference_episodes(
 
 
 def episode_loader(
-    dataset: ImageSet,
-    ways: int,
-    shots: int,
-    queries: int,
-    *,
-    tasks: int,
-    seed: int,
-    start: int,
-    steps: int,
-    rank: int,
-    world: int,
-    device: torch.device | str,
-    transform: Transform,
-    workers: int,
+    dataset: ImageSet, ways: int, shots: int, queries: int, feed: Feed, transform: Transform, *, tasks: int
 ) -> Iterator[Episode]:
-    """This process's share of the episodes of steps `start` to `steps` - 1, on the device.
+    """This process's share of the episodes of the feed's steps, on its device.
 
     Step t (from 0) is of episodes t * tasks to (t + 1) * tasks - 1, of which process `rank` of `world` takes every
-    world-th. `tasks`, the episodes of a step over all processes, must be a multiple of `world`. Pictures are decoded by
-    `workers` processes, or by this one if 0.
+    world-th. `tasks`, the episodes of a step over all processes, must be a multiple of `world`.
 
     Raises InputError at once for episodes that cannot be drawn, and while loading for a picture that cannot be read.
     """
     check(dataset, ways, shots, queries)
-    _check_share(tasks, world, "episodes")
-    plan = _EpisodePlan(dataset, ways, shots, queries, tasks, seed, rank, world, transform.draws)
-    batches = _load(dataset, plan, range(start, steps), device, transform, workers)
+    feed.check(tasks, "episodes")
+    plan = partial(_plan_episodes, dataset, (ways, shots, queries), tasks, feed, transform.draws)
+    batches = _load(dataset, plan, range(feed.start, feed.steps), feed, transform)
     supports = ways * shots
 
     def episodes() -> Iterator[Episode]:
-        for images, (classes, indices) in batches:
-            images = images.unflatten(0, (len(indices), -1))  # (tasks / world, ways * (shots + queries), 3, H, W)
-            labels = torch.arange(ways, device=images.device).repeat(len(indices), 1)
+        for images, planned in batches:
+            tasks = len(planned.numbers)
+            images = images.unflatten(0, (tasks, -1))  # (tasks / world, ways * (shots + queries), 3, H, W)
+            labels = torch.arange(ways, device=images.device).repeat(tasks, 1)
             yield Episode(
                 support=images[:, :supports],
                 support_labels=labels.repeat_interleave(shots, 1),
                 query=images[:, supports:],
                 query_labels=labels.repeat_interleave(queries, 1),
-                classes=classes,
-                indices=indices,
+                classes=planned.labels,
+                indices=planned.numbers,
             )
 
     return episodes()
 
 
 def class_batch_loader(
-    dataset: ImageSet,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int,
-    steps: int,
-    rank: int,
-    world: int,
-    device: torch.device | str,
-    transform: Transform,
-    workers: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches (images (b, 3, H, W), labels (b,), image indices (b,)) of ordinary supervised training.
-
-    They are those of steps `start` to `steps` - 1.
+    dataset: ImageSet, feed: Feed, transform: Transform, *, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Batches (images (b, 3, H, W), labels (b,), image indices) of ordinary supervised training.
 
     Samples come from an endless row of permutations of the data set, so that batches are always full. Step t is of
     samples t * batch_size to (t + 1) * batch_size - 1, of which process `rank` of `world` takes every world-th:
     b = batch_size / world. Raises InputError when that is not whole, and for a picture that cannot be read.
     """
-    _check_share(batch_size, world, "images")
-    plan = _SupervisedPlan(dataset.labels, batch_size, seed, rank, world, transform.draws)
-    batches = _load(dataset, plan, range(start, steps), device, transform, workers)
-    return ((images, labels, indices) for images, (labels, indices) in batches)
+    feed.check(batch_size, "images")
+    plan = partial(_plan_batch, dataset.labels, batch_size, feed, transform.draws)
+    batches = _load(dataset, plan, range(feed.start, feed.steps), feed, transform)
+    return (
+        (images, planned.labels.to(images.device, non_blocking=True), planned.numbers) for images, planned in batches
+    )
 
 
 def image_loader(
-    dataset: ImageSet,
-    indices: Sequence[int] | np.ndarray,
-    *,
-    device: torch.device | str,
-    transform: Transform,
-    batch_size: int = 256,
-    workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """These pictures of a data set in this order, as batches (images (b, 3, H, W), indices (b,)), the last one short.
+    dataset: ImageSet, indices: Sequence[int] | np.ndarray, feed: Feed, transform: Transform, *, batch_size: int = 256
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """These pictures of a data set in this order, as batches (images (b, 3, H, W), indices), the last one short.
 
-    `transform` must not be a random one. Raises InputError for a picture that cannot be read.
+    The feed gives device and workers. `transform` must not be a random one. Raises InputError for a picture that cannot
+    be read.
     """
     if transform.draws:
         raise ValueError("image_loader has no random numbers for a training transform; give it a test transform")
-    plan = _ListPlan(np.asarray(indices, np.int64), batch_size)
-    batches = _load(dataset, plan, range(-(-len(plan.indices) // batch_size)), device, transform, workers)
-    return ((images, numbers) for images, (numbers,) in batches)
+    indices = np.asarray(indices, np.int64)
+    batches = range(-(-len(indices) // batch_size))
+    for images, planned in _load(dataset, partial(_plan_list, indices, batch_size), batches, feed, transform):
+        yield images, planned.numbers
 
 
-class _Step(NamedTuple):
-    """What a step needs: images (n,), random numbers (n, draws) for their augmentation, and arrays to go with them."""
+@dataclass
+class _Planned:
+    """What a step needs: which pictures, then their pixels; and what goes with them."""
 
-    images: np.ndarray
-    uniforms: np.ndarray
-    extra: tuple[np.ndarray, ...]
+    images: np.ndarray  # (n,) positions in the data set
+    uniforms: Tensor  # (n, draws) random numbers for their augmentation
+    labels: Tensor  # of pictures (n,), of an episode's classes (tasks, ways); stays on the CPU
+    numbers: list[int]  # of episodes or pictures, for errors
+    pixels: Tensor | None = None  # uint8 (n, 3, S, S)
+    aspects: Tensor | None = None  # (n,)
 
+    def to(self, device: torch.device | str) -> "_Planned":
+        move = partial(Tensor.to, device=device, non_blocking=True)
+        return replace(self, pixels=move(self.pixels), aspects=move(self.aspects), uniforms=move(self.uniforms))
 
-@dataclass(frozen=True)
-class _EpisodePlan:
-    dataset: ImageSet
-    ways: int
-    shots: int
-    queries: int
-    tasks: int
-    seed: int
-    rank: int
-    world: int
-    draws: int
-
-    def __call__(self, step: int) -> _Step:
-        indices = step * self.tasks + np.arange(self.rank, self.tasks, self.world)
-        drawn = [draw(self.dataset, self.ways, self.shots, self.queries, self.seed, i) for i in indices.tolist()]
-        images = np.concatenate([np.concatenate([d.support, d.query], axis=None) for d in drawn])
-        shape = len(images) // len(indices), self.draws
-        uniforms = [_rng(AUGMENTATION, self.seed, i).random(shape, np.float32) for i in indices.tolist()]
-        return _Step(images, np.concatenate(uniforms), (np.stack([d.classes for d in drawn]), indices))
+    def pin_memory(self) -> "_Planned":
+        pinned = {name: getattr(self, name).pin_memory() for name in ("pixels", "aspects", "uniforms", "labels")}
+        return replace(self, **pinned)
 
 
-@dataclass(frozen=True)
-class _SupervisedPlan:
-    labels: np.ndarray
-    batch_size: int
-    seed: int
-    rank: int
-    world: int
-    draws: int
-
-    def __call__(self, step: int) -> _Step:
-        samples = (step * self.batch_size + np.arange(self.rank, self.batch_size, self.world)).tolist()
-        n = len(self.labels)
-        images = np.array([_order(n, self.seed, sample // n)[sample % n] for sample in samples])
-        uniforms = np.stack([_rng(AUGMENTATION, self.seed, i).random(self.draws, np.float32) for i in samples])
-        return _Step(images, uniforms, (self.labels[images], images))
+def _plan_episodes(
+    dataset: ImageSet, shape: tuple[int, int, int], tasks: int, feed: Feed, draws: int, step: int
+) -> _Planned:
+    numbers = list(feed.numbers(step, tasks))
+    drawn = [draw(dataset, *shape, feed.seed, i) for i in numbers]
+    images = np.concatenate([np.concatenate([d.support, d.query], axis=None) for d in drawn])
+    each = len(images) // len(numbers), draws
+    uniforms = [_rng(Word.EPISODE_AUGMENT, feed.seed, i).random(each, np.float32) for i in numbers]
+    classes = torch.from_numpy(np.stack([d.classes for d in drawn]))
+    return _Planned(images, torch.from_numpy(np.concatenate(uniforms)), classes, numbers)
 
 
-@dataclass(frozen=True)
-class _ListPlan:
-    indices: np.ndarray
-    batch_size: int
-
-    def __call__(self, step: int) -> _Step:
-        images = self.indices[step * self.batch_size : (step + 1) * self.batch_size]
-        return _Step(images, np.zeros((len(images), 0), np.float32), (images,))
+def _plan_batch(labels: np.ndarray, batch_size: int, feed: Feed, draws: int, step: int) -> _Planned:
+    samples, n = feed.numbers(step, batch_size), len(labels)
+    images = np.array([_order(n, feed.seed, sample // n)[sample % n] for sample in samples])
+    uniforms = np.stack([_rng(Word.EPISODE_AUGMENT, feed.seed, i).random(draws, np.float32) for i in samples])
+    return _Planned(images, torch.from_numpy(uniforms), torch.from_numpy(labels[images]), images.tolist())
 
 
-@dataclass(frozen=True)
-class _Steps(Dataset):
-    """Item t: what step t needs, decoded: uint8 (n, 3, S, S), aspects (n,), uniforms (n, draws), and its extra."""
+def _plan_list(indices: np.ndarray, batch_size: int, step: int) -> _Planned:
+    images = indices[step * batch_size : (step + 1) * batch_size]
+    return _Planned(images, torch.zeros(len(images), 0), torch.zeros(0), images.tolist())
 
-    dataset: ImageSet
-    plan: Callable[[int], _Step]
 
-    def __getitem__(self, step: int) -> tuple | InputError:
-        try:
-            images, uniforms, extra = self.plan(step)
-            pixels = torch.stack([self.dataset.pixels(i) for i in images.tolist()])
-        except InputError as error:
-            return error  # raised here, in a worker, its one line would drown in a traceback
-        aspect = np.array([self.dataset.aspect(i) for i in images.tolist()], np.float32)
-        return pixels, aspect, uniforms, extra
+def _read(dataset: ImageSet, plan: Callable[[int], _Planned], step: int) -> _Planned:
+    planned = plan(step)
+    pixels = torch.stack([dataset.pixels(i) for i in planned.images.tolist()])
+    aspects = torch.tensor([dataset.aspect(i) for i in planned.images.tolist()], dtype=torch.float32)
+    return replace(planned, pixels=pixels, aspects=aspects)
 
 
 def _load(
-    dataset: ImageSet, plan: Callable[[int], _Step], steps: range, device: torch.device | str, transform: Transform,
-    workers: int,
-) -> Iterator[tuple[Tensor, list[Tensor]]]:  # fmt: skip
-    """Images (n, 3, H, W) and the extra of each of these steps, on the device."""
-    device = torch.device(device)
-    loader = DataLoader(
-        _Steps(dataset, plan),
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # so that making an iterator leaves the global stream alone
-    )
-    for item in loader:
-        if isinstance(item, InputError):
-            raise item
-        pixels, aspect, uniforms, extra = item
-        pixels, aspect, uniforms = (x.to(device, non_blocking=True) for x in (pixels, aspect, uniforms))
-        yield transform(pixels, aspect, uniforms), [x.to(device, non_blocking=True) for x in extra]
+    dataset: ImageSet, plan: Callable[[int], _Planned], steps: range, feed: Feed, transform: Transform
+) -> Iterator[tuple[Tensor, _Planned]]:
+    """Images (n, 3, H, W) of each of these steps, on the feed's device, and what was planned."""
+    for planned in stream(partial(_read, dataset, plan), steps, feed):
+        yield transform(planned.pixels, planned.aspects, planned.uniforms), planned
 
 
 def _rng(kind: int, seed: int, number: int) -> np.random.Generator:
@@ -293,7 +223,7 @@ def _rng(kind: int, seed: int, number: int) -> np.random.Generator:
 @lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of n samples that an epoch is; two of them, as a batch may straddle a border."""
-    return _rng(ORDER, seed, epoch).permutation(n)
+    return _rng(Word.EPISODE_SAMPLES, seed, epoch).permutation(n)
 
 
 def _by_class(dataset: ImageSet | Sequence[np.ndarray]) -> Sequence[np.ndarray]:
@@ -317,8 +247,3 @@ def _check_class(dataset: ImageSet | Sequence[np.ndarray], label: int, shots: in
             f"class {name}: has {images} images, {shots} shots and {queries} queries take {shots + queries}; "
             "ask for fewer"
         )
-
-
-def _check_share(total: int, world: int, what: str) -> None:
-    if total % world or total < 1:
-        raise InputError(f"{total} {what} per step: must be a multiple of the {world} processes")

@@ -7,14 +7,15 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fewshot import InputError
 from fewshot.data import annotations
 from fewshot.data.annotations import Record
-from fewshot.data.detection import SHOTS, DetectionSet, objects_by_class
+from fewshot.data.detection import DetectionSet, objects_by_class
+from fewshot.data.stream import Word
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def select_shots(dataset: DetectionSet, shots: int, seed: int) -> DetectionSet:
     for name, candidates in zip(dataset.classes, objects_by_class(dataset)):
         if len(candidates) < shots:
             raise InputError(f"{dataset.name}: class {name} has {len(candidates)} objects to draw {shots} shots from")
-        order = np.random.default_rng((SHOTS, seed, zlib.crc32(name.encode()))).permutation(len(candidates))
+        order = np.random.default_rng((Word.SHOTS, seed, zlib.crc32(name.encode()))).permutation(len(candidates))
         picks += [candidates[i] for i in order[:shots]]
     return _merged(dataset, [(dataset.records[position], i) for position, i in sorted(picks)])
 
@@ -111,21 +112,25 @@ def _merged(dataset: DetectionSet, picks: Iterable[tuple[Record, int]]) -> Detec
     for parts in pictures.values():
         columns = {k: np.concatenate([getattr(p, k) for p in parts]) for k in ("boxes", "labels", "difficult")}
         records.append(replace(parts[0], **columns, areas=None))
-    return dataset.with_records(records)
+    return replace(dataset, records=records, cut_to_shots=True)
 
 
-def save_shots(path: str | Path, dataset: DetectionSet) -> None:
-    """Write which objects a set has (pictures by id, xyxy boxes in pixels, class names) as json, for `load_shots`."""
+def files(dataset: DetectionSet) -> dict[str, Any]:
+    """What a run keeps of its shots: {"shots.json": `shots_of`}, or nothing for a set that was not cut to shots."""
+    return {"shots.json": shots_of(dataset)} if dataset.cut_to_shots else {}
+
+
+def shots_of(dataset: DetectionSet) -> dict[str, Any]:
+    """Which objects a set has (pictures by id, xyxy boxes in pixels, class names), for json and `load_shots`."""
     names = dataset.classes
     pictures = [
         {"id": r.id, "boxes": r.boxes.tolist(), "classes": [names[i] for i in r.labels]} for r in dataset.records
     ]
-    content = {"dataset": dataset.name, "classes": names, "pictures": pictures}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    return {"dataset": dataset.name, "classes": names, "pictures": pictures}
 
 
 def load_shots(path: str | Path, dataset: DetectionSet) -> DetectionSet:
-    """The set with only the objects that `save_shots` wrote; its classes may come in another order.
+    """The set with only the objects that `shots_of` gave; its classes may come in another order.
 
     Raises:
         InputError: the file is of another data set, of other classes, or has pictures that `dataset` lacks.
@@ -145,4 +150,4 @@ def load_shots(path: str | Path, dataset: DetectionSet) -> DetectionSet:
         labels = np.array([dataset.classes.index(name) for name in picture["classes"]], np.int64)
         boxes, no = np.array(picture["boxes"], np.float32).reshape(-1, 4), np.zeros(len(labels), bool)
         records.append(replace(by_id[picture["id"]], boxes=boxes, labels=labels, difficult=no, areas=None))
-    return dataset.with_records(records)
+    return replace(dataset, records=records, cut_to_shots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet
+from fewshot.data.stream import Feed, Word
+from fewshot.data.transforms import Normalisation
 
-CROPS = 15  # the first word of every seed, as in `detection`
 CONTEXT = 1 / 7  # of an object's longer side, around it
 
 
@@ -46,7 +47,7 @@ def cut(image: Tensor, box: np.ndarray | Tensor) -> Tensor:
 class CropBatch:
     """n objects at several scales."""
 
-    images: list[Tensor]  # for each scale s uint8 (n, 3, s, s)
+    images: list[Tensor]  # for each scale s uint8 (n, 3, s, s); float and normalised where a loader gives them
     labels: Tensor  # int64 (n,)
 
     def to(self, device: torch.device | str) -> CropBatch:
@@ -56,9 +57,9 @@ class CropBatch:
     def pin_memory(self) -> CropBatch:
         return CropBatch([scale.pin_memory() for scale in self.images], self.labels.pin_memory())
 
-    def normalised(self, normalisation: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Float (n, 3, s, s) of every scale for the network."""
-        return [normalisation(scale) for scale in self.images]
+    def normalised(self, normalisation: Normalisation) -> CropBatch:
+        """With float images for the network."""
+        return replace(self, images=[normalisation(scale) for scale in self.images])
 
 
 class ObjectCrops:
@@ -68,9 +69,9 @@ class ObjectCrops:
         dataset: whose objects, those that may be trained on, are cut out.
         scales: sides of the crops in pixels.
         number: objects of a step, over all processes.
+        feed: whose process takes every world-th object of a step.
         flip: whether a crop is mirrored half the time.
         smallest: objects of a shorter side than this many pixels are left out.
-        rank, world: this process takes every world-th object of a step.
 
     Raises:
         InputError: no object is large enough, or the number cannot be divided among the processes.
@@ -81,16 +82,14 @@ class ObjectCrops:
         dataset: DetectionSet,
         scales: Sequence[int],
         number: int,
+        feed: Feed,
         *,
         flip: bool,
         smallest: int = 2,
-        rank: int = 0,
-        world: int = 1,
     ):
         self.dataset, self.scales, self.number, self.flip = dataset, scales, number, flip
-        self.rank, self.world = rank, world
-        if number % world:
-            raise InputError(f"batch size {number} cannot be divided among {world} processes; use a multiple")
+        self.feed = feed
+        feed.check(number, "objects")
         self.entries = []  # (record, object)
         for position, record in enumerate(dataset.records):
             sides = record.boxes[:, 2:] - record.boxes[:, :2]
@@ -102,12 +101,12 @@ class ObjectCrops:
     def draw(self, seed: int, step: int) -> CropBatch:
         """This process's crops of a step: a pure function of (seed, step). Objects come in endless permutations."""
         crops, labels = [], []
-        for number in range(step * self.number + self.rank, (step + 1) * self.number, self.world):
+        for number in self.feed.numbers(step, self.number):
             epoch, place = divmod(number, len(self.entries))
-            order = np.random.default_rng((CROPS, seed, epoch)).permutation(len(self.entries))
+            order = np.random.default_rng((Word.CROPS, seed, epoch)).permutation(len(self.entries))
             position, i = self.entries[order[place]]
             record = self.dataset.records[position]
-            rng = np.random.default_rng((CROPS, seed, number, 1))
+            rng = np.random.default_rng((Word.CROPS, seed, number, 1))
             crops.append(self._pyramid(cut(self.dataset.image(position), record.boxes[i]), rng))
             labels.append(int(record.labels[i]))
         return CropBatch([torch.stack(scale) for scale in zip(*crops)], torch.tensor(labels))

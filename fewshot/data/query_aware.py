@@ -13,10 +13,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
-from fewshot.data import detection
-from fewshot.data.detection import Batch, DetectionSet, Pipeline, Shuffle
+from fewshot.data.detection import DetectionSet, objects_by_class
+from fewshot.data.pipeline import Batch, Pipeline, Shuffle, collate
+from fewshot.data.stream import Feed, Word, stream
+from fewshot.data.transforms import Normalisation
 
-QUERY, TABLE = 20, 21  # the first words of seeds, as in `detection`
 ATTEMPTS = 100  # pictures tried for one on which enough classes are absent
 
 
@@ -56,7 +57,7 @@ def support_crop(image: Tensor, box: Sequence[float] | Tensor, size: int, contex
 class BoxedSupports:
     """Supports with the box of their object; any number of leading dimensions."""
 
-    images: Tensor  # uint8 (.., 3, S, S)
+    images: Tensor  # uint8 (.., 3, S, S); float and normalised where a loader gives them
     boxes: Tensor  # float32 (.., 4), xyxy in their pixels
     labels: Tensor  # int64 (..)
 
@@ -69,9 +70,9 @@ class BoxedSupports:
     def _each(self, change: Callable[[Tensor], Tensor]) -> BoxedSupports:
         return BoxedSupports(change(self.images), change(self.boxes), change(self.labels))
 
-    def normalised(self, normalisation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Float (.., 3, S, S) for the network."""
-        return normalisation(self.images)
+    def normalised(self, normalisation: Normalisation) -> BoxedSupports:
+        """With float images for the network."""
+        return replace(self, images=normalisation(self.images))
 
 
 def without_small(dataset: DetectionSet, area: float) -> DetectionSet:
@@ -107,51 +108,44 @@ class QueryAware:
                 f"{dataset.name}: {len(dataset.classes)} classes are too few to search for {ways} at a time"
             )
         self.labels = [record.labels[dataset.usable(record)] for record in dataset.records]
-        self.entries = detection.objects_by_class(dataset)  # (record, object) of each class
+        self.entries = objects_by_class(dataset)  # (record, object) of each class
         for name, entries in zip(dataset.classes, self.entries):
             if not entries:
                 raise InputError(f"{dataset.name}: class {name} has no object that can serve as support; add pictures")
 
     def loader(
-        self,
-        *,
-        batch_size: int,
-        seed: int,
-        start: int,
-        steps: int,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-        workers: int = 0,
-        group: bool = False,
+        self, feed: Feed, normalisation: Normalisation, *, batch_size: int, group: bool = False
     ) -> Iterator[tuple[Batch, BoxedSupports]]:
-        """This process's share of steps `start` to `steps` - 1: b pictures, supports (b, ways, shots, ...).
+        """This process's share of the feed's steps: b pictures, supports (b, ways, shots, ...), both normalised.
 
         A picture keeps the objects of the class that is searched for on it, which its first supports show. As in
-        `detection.train_loader` sample i is a pure function of (seed, i), process `rank` of `world` takes every
+        `pipeline.train_loader` sample i is a pure function of (seed, i), process `rank` of `world` takes every
         world-th, and `group` has batches of only wide or only tall pictures.
 
         Raises:
             InputError: `batch_size` is not a multiple of `world`, or a picture cannot be read.
         """
-        if batch_size % world:
-            raise InputError(f"batch size {batch_size} cannot be divided among {world} processes; use a multiple")
-        numbers = [range(step * batch_size + rank, (step + 1) * batch_size, world) for step in range(start, steps)]
-        make = _Episodes(self, seed, Shuffle.of(self.dataset, batch_size, group))
-        return detection.stream(make, numbers, device, workers)
+        feed.check(batch_size, "pictures")
+        numbers = [feed.numbers(step, batch_size) for step in range(feed.start, feed.steps)]
+        make = _Episodes(self, feed.seed, Shuffle.of(self.dataset, batch_size, group))
+        return stream(make, numbers, feed, normalisation)
+
+    def describe(self) -> dict[str, int]:
+        """What a saved model says of the supports that it takes."""
+        return {"support_size": self.size, "context": self.context}
 
     def table(
-        self, most: int | None, seed: int, *, batch_size: int = 16, device: torch.device | str = "cpu", workers: int = 0
+        self, most: int | None, feed: Feed, normalisation: Normalisation, *, batch_size: int = 16
     ) -> Iterator[BoxedSupports]:
-        """Every class's supports, or `most` of them drawn by `seed`, in batches: what prototypes are averaged from."""
+        """Every class's supports, or `most` drawn by the feed's seed, normalised: prototypes are means of them."""
         chosen = []
         for label, entries in enumerate(self.entries):
             order = range(len(entries))
             if most is not None and most < len(entries):
-                order = sorted(np.random.default_rng((TABLE, seed, label)).permutation(len(entries))[:most])
+                order = sorted(np.random.default_rng((Word.TABLE, feed.seed, label)).permutation(len(entries))[:most])
             chosen += [entries[i] for i in order]
         batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-        return detection.stream(self.supports, batches, device, workers)
+        return stream(self.supports, batches, feed, normalisation)
 
     def supports(self, entries: Sequence[tuple[int, int]]) -> BoxedSupports:
         """The supports (n, ...) that show objects given as (record, object)."""
@@ -168,7 +162,7 @@ class QueryAware:
         self, seed: int, number: int, shuffle: Shuffle | None = None
     ) -> tuple[int, int, list[list[tuple[int, int]]]]:
         """Picture, class searched for, and for it and each absent class its supports, as (record, object)."""
-        rng = np.random.default_rng((QUERY, seed, number))
+        rng = np.random.default_rng((Word.QUERY, seed, number))
         index = (shuffle or Shuffle(len(self.dataset))).picture(seed, number)
         for _ in range(ATTEMPTS):
             # As published: objects are counted, not classes, so that crowded pictures are left out too.
@@ -207,7 +201,7 @@ class _Episodes:
         source, samples, supports = self.source, [], []
         for number in numbers:
             index, query, ways = source.draw(self.seed, number, self.shuffle)
-            augment = np.random.default_rng((detection.AUGMENT, self.seed, number))
+            augment = np.random.default_rng((Word.AUGMENT, self.seed, number))
             sample = source.pipeline.sample(source.dataset, index, augment)
             mine = sample.labels == query
             samples.append(replace(sample, boxes=sample.boxes[mine], labels=sample.labels[mine]))
@@ -215,4 +209,4 @@ class _Episodes:
         shape = (len(samples), source.ways, source.shots)
         images, boxes, labels = (torch.cat([getattr(s, k) for s in supports]) for k in ("images", "boxes", "labels"))
         images, boxes = images.view(*shape, *images.shape[1:]), boxes.view(*shape, 4)
-        return detection.collate(samples, source.pipeline.multiple), BoxedSupports(images, boxes, labels.view(shape))
+        return collate(samples, source.pipeline.multiple), BoxedSupports(images, boxes, labels.view(shape))

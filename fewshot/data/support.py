@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
-from fewshot.data.detection import SUPPORT, DetectionSet, stream
+from fewshot.data.detection import DetectionSet
+from fewshot.data.stream import Feed, Word, stream
+from fewshot.data.transforms import Normalisation
 
 
 def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 224) -> Tensor:
@@ -30,9 +32,8 @@ def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 22
     # Not antialiased, like the pictures to be searched (`detection.Pipeline`).
     new = [size, size] if size is not None else [height, width]
     squeezed = F.resize(image, new, InterpolationMode.BILINEAR, antialias=False)
-    factors = torch.tensor([new[1] / width, new[0] / height]).repeat(
-        2
-    )  # float32, as what is truncated below depends on it
+    # float32, as what is truncated below depends on it
+    factors = torch.tensor([new[1] / width, new[0] / height]).repeat(2)
     x1, y1, x2, y2 = (torch.as_tensor(box, dtype=torch.float32) * factors).int().clamp(min=0).tolist()
     mask = torch.zeros(1, *new, dtype=torch.uint8)
     mask[:, y1:y2, x1:x2] = 1
@@ -43,7 +44,7 @@ def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 22
 class SupportBatch:
     """n supports."""
 
-    images: Tensor  # uint8 (n, 4, S, S): RGB and the mask of the object
+    images: Tensor  # uint8 (n, 4, S, S): RGB and the mask of the object; float and normalised where a loader gives them
     labels: Tensor  # int64 (n,)
 
     def to(self, device: torch.device | str) -> SupportBatch:
@@ -52,9 +53,9 @@ class SupportBatch:
     def pin_memory(self) -> SupportBatch:
         return SupportBatch(self.images.pin_memory(), self.labels.pin_memory())
 
-    def normalised(self, normalisation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Float (n, 4, S, S) for the network: normalised colours, and the mask as it is."""
-        return torch.cat([normalisation(self.images[:, :3]), self.images[:, 3:].float()], 1)
+    def normalised(self, normalisation: Normalisation) -> SupportBatch:
+        """With float images for the network: normalised colours, and the mask as it is."""
+        return replace(self, images=torch.cat([normalisation(self.images[:, :3]), self.images[:, 3:].float()], 1))
 
 
 class NWayKShot:
@@ -90,7 +91,7 @@ class NWayKShot:
 
         A pure function of (seed, step). A class with fewer objects than shots shows some of them more than once.
         """
-        rng = np.random.default_rng((SUPPORT, seed, step))
+        rng = np.random.default_rng((Word.SUPPORT, seed, step))
         chosen = []
         for label in rng.permutation(len(self.entries)).tolist():
             entries = self.entries[label]
@@ -99,13 +100,15 @@ class NWayKShot:
             chosen += [entries[i] for i in rng.choice(len(entries), self.shots, replace=False)]
         return self._make(chosen)
 
-    def table(
-        self, *, batch_size: int = 16, device: torch.device | str = "cpu", workers: int = 0
-    ) -> Iterator[SupportBatch]:
-        """Every support there is, in order of classes, in batches on `device`: what prototypes are averaged from."""
+    def table(self, feed: Feed, normalisation: Normalisation, *, batch_size: int = 16) -> Iterator[SupportBatch]:
+        """Every support there is, in order of classes, in batches, normalised: what prototypes are averaged from."""
         every = [entry for entries in self.entries for entry in entries]
         batches = [every[i : i + batch_size] for i in range(0, len(every), batch_size)]
-        return stream(self._make, batches, device, workers)
+        return stream(self._make, batches, feed, normalisation)
+
+    def describe(self) -> dict[str, int]:
+        """What a saved model says of the supports that it takes."""
+        return {"support_size": self.size}
 
     def _make(self, places: list[tuple[int, int]]) -> SupportBatch:
         images, labels = [], []

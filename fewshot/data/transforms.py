@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -31,7 +32,7 @@ class Normalisation:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """RGB pixels (..., 3, H, W), uint8 or float 0..255 -> float32 of the same shape."""
-        mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (self.mean, self.std))
+        mean, std = (_per_channel(x, pixels.device) for x in (self.mean, self.std))
         normal = (pixels.float() - mean) / std
         return normal.flip(-3) if self.bgr else normal
 
@@ -134,6 +135,12 @@ def test_transform(dataset: Pictures) -> Transform:
     return (TestCrop if dataset.augment else Whole)(dataset.size, dataset.normalisation)
 
 
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Constants (3, 1, 1), brought to a device once: doing so at every step would make the step wait."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
 def _centred(width: Tensor, height: Tensor) -> Tensor:
     """Centred boxes xyxy (b, 4), in fractions of the picture."""
     sides = torch.stack([width, height], 1)  # (b, 2)
@@ -175,7 +182,7 @@ def _colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
     Each of the three mixes an image with another: black, its mean grey, and its grey version.
     """
-    weights = torch.tensor(GREY, device=images.device)[:, None, None]
+    weights = _per_channel(GREY, images.device)
     for which in order.T[..., None, None, None]:  # (b, 1, 1, 1), what is next for each image
         factor = factors[..., None, None].gather(1, which)
         grey = (images * weights).sum(1, keepdim=True)  # (b, 1, H, W)

@@ -1,7 +1,7 @@
 """Attention-RPN (Fan et al., 2020, https://arxiv.org/abs/1908.01998)."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,8 +121,7 @@ class AttentionRPN(nn.Module):
     ):
         super().__init__()
         self.trunk, self.classes, self.rois, self.shared_proposals = trunk, classes, rois, shared_proposals
-        if trunk.architecture["name"] == "small":  # its stage 4 goes on to shrink a RoI to a vector
-            trunk.stage4 = trunk.stage4[0]
+        trunk.keep_maps()
         self.rpn = RPN(
             trunk.out_channels,
             rpn_channels,
@@ -131,13 +130,16 @@ class AttentionRPN(nn.Module):
             train_proposals=train_proposals,
             test_proposals=test_proposals,
         )
-        with torch.no_grad():
-            example = trunk.stage4(torch.zeros(1, trunk.out_channels, trunk.roi_size, trunk.roi_size))
-        _, channels, side, _ = example.shape
+        channels, side = trunk.stage4_channels, trunk.roi_size // 2
         self.relation = MultiRelation(channels, side, relation_channels)
         self.register_buffer("kernels", torch.zeros(classes, trunk.out_channels))
         self.register_buffer("maps", torch.zeros(classes, channels, side, side))
         self.register_buffer("known", torch.zeros(classes, dtype=torch.bool))
+
+    def describe(self) -> dict[str, Any]:
+        """What `build.rebuilt` makes this detector anew from, for json."""
+        sizes = {"rois": self.rois, "relation_channels": self.relation.patch[0].out_channels, **self.rpn.sizes()}
+        return {**self.trunk.describe(), "sizes": {**sizes, "shared_proposals": self.shared_proposals}}
 
     def roi_maps(self, features: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """RoI maps of boxes on the trunk's features, before stage 4 (n, C, r, r) and after it (n, D, s, s)."""

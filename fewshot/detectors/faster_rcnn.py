@@ -8,7 +8,8 @@ Boxes are xyxy in pixels of the network's input; a width is x2 - x1.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +45,22 @@ class RoIs(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------- boxes and targets
-def encode(boxes: Tensor, anchors: Tensor, std: Sequence[float]) -> Tensor:
+@lru_cache(maxsize=32)
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A float32 vector that is kept on its device, so that no step waits for a copy; not to be written to."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def encode(boxes: Tensor, anchors: Tensor, std: tuple[float, ...]) -> Tensor:
     """Deltas (n, 4) that take `anchors` to `boxes`: centre shift in anchor sizes, log size ratio, divided by `std`."""
     size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) / 2 / size
-    return torch.cat([shift, (target / size).log()], 1) / anchors.new_tensor(std)
+    return torch.cat([shift, (target / size).log()], 1) / constant(std, anchors.device)
 
 
-def decode(deltas: Tensor, anchors: Tensor, std: Sequence[float], size: tuple[int, int]) -> Tensor:
+def decode(deltas: Tensor, anchors: Tensor, std: tuple[float, ...], size: tuple[int, int]) -> Tensor:
     """Boxes of `deltas` (n, ..., 4) relative to `anchors` (n, 4), clipped to an image of `size` (height, width)."""
-    deltas = deltas.float() * deltas.new_tensor(std, dtype=torch.float32)
+    deltas = deltas.float() * constant(std, deltas.device)
     anchors = anchors.view(len(anchors), *[1] * (deltas.dim() - 2), 4)
     extent = anchors[..., 2:] - anchors[..., :2]
     centre = (anchors[..., :2] + anchors[..., 2:]) / 2 + deltas[..., :2] * extent
@@ -62,9 +69,17 @@ def decode(deltas: Tensor, anchors: Tensor, std: Sequence[float], size: tuple[in
     return ops.clip_boxes_to_image(boxes, size)
 
 
-def anchor_grid(shape: tuple[int, int], stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """Anchors (height * width * len(scales) * len(ratios), 4) of a map of `shape` (height, width) on the CPU.
+@lru_cache(maxsize=64)
+def anchor_grid(
+    shape: tuple[int, int],
+    stride: int,
+    scales: tuple[float, ...],
+    ratios: tuple[float, ...],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Anchors (height * width * len(scales) * len(ratios), 4) of a map of `shape` (height, width).
 
+    They are kept, so not to be written to: computed on the CPU, a step would wait for their copy.
     A base anchor of scale s and ratio r = h / w is stride * s / sqrt(r) wide and stride * s * sqrt(r) high, centred on
     the cell's corner. Order: row, column, scale, ratio.
     """
@@ -74,7 +89,7 @@ def anchor_grid(shape: tuple[int, int], stride: int, scales: Sequence[float], ra
     rows, columns = (torch.arange(n, dtype=torch.float64) * stride for n in shape)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     corner = torch.stack([x, y, x, y], -1)[:, :, None]
-    return (corner + base).view(-1, 4).float()
+    return (corner + base).view(-1, 4).float().to(device)
 
 
 def assign(
@@ -150,7 +165,7 @@ class RPN(nn.Module):
         nms_offset: int = 0,
     ):
         super().__init__()
-        self.strides, self.scales, self.ratios = strides, scales, ratios
+        self.strides, self.scales, self.ratios = tuple(strides), tuple(scales), tuple(ratios)
         self.softmax, self.border, self.number = softmax, border, number
         self.train_proposals, self.test_proposals = train_proposals, test_proposals
         self.reg_beta, self.nms_offset = reg_beta, nms_offset
@@ -162,6 +177,11 @@ class RPN(nn.Module):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 
+    def sizes(self) -> dict[str, Any]:
+        """The arguments of detectors that say how large their RPN is."""
+        proposals = {"train_proposals": self.train_proposals, "test_proposals": self.test_proposals}
+        return {"rpn_channels": self.conv.out_channels, **proposals}
+
     def maps(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The raw (class map, delta map), each (images, channels, height, width), of every level."""
         hidden = [F.relu(self.conv(level)) for level in features]
@@ -169,21 +189,27 @@ class RPN(nn.Module):
 
     def outputs(self, maps: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per level: objectness logits (images, n), deltas (images, n, 4), anchors (n, 4), n = height * width * A."""
-        logits, deltas, anchors = [], [], []
-        for (cls, reg), stride in zip(maps, self.strides, strict=True):
+        logits, deltas = [], []
+        for cls, reg in maps:
             flat = cls.permute(0, 2, 3, 1).flatten(1).float()
             if self.softmax:
                 flat = flat.view(len(flat), -1, 2)
                 flat = flat[..., 0] - flat[..., 1]
             logits.append(flat)
             deltas.append(reg.permute(0, 2, 3, 1).reshape(len(reg), -1, 4).float())
-            anchors.append(anchor_grid(cls.shape[-2:], stride, self.scales, self.ratios).to(cls.device))
-        return logits, deltas, anchors
+        return logits, deltas, self.anchors([tuple(cls.shape[-2:]) for cls, _ in maps], maps[0][0].device)
+
+    @torch.compiler.disable
+    def anchors(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+        """Anchors (n, 4) of every level, whose maps have `shapes` (height, width)."""
+        levels = zip(shapes, self.strides, strict=True)
+        return [anchor_grid(shape, stride, self.scales, self.ratios, device) for shape, stride in levels]
 
     def propose(self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """`proposals` of feature levels (images, in_channels, height, width)."""
         return self.proposals(*self.outputs(self.maps(features)), sizes)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def proposals(
         self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Sequence[tuple[int, int]]
@@ -219,6 +245,7 @@ class RPN(nn.Module):
         cls, reg, total = self.loss_sums(logits, deltas, anchors, sizes, truth, negative_pairs)
         return {"rpn_cls": cls / total, "rpn_box": reg / total}
 
+    @torch.compiler.disable
     def loss_sums(
         self,
         logits: list[Tensor],
@@ -239,8 +266,8 @@ class RPN(nn.Module):
         for i, ((height, width), boxes) in enumerate(zip(sizes, truth, strict=True)):
             inside = torch.arange(len(anchor), device=anchor.device)
             if self.border:
-                limit = anchor.new_tensor([width, height])
-                inside = ((anchor[:, :2] >= 0) & (anchor[:, 2:] < limit)).all(1).nonzero()[:, 0]
+                left, top, right, bottom = anchor.unbind(1)
+                inside = ((left >= 0) & (top >= 0) & (right < width) & (bottom < height)).nonzero()[:, 0]
             assignment, _ = assign(anchor[inside], boxes, 0.7, 0.3, low_quality=0.3)
             positive, negative = sample(assignment, self.number, 0.5)
             total += max(len(positive), 1) + max(len(negative), 1)
@@ -253,6 +280,7 @@ class RPN(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------- stage two
+@torch.compiler.disable
 @torch.no_grad()
 def sample_rois(
     proposals: Sequence[Tensor],
@@ -279,11 +307,13 @@ def sample_rois(
     return sampled
 
 
+@torch.compiler.disable
 def roi_align(features: Tensor, boxes: Sequence[Tensor], size: int, stride: int) -> Tensor:
     """RoI features (RoIs of all images, channels, size, size) of one level; half-pixel aligned, adaptive sampling."""
     return ops.roi_align(features.float(), [b[:, :4] for b in boxes], size, 1 / stride, sampling_ratio=-1, aligned=True)
 
 
+@torch.compiler.disable
 def pyramid_align(
     features: Sequence[Tensor],
     boxes: Sequence[Tensor],
@@ -315,9 +345,11 @@ def nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: floa
 
     `offset` pixels count to each width and height.
     """
-    return ops.batched_nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, classes, threshold)
+    larger = boxes + constant((0, 0, offset, offset), boxes.device)
+    return ops.batched_nms(larger, scores, classes, threshold)
 
 
+@torch.compiler.disable
 def roi_losses(logits: Tensor, deltas: Tensor, rois: Sequence[RoIs], beta: float = 1.0) -> dict[str, Tensor]:
     """`cls` and `box` of the RoIs of one or several images together.
 
@@ -334,6 +366,7 @@ def roi_losses(logits: Tensor, deltas: Tensor, rois: Sequence[RoIs], beta: float
     }
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def detections(
     logits: Tensor,

@@ -1,7 +1,7 @@
 """FSCE, contrastive proposal encoding (Sun et al., 2021, https://arxiv.org/abs/2103.05950)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from fewshot.detectors.tfa import TFA
 from fewshot.fpn import FPN
 
 
+@torch.compiler.disable
 def contrastive_loss(
     features: Tensor,
     labels: Tensor,
@@ -37,7 +38,8 @@ def contrastive_loss(
     if not keep.any():
         return features.sum() * 0
     others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
-    similarity = features @ features.mT / temperature  # (n, n)
+    with torch.autocast(features.device.type, enabled=False):  # divided by a temperature, bfloat16 would not do
+        similarity = features.float() @ features.float().mT / temperature  # (n, n)
     similarity = similarity - similarity.max(1, keepdim=True).values.detach()
     log_share = similarity - (similarity.exp() * others).sum(1, keepdim=True).log()
     same = labels[:, None] == labels
@@ -57,6 +59,8 @@ class FSCE(TFA):
     Attributes:
         strength: factor of the contrastive loss, which recipes let decay.
     """
+
+    OPTIONS = ("cosine", "dimensions")
 
     def __init__(
         self,
@@ -79,9 +83,13 @@ class FSCE(TFA):
                 nn.init.kaiming_uniform_(layer.weight, a=1)
                 nn.init.zeros_(layer.bias)
 
+    def describe(self) -> dict[str, Any]:
+        """As `TFA`; `above`, `temperature` and `weighting` are of training alone."""
+        return {**super().describe(), "dimensions": self.contrast[-1].out_features if self.contrast else 0}
+
     def encode(self, vectors: Tensor) -> Tensor:
-        """Unit vectors (n, dimensions) of RoI vectors (n, width)."""
-        return F.normalize(self.contrast(vectors), dim=1)
+        """Unit vectors (n, dimensions) of RoI vectors (n, width), in float32 also under autocast."""
+        return F.normalize(self.contrast(vectors).float(), dim=1)
 
     def head_losses(self, vectors: Tensor, rois: Sequence[RoIs]) -> dict[str, Tensor]:
         """TFA's, and with the branch `contrast`, over the RoIs of all images together."""
@@ -90,7 +98,7 @@ class FSCE(TFA):
             return losses
         overlaps = torch.cat([F.pad(r.overlaps, (0, len(r.labels) - len(r.overlaps))) for r in rois])
         loss = contrastive_loss(
-            self.encode(vectors).float(),
+            self.encode(vectors),
             torch.cat([r.labels for r in rois]),
             overlaps,
             temperature=self.temperature,

@@ -1,6 +1,7 @@
 """Meta R-CNN (Yan et al., 2019, https://arxiv.org/abs/1909.13032)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ class MetaRCNN(nn.Module):
         classes: number of classes; background is index `classes`.
         rois: sampled per training image.
         train_proposals, test_proposals: (kept before NMS, kept after).
-        head_channels: of what the last layers classify; by default a RoI vector's.
+        head_channels: of what the last layers classify, for subclasses; by default a RoI vector's.
 
     Buffers: `prototypes` (classes, D), the mean support vector of each class that has supports (`known`), so that the
     saved model detects without any support image.
@@ -57,6 +58,10 @@ class MetaRCNN(nn.Module):
             nn.init.zeros_(layer.bias)
         self.register_buffer("prototypes", torch.zeros(classes, trunk.stage4_channels))
         self.register_buffer("known", torch.zeros(classes, dtype=torch.bool))
+
+    def describe(self) -> dict[str, Any]:
+        """What `build.rebuilt` makes this detector anew from, for json."""
+        return {**self.trunk.describe(), "sizes": {"rois": self.rois, **self.rpn.sizes()}}
 
     def support_vectors(self, supports: Tensor) -> Tensor:
         """Vectors (n, D) of supports (n, 4, S, S), normalised image and 0/1 mask: sigmoid, then mean over the map."""
@@ -110,12 +115,12 @@ class MetaRCNN(nn.Module):
         The meta loss is divided by the number of supports a second time, as the published models were trained.
         """
         total = {"cls": 0.0, "box": 0.0}
-        for query, roi, label in zip(queries, rois, drawn, strict=True):
-            for vector in vectors[support_labels == label]:
-                aggregated = self.aggregate(query, vector)
-                logits, deltas = self.cls(aggregated), self.reg(aggregated).view(-1, self.classes, 4)
-                for name, loss in faster_rcnn.roi_losses(logits, deltas, [roi]).items():
-                    total[name] = total[name] + loss / len(queries)
+        pairs = (torch.stack(list(drawn))[:, None] == support_labels).nonzero()  # of an image and a support
+        for image, support in pairs.tolist():
+            aggregated = self.aggregate(queries[image], vectors[support])
+            logits, deltas = self.cls(aggregated), self.reg(aggregated).view(-1, self.classes, 4)
+            for name, loss in faster_rcnn.roi_losses(logits, deltas, [rois[image]]).items():
+                total[name] = total[name] + loss / len(queries)
         meta = F.cross_entropy(self.meta(vectors).float(), support_labels) / len(vectors)
         return {**total, "meta": meta}
 
@@ -127,16 +132,38 @@ class MetaRCNN(nn.Module):
             self.known[c] = len(mine) > 0
             self.prototypes[c] = mine.mean(0) if len(mine) else 0.0
 
-    def classify(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, classes + 1) and deltas (n, classes, 4) of RoI vectors (n, D) with every prototype at once.
+    @property
+    def folds(self) -> bool:
+        """Whether prototypes fold into the weights of the last layers: not where a subclass aggregates otherwise."""
+        return getattr(self.aggregate, "__func__", None) is MetaRCNN.aggregate
 
-        Class k's logit and deltas come from the query re-weighted by prototype k, the background's is the mean over
-        the classes. As W (q * s) = (W * s) q, the prototypes fold into the weights: one matmul for all classes, not a
-        pass per class. A class without prototype has logit 0 and deltas 0.
+    @torch.compiler.disable
+    def classify(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, classes + 1) and deltas (n, classes, 4) of RoI vectors (n, D) in the light of every prototype.
+
+        Class k's logit and deltas come from the query aggregated with prototype k, the background's logit is the mean
+        over the classes. A class without prototype has logit 0 and deltas 0.
         """
-        weight, bias = self.cls.weight, self.cls.bias
         if not self.known.any():
             raise RuntimeError("no class has a prototype yet: call set_prototypes with the vectors of some supports")
+        return self.classify_folded(queries) if self.folds else self.classify_each(queries)
+
+    def classify_each(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """`classify`, a pass of the last layers per class."""
+        logits = queries.new_zeros(len(queries), self.classes + 1)
+        deltas = queries.new_zeros(len(queries), self.classes, 4)
+        known = self.known.nonzero()[:, 0].tolist()
+        for k in known:
+            aggregated = self.aggregate(queries, self.prototypes[k])
+            scores = self.cls(aggregated).float()
+            logits[:, k] = scores[:, k]
+            logits[:, -1] += scores[:, -1] / len(known)
+            deltas[:, k] = self.reg(aggregated).view(-1, self.classes, 4)[:, k]
+        return logits, deltas
+
+    def classify_folded(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """`classify` in one matmul for all classes: as W (q * s) = (W * s) q, prototypes fold into the weights."""
+        weight, bias = self.cls.weight, self.cls.bias
         scale, known = self.prototypes, self.known[:, None]  # (classes, D), (classes, 1)
         mean = scale[self.known].mean(0, keepdim=True)
         folded = torch.cat([weight[:-1] * scale * known, weight[-1:] * mean])

@@ -1,7 +1,7 @@
 """MPSR, multi-scale positive sample refinement (Wu et al., 2020, https://arxiv.org/abs/2007.09384)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class CropLevels(NamedTuple):
 
 
 PUBLISHED = CropLevels((32, 64, 128, 256, 512, 800), (0, 1, 2, 3, 4, 4), (0, 0, 0, 1, 2, 3), 3, 2)
-SMALL = CropLevels((24, 48, 96), (0, 1, 2), (0, 0, 0), 2, 0)  # of the small trunk: maps of 6 x 6 cells
+SMALL = CropLevels((24, 48, 96), (0, 1, 2), (0, 0, 0), 2, 0)  # of pyramids for small pictures: maps of 6 x 6 cells
 
 
 class TwoBranchRPN(RPN):
@@ -45,17 +45,21 @@ class TwoBranchRPN(RPN):
 
     def __init__(self, in_channels: int, channels: int, *, per_batch: int, **more):
         super().__init__(in_channels, channels, border=True, reg_beta=1 / 9, nms_offset=1, **more)
-        self.per_batch, self.anchors = per_batch, self.cls.out_channels
-        self.cls_conv, self.cls = nn.Conv2d(channels, self.anchors * CLASS_CHANNELS, 1), nn.Conv2d(CLASS_CHANNELS, 1, 1)
+        self.per_batch, self.per_cell = per_batch, self.cls.out_channels
+        self.cls_conv = nn.Conv2d(channels, self.per_cell * CLASS_CHANNELS, 1)
+        self.cls = nn.Conv2d(CLASS_CHANNELS, 1, 1)
         for layer in (self.cls_conv, self.cls):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+
+    def sizes(self) -> dict[str, Any]:
+        return {**super().sizes(), "train_proposals": (self.train_proposals[0], self.per_batch)}
 
     def score(self, hidden: Tensor) -> Tensor:
         """Logits (b, anchors, h, w) of maps (b, channels, h, w)."""
         x = self.cls_conv(hidden)
         logits = self.cls(x.reshape(-1, CLASS_CHANNELS, *x.shape[2:]))
-        return logits.view(len(hidden), self.anchors, *x.shape[2:])
+        return logits.view(len(hidden), self.per_cell, *x.shape[2:])
 
     def maps(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The raw (class map, delta map), each (images, channels, height, width), of every level."""
@@ -67,6 +71,7 @@ class TwoBranchRPN(RPN):
         hidden = [F.relu(self.conv(level)) for level in features]
         return [self.score(h[..., border:-border, border:-border]) for h in hidden]
 
+    @torch.compiler.disable
     @torch.no_grad()
     def proposals(self, logits, deltas, anchors, sizes) -> list[Tensor]:
         """As `RPN.proposals`; in training the best of all images together."""
@@ -106,7 +111,7 @@ class MPSR(nn.Module):
     ):
         super().__init__()
         self.trunk, self.classes, self.rois, self.aligned = trunk, classes, rois, aligned
-        self.levels = SMALL if trunk.small else PUBLISHED
+        self.levels = SMALL if len(trunk.strides) == len(SMALL.scales) else PUBLISHED
         before, per_batch = train_proposals
         self.rpn = TwoBranchRPN(
             trunk.out_channels,
@@ -124,6 +129,11 @@ class MPSR(nn.Module):
         for layer, std in ((self.cls, 0.01), (self.reg, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
+
+    def describe(self) -> dict[str, Any]:
+        """What `build.rebuilt` makes this detector anew from, for json."""
+        sizes = {"rois": self.rois, "width": self.cls_fc2.out_features, "aligned": self.aligned, **self.rpn.sizes()}
+        return {**self.trunk.describe(), "sizes": sizes}
 
     def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Maps (RoIs of all images, channels, 8, 8) of boxes, each from the level that fits its size."""

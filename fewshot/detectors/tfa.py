@@ -1,6 +1,7 @@
 """TFA, the two-stage fine-tuning approach (Wang et al., 2020, https://arxiv.org/abs/2003.06957)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,12 @@ class CosineClassifier(nn.Module):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (n, in_features) -> logits (n, classes) in [-scale, scale]."""
+        """Features (n, in_features) -> logits (n, classes) in [-scale, scale], in float32 also under autocast."""
         with torch.no_grad():
             self.weight.div_(self.weight.norm(dim=1, keepdim=True) + self.EPS)
-        return self.scale * F.linear(x / (x.norm(dim=1, keepdim=True) + self.EPS), self.weight)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            return self.scale * F.linear(x / (x.norm(dim=1, keepdim=True) + self.EPS), self.weight)
 
 
 class TFA(nn.Module):
@@ -46,6 +49,8 @@ class TFA(nn.Module):
         rois: sampled per training image, of overlap `threshold` or more with a box if positive.
         train_proposals, test_proposals: (kept before NMS per level, kept after).
     """
+
+    OPTIONS = ("cosine",)  # arguments that `describe` gives beside the sizes
 
     def __init__(
         self,
@@ -80,6 +85,11 @@ class TFA(nn.Module):
         nn.init.normal_(self.reg.weight, std=0.001)
         for layer in (self.fc1, self.fc2, self.reg, *([] if cosine else [self.cls])):
             nn.init.zeros_(layer.bias)
+
+    def describe(self) -> dict[str, Any]:
+        """What `build.rebuilt` makes this detector anew from, for json."""
+        sizes = {"rois": self.rois, "width": self.fc2.out_features, "threshold": self.threshold, **self.rpn.sizes()}
+        return {**self.trunk.describe(), "sizes": sizes, "cosine": isinstance(self.cls, CosineClassifier)}
 
     def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Maps (RoIs of all images, channels, 7, 7) of boxes, each from the level that fits its size."""

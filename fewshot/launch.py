@@ -1,0 +1,130 @@
+"""The beginning and the end of a program, its signals, and what its processes say to each other.
+
+With `run` and `meta_test` this is the only place that knows Accelerate's corners.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import nn
+from tqdm.auto import tqdm
+
+from fewshot import InputError
+
+T = TypeVar("T")
+
+
+class Signals:
+    """Ctrl-C and SIGTERM: inside a loop they wait for the end of the step, elsewhere, or twice, they end at once."""
+
+    def __init__(self) -> None:
+        self.received, self.waiting = 0, False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if not self.waiting or self.received:
+            self.received = number
+            raise KeyboardInterrupt
+        self.received = number
+
+
+signals = Signals()
+
+
+@contextmanager
+def started(method: str, args: Any) -> Iterator[Accelerator]:
+    """The Accelerator of this launch, seeded; at the end of the block its trackers and processes are ended.
+
+    Precision, devices and processes come from `accelerate launch` (or its config file), nothing else does. An
+    `InputError`, a loss that is not finite and an interruption end the program with one line and a status that is not
+    0; any other exception with its traceback, as it is a mistake of ours.
+    """
+    accelerator = Accelerator(log_with="wandb" if args.wandb else None, step_scheduler_with_optimizer=False)
+    who = "" if accelerator.is_main_process else f" (process {accelerator.process_index})"
+    signals.received, signals.waiting, handlers = 0, False, {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, signals)
+    except ValueError:  # not in the main thread: whoever runs recipes in threads handles signals
+        handlers = {}
+    try:
+        if accelerator.gradient_accumulation_steps > 1:
+            raise InputError("gradient accumulation is not supported: leave it out, and give a smaller --batch-size")
+        if args.resume and args.overwrite:
+            raise InputError("--resume goes on with a run, --overwrite begins it anew: give one of them")
+        set_seed(args.seed)
+        yield accelerator
+        accelerator.end_training()
+    except (InputError, FloatingPointError) as error:
+        end_trackers(accelerator)
+        raise SystemExit(f"error{who}: {error}") from None
+    except KeyboardInterrupt as error:
+        end_trackers(accelerator)
+        if accelerator.is_main_process:
+            tqdm.write(f"interrupted: {error or f'the same command with --resume goes on with {method}'}")
+        raise SystemExit(128 + (signals.received or signal.SIGINT)) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers.clear()
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """work() of the main process, on every process; an `InputError` that it raises is raised on all."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work()]
+        except InputError as error:
+            outcome = [error]
+    (result,) = broadcast_object_list(outcome)
+    if isinstance(result, InputError):
+        raise result
+    return result
+
+
+def gather_by_id(accelerator: Accelerator, results: dict[Any, T]) -> dict[Any, T]:
+    """Merge every process's `{id: result}` into one dict, sorted by id, on every process.
+
+    Keyed by id, the outcome does not depend on how many processes there are or who did what; a picture that two
+    processes both did counts once.
+    """
+    merged = {key: value for part in gather_object([results]) for key, value in part.items()}
+    return dict(sorted(merged.items()))
+
+
+def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model itself, without Accelerate's and torch.compile's wrappers, its buffers those of the main process.
+
+    After a step under DistributedDataParallel batch norms have other statistics on every process; what is tested must
+    be what is saved.
+    """
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if accelerator.num_processes > 1:
+        for buffer in bare.buffers():
+            torch.distributed.broadcast(buffer.view(torch.uint8) if buffer.dtype is torch.bool else buffer, 0)
+    return bare
+
+
+def on_main_only(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
+    """work() of the main process, there alone; an `InputError` that it raises is raised on all processes."""
+    result: list[T] = []
+    on_main(accelerator, lambda: result.append(work()))
+    return result[0] if result else None
+
+
+def mix(*numbers: int) -> int:
+    """A seed for torch from several numbers: nearby ones give unrelated streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

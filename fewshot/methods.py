@@ -1,0 +1,192 @@
+"""The fourteen methods, for use: how the model of each is built from what its file says.
+
+A recipe has its own model in full view, with losses. The classifiers here are the part of it that tests a task, under
+the same names of parameters and with the interface that `meta_test` asks for; the detectors are the recipes' own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewshot import InputError, backbones, heads, task_heads, weights
+from fewshot.detectors import build
+from fewshot.detectors.attention_rpn import AttentionRPN
+from fewshot.detectors.fsce import FSCE
+from fewshot.detectors.fsdetview import FSDetView
+from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.mpsr import MPSR
+from fewshot.detectors.tfa import TFA
+from fewshot.maml import MAML
+
+About = dict[str, Any]  # what a model's file says of itself
+Groups = Sequence[Sequence[int]]  # the rows of every class's supports
+Adapted = Callable[[Tensor], Tensor]  # queries (m, ...) -> logits (m, ways)
+
+
+class FeatureClassifier(nn.Module):
+    """A backbone, and a classifier of its features by those of a task's supports."""
+
+    unused: tuple[str, ...] = ()  # how names of tensors begin that a file has for training alone
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.features = backbone
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Logits (tasks, m, ways) of features (tasks, m, ...), supports (tasks, ways * shots, ...) class by class."""
+        raise NotImplementedError
+
+    def adapt(self, support: Tensor, groups: Groups) -> Adapted:
+        """A classifier of features (m, ...), by supports (n, ...) of which `groups` has the rows of each class."""
+        raise NotImplementedError
+
+
+class ByMeans(FeatureClassifier):
+    """A classifier by the mean of each class's supports, of which classes may thus have different numbers."""
+
+    def adapt(self, support: Tensor, groups: Groups) -> Adapted:
+        means = class_means(support, groups)[None]
+        return lambda query: self.classify(means, query[None], len(groups))[0]
+
+
+class ProtoNet(ByMeans):
+    def __init__(self, backbone: nn.Module, distance: str):
+        super().__init__(backbone)
+        self.distance = distance
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return heads.prototype(support, query, ways, self.distance)
+
+
+class RelationNet(ByMeans):
+    def __init__(self, backbone: nn.Module):
+        super().__init__(backbone)
+        self.head = heads.RelationHead(backbone.out_channels, backbone.map_size)
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return self.head(support, query, ways)
+
+
+class MetaBaseline(ByMeans):
+    def __init__(self, backbone: nn.Module):
+        super().__init__(backbone)
+        self.head = heads.MetaBaseline()
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return self.head(support, query, ways)
+
+
+class MatchingNet(FeatureClassifier):
+    def __init__(self, backbone: nn.Module, temperature: float):
+        super().__init__(backbone)
+        self.temperature = temperature
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return heads.matching(support, query, ways, self.temperature)
+
+    def adapt(self, support: Tensor, groups: Groups) -> Adapted:
+        """A class has the mean attention of its supports, however many these are."""
+
+        def logits(query: Tensor) -> Tensor:
+            attention = (self.temperature * heads.cosines(query, support)).log_softmax(1)  # (m, n)
+            return torch.stack([attention[:, rows].logsumexp(1) - math.log(len(rows)) for rows in groups], 1)
+
+        return logits
+
+
+class FineTuned(FeatureClassifier):
+    """Baseline and its kin: a new head for every task, trained on its supports by `fit`, of `task_heads`."""
+
+    unused = ("head.",)  # what told the training classes apart is of no use to others
+
+    def __init__(self, backbone: nn.Module, fit: Callable[..., task_heads.LinearHeads | task_heads.CosineHeads]):
+        super().__init__(backbone)
+        self.fit = fit
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return self._fitted(support, ways).logits(query)
+
+    def adapt(self, support: Tensor, groups: Groups) -> Adapted:
+        """Classes of fewer supports show some of theirs again."""
+        trained = self._fitted(support[equal(groups)][None], len(groups))
+        return lambda query: trained.logits(query[None])[0]
+
+    def _fitted(self, support: Tensor, ways: int) -> task_heads.LinearHeads | task_heads.CosineHeads:
+        n = support.shape[1]
+        return self.fit(support, ways, steps=150 if n == ways else 600, batch_size=min(4, n))
+
+
+def class_means(support: Tensor, groups: Groups) -> Tensor:
+    """Means (ways, ...) of features (n, ...), of which `groups` has the rows of each class."""
+    return torch.stack([support[rows].mean(0) for rows in groups])
+
+
+def equal(groups: Groups) -> list[int]:
+    """As many rows of every class as the largest has, class by class; smaller ones begin again."""
+    most = max(map(len, groups))
+    return [rows[i % len(rows)] for rows in groups for i in range(most)]
+
+
+def _backbone(about: About, **options: Any) -> nn.Module:
+    return backbones.build(about["args"]["backbone"], about["size"], **options)
+
+
+def _setting(about: About, name: str) -> Any:
+    """A number that a recipe worked out, or else its flag."""
+    return about.get(name) or about["args"][name]
+
+
+def _maml(about: About) -> MAML:
+    ways, steps, lr = (_setting(about, name) for name in ("ways", "test_steps", "inner_lr"))
+    return MAML(_backbone(about), ways, test_steps=steps, lr=lr)
+
+
+def _fine_tuned(fit: Callable, about: About) -> FineTuned:
+    return FineTuned(_backbone(about), partial(fit, temperature=_setting(about, "test_temperature")))
+
+
+CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
+    "baseline": lambda about: FineTuned(_backbone(about), task_heads.fit_linear),
+    "baseline_plus": partial(_fine_tuned, task_heads.fit_cosine),
+    "neg_margin": partial(_fine_tuned, task_heads.fit_normalised),
+    "proto_net": lambda about: ProtoNet(_backbone(about), about["args"]["distance"]),
+    "matching_net": lambda about: MatchingNet(_backbone(about), about["args"]["temperature"]),
+    "relation_net": lambda about: RelationNet(_backbone(about, pooled=False)),
+    "meta_baseline": lambda about: MetaBaseline(_backbone(about)),
+    "maml": _maml,
+}
+DETECTORS: dict[str, type[nn.Module]] = {
+    "tfa": TFA,
+    "fsce": FSCE,
+    "mpsr": MPSR,
+    "attention_rpn": AttentionRPN,
+    "meta_rcnn": MetaRCNN,
+    "fsdetview": FSDetView,
+}
+
+
+def built(about: About) -> nn.Module:
+    """The model that a file describes, before its weights are filled in.
+
+    Raises:
+        InputError: its method is none of these.
+    """
+    method = about.get("method")
+    if method in DETECTORS:
+        return build.rebuilt(DETECTORS[method], about)
+    if method in CLASSIFIERS:
+        return CLASSIFIERS[method](about)
+    known = ", ".join([*CLASSIFIERS, *DETECTORS])
+    raise InputError(
+        f"{method!r} is none of {known}: give the model of its recipe, fewshot.load(..., model=MyModel(...))"
+    )
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Give a model of `built` its file's weights: `weights.fill`, but for what the file has for training alone."""
+    weights.fill(model, state, source, fresh=model.unused if isinstance(model, FeatureClassifier) else ())

@@ -1,0 +1,41 @@
+"""Detectors say what they are, and can be made anew from it."""
+
+import json
+
+import pytest
+
+from fewshot import fpn, trunks
+from fewshot.data.transforms import CAFFE_MPSR
+from fewshot.detectors.attention_rpn import AttentionRPN
+from fewshot.detectors.build import rebuilt
+from fewshot.detectors.fsce import FSCE
+from fewshot.detectors.fsdetview import FSDetView
+from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.mpsr import MPSR
+from fewshot.detectors.tfa import TFA
+
+SIZES = {"rois": 7, "rpn_channels": 16, "train_proposals": (50, 20), "test_proposals": (40, 10)}
+PYRAMID = {**SIZES, "width": 24}
+DETECTORS = {
+    TFA: {**PYRAMID, "cosine": True},
+    FSCE: {**PYRAMID, "cosine": True, "threshold": 0.4, "dimensions": 12},
+    MPSR: {**PYRAMID, "aligned": False},
+    MetaRCNN: SIZES,
+    FSDetView: SIZES,
+    AttentionRPN: {**SIZES, "relation_channels": 20, "shared_proposals": 9},
+}
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("name", ["small", "resnet18"])
+def test_round_trip(detector, name):
+    trunk = fpn.begin(name, "none") if "width" in DETECTORS[detector] else trunks.begin(name, "none", meta=True)
+    model = detector(trunk, 3, **DETECTORS[detector])
+    trunk.normalisation = CAFFE_MPSR
+    described = json.loads(json.dumps(model.describe()))
+    assert described["sizes"].items() >= {k: v for k, v in SIZES.items() if k[-1] != "s" or k == "rois"}.items()
+    again = rebuilt(detector, {**described, "classes": ["a", "b", "c"]})
+    assert json.loads(json.dumps(again.describe())) == described and again.trunk.normalisation == CAFFE_MPSR
+    again.load_state_dict(model.state_dict())
+    changed = rebuilt(detector, described, 5, rois=3, rpn_channels=None)
+    assert (changed.classes, changed.rois, changed.rpn.conv.out_channels) == (5, 3, 16)
