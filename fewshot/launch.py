@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,6 +36,7 @@ class Signals:
 
 
 signals = Signals()
+ending = ExitStack()  # what is to be given back when the block of `started` ends, however it ends
 
 
 @contextmanager
@@ -71,6 +72,7 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
             tqdm.write(f"interrupted: {error or f'the same command with --resume goes on with {method}'}")
         raise SystemExit(128 + (signals.received or signal.SIGINT)) from None
     finally:
+        ending.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -47,38 +47,22 @@ class FeatureClassifier(nn.Module):
 
 
 class ByMeans(FeatureClassifier):
-    """A classifier by the mean of each class's supports, of which classes may thus have different numbers."""
+    """Compares queries with the mean of each class's supports, of which classes may thus have different numbers.
+
+    Args:
+        head: of `heads`, a function or a module: (support, query, ways) -> logits, as `classify`.
+    """
+
+    def __init__(self, backbone: nn.Module, head: Callable[[Tensor, Tensor, int], Tensor]):
+        super().__init__(backbone)
+        self.head = head
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return self.head(support, query, ways)
 
     def adapt(self, support: Tensor, groups: Groups) -> Adapted:
         means = class_means(support, groups)[None]
         return lambda query: self.classify(means, query[None], len(groups))[0]
-
-
-class ProtoNet(ByMeans):
-    def __init__(self, backbone: nn.Module, distance: str):
-        super().__init__(backbone)
-        self.distance = distance
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        return heads.prototype(support, query, ways, self.distance)
-
-
-class RelationNet(ByMeans):
-    def __init__(self, backbone: nn.Module):
-        super().__init__(backbone)
-        self.head = heads.RelationHead(backbone.out_channels, backbone.map_size)
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        return self.head(support, query, ways)
-
-
-class MetaBaseline(ByMeans):
-    def __init__(self, backbone: nn.Module):
-        super().__init__(backbone)
-        self.head = heads.MetaBaseline()
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        return self.head(support, query, ways)
 
 
 class MatchingNet(FeatureClassifier):
@@ -141,6 +125,11 @@ def _setting(about: About, name: str) -> Any:
     return about.get(name) or about["args"][name]
 
 
+def _relation_net(about: About) -> ByMeans:
+    backbone = _backbone(about, pooled=False)
+    return ByMeans(backbone, heads.RelationHead(backbone.out_channels, backbone.map_size))
+
+
 def _maml(about: About) -> MAML:
     ways, steps, lr = (_setting(about, name) for name in ("ways", "test_steps", "inner_lr"))
     return MAML(_backbone(about), ways, test_steps=steps, lr=lr)
@@ -154,10 +143,10 @@ CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
     "baseline": lambda about: FineTuned(_backbone(about), task_heads.fit_linear),
     "baseline_plus": partial(_fine_tuned, task_heads.fit_cosine),
     "neg_margin": partial(_fine_tuned, task_heads.fit_normalised),
-    "proto_net": lambda about: ProtoNet(_backbone(about), about["args"]["distance"]),
+    "proto_net": lambda about: ByMeans(_backbone(about), partial(heads.prototype, distance=about["args"]["distance"])),
     "matching_net": lambda about: MatchingNet(_backbone(about), about["args"]["temperature"]),
-    "relation_net": lambda about: RelationNet(_backbone(about, pooled=False)),
-    "meta_baseline": lambda about: MetaBaseline(_backbone(about)),
+    "relation_net": _relation_net,
+    "meta_baseline": lambda about: ByMeans(_backbone(about), heads.MetaBaseline()),
     "maml": _maml,
 }
 DETECTORS: dict[str, type[nn.Module]] = {
@@ -182,9 +171,8 @@ def built(about: About) -> nn.Module:
     if method in CLASSIFIERS:
         return CLASSIFIERS[method](about)
     known = ", ".join([*CLASSIFIERS, *DETECTORS])
-    raise InputError(
-        f"{method!r} is none of {known}: give the model of its recipe, fewshot.load(..., model=MyModel(...))"
-    )
+    what = f"a model of {method!r}, which is none of {known}"
+    raise InputError(f"{what}: give the model of its recipe, fewshot.load(..., model=MyModel(...))")
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

@@ -270,7 +270,9 @@ class Record:
 
     def _take_folder(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
-        return _lock(self.folder)
+        lock = _lock(self.folder)
+        launch.ending.callback(lock.release)
+        return lock
 
     def _begin_or_resume(self) -> None:
         accelerator = self.accelerator
@@ -458,7 +460,7 @@ class Record:
         if self.test_only:
             return
         self.about |= more
-        model = self._finite(self.step)
+        model = self._finite(more.get("step", self.step))
         if self.accelerator.is_main_process:
             weights.save(self.folder / "model.safetensors", model, self.about)
         self.accelerator.wait_for_everyone()

@@ -48,9 +48,8 @@ def detections(
         names = [dataset.classes[label] for label in labels[sure]]
         right = boxes_on(image, boxes[sure], captions(names, scores[sure]), colors(names, dataset.novel), side)
         pairs.append(F.pad(torch.cat([left, F.pad(right, [3, 0, 0, 0], fill=255)], 2), [0, 0, 12, 8], fill=255))
-    return _with_legend(
-        sheet(pairs, columns=2), f"left: truth, (not counted)    right: found, score at least {score_above:g}"
-    )
+    heading = f"left: truth (in brackets: does not count)    right: found, score at least {score_above:g}"
+    return _with_legend(sheet(pairs, columns=2), heading)
 
 
 def _novel_first(dataset: DetectionSet) -> Iterator[int]:
@@ -66,7 +65,7 @@ def _novel_first(dataset: DetectionSet) -> Iterator[int]:
 def _with_legend(picture: Image.Image, text: str) -> Image.Image:
     """The picture under a line of `text` and the colours of base and novel classes."""
     font = _font(14)
-    whole = Image.new("RGB", (max(picture.width, 480), picture.height + 28), "white")
+    whole = Image.new("RGB", (max(picture.width, 800), picture.height + 28), "white")
     whole.paste(picture, (0, 28))
     draw, x = ImageDraw.Draw(whole), 8
     for color, name in ((None, text), (BASE, "base class"), (NOVEL, "novel class")):

@@ -26,7 +26,9 @@ from fewshot import backbones, fpn, heads, task_heads, trunks
 from fewshot.data import detection, episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.data.glyphs import glyph, scene
-from fewshot.data.support import NWayKShot
+from fewshot.data.pipeline import Batch, Pipeline, train_loader
+from fewshot.data.stream import Feed
+from fewshot.data.support import NWayKShot, SupportBatch
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.attention_rpn import AttentionRPN, MultiRelation
 from fewshot.detectors.fsce import FSCE
@@ -74,10 +76,11 @@ def glyph_rows() -> list[Row]:
     """Making a step's pictures in one loading process, beside training on them on all cores (ours / plain below 1)."""
     train_set = open_dataset("glyphs", "", "train")
     transform = transforms.train_transform(train_set)
-    where = {"rank": 0, "world": 1, "device": "cpu"}
-    sampling = {"tasks": 1, "seed": 0, "start": 0, "transform": transform, "workers": 0}
-    shape = (train_set, 5, 5, 16)
-    episode = next(episodes.episode_loader(*shape, steps=1, **sampling, **where))
+
+    def episodes_of(steps: int) -> Iterator[episodes.Episode]:
+        return episodes.episode_loader(train_set, 5, 5, 16, Feed(steps=steps), transform, tasks=1)
+
+    episode = next(episodes_of(1))
     net = backbones.build("conv4", train_set.size)
 
     def episode_step() -> None:
@@ -87,22 +90,24 @@ def glyph_rows() -> list[Row]:
     scenes = detection.open_detection("glyphs", "", part="train")
     scenes = scenes.restrict(scenes.base)
     supports = NWayKShot(scenes, 1, used=200, one_per_image=True, size=80)
-    feed = {"batch_size": 8, "seed": 0, "start": 0, "extra": supports.draw}
-    batch, support = next(detection.train_loader(scenes, detection.Pipeline(), steps=1, **feed))
     detector = MetaRCNN(trunks.c4("small", meta=True), 15, rois=32, rpn_channels=128, train_proposals=(1000, 100))
     normal = detector.trunk.normalisation
 
+    def scenes_of(steps: int) -> Iterator[tuple[Batch, SupportBatch]]:
+        return train_loader(scenes, Pipeline(), Feed(steps=steps), normal, batch_size=8, extra=supports.draw)
+
+    batch, support = next(scenes_of(1))
+
     def detection_step() -> None:
-        images, supported = batch.normalised(normal), support.normalised(normal)
-        losses = detector(images, batch.sizes.tolist(), batch.boxes, batch.labels, supported, support.labels)
+        losses = detector(batch.images, batch.sizes, batch.boxes, batch.labels, support.images, support.labels)
         sum(losses.values()).backward()
 
     def load_episodes() -> None:
-        for _ in episodes.episode_loader(*shape, steps=3, **sampling, **where):
+        for _ in episodes_of(3):
             continue
 
     def load_scenes() -> None:
-        for _ in detection.train_loader(scenes, detection.Pipeline(), steps=3, **feed):
+        for _ in scenes_of(3):
             continue
 
     draw = seconds(lambda: [glyph(c, 0, 1) for c in range(100)]) * 10
@@ -220,18 +225,8 @@ def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) 
         train_set = open_dataset(dataset, data_root, "train", cache=cache)
         net = backbones.build("conv4", train_set.size)
         model = nn.Sequential(net, nn.Linear(net.out_features, len(train_set.classes)))
-        loader = episodes.class_batch_loader(
-            train_set,
-            batch_size=64,
-            seed=0,
-            start=0,
-            steps=steps + 2,
-            rank=0,
-            world=1,
-            device="cpu",
-            transform=transforms.train_transform(train_set),
-            workers=workers,
-        )
+        feed, transform = Feed(steps=steps + 2, workers=workers), transforms.train_transform(train_set)
+        loader = episodes.class_batch_loader(train_set, feed, transform, batch_size=64)
         waited, ends, begin = [], [], time.perf_counter()
         for images, labels, _ in loader:
             waited.append(time.perf_counter() - begin)
@@ -315,14 +310,10 @@ def detector_steps(model: nn.Module, images: Tensor, classes: int) -> dict[str, 
 
 
 def with_prototypes(model: nn.Module) -> nn.Module:
-    """The model in testing, made to know all its classes by random prototypes.
-
-    Those of Meta R-CNN and FSDetView are as near to each other as in the models that were trained on glyphs.
-    """
+    """The model in testing, made to know all its classes by random prototypes."""
     if isinstance(model, MetaRCNN):
-        mean = 0.5 + 0.4 * torch.rand_like(model.prototypes[0])
-        labels = torch.arange(model.classes, device=mean.device)
-        model.set_prototypes(mean + 0.02 * torch.randn_like(model.prototypes), labels)
+        labels = torch.arange(model.classes, device=model.prototypes.device)
+        model.set_prototypes(torch.rand_like(model.prototypes), labels)
     elif isinstance(model, AttentionRPN):
         labels = torch.arange(model.classes, device=model.maps.device)
         model.set_prototypes([(torch.rand_like(model.kernels), torch.rand_like(model.maps), labels)])

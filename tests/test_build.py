@@ -1,8 +1,9 @@
-"""Detectors say what they are, and can be made anew from it."""
+"""Detectors say what they are and can be made anew from it, and they can be compiled."""
 
 import json
 
 import pytest
+import torch
 
 from fewshot import fpn, trunks
 from fewshot.data.transforms import CAFFE_MPSR
@@ -39,3 +40,24 @@ def test_round_trip(detector, name):
     again.load_state_dict(model.state_dict())
     changed = rebuilt(detector, described, 5, rois=3, rpn_channels=None)
     assert (changed.classes, changed.rois, changed.rpn.conv.out_channels) == (5, 3, 16)
+
+
+@pytest.mark.parametrize("detector", [TFA, MetaRCNN])
+def test_compiled_they_compute_the_same(detector):
+    torch.manual_seed(0)
+    trunk = fpn.begin("small") if detector is TFA else trunks.begin("small", meta=True)
+    model = detector(trunk, 2, **SIZES)
+    images, boxes = torch.randn(2, 3, 96, 96), [torch.tensor([[9.0, 9, 50, 60]]), torch.tensor([[30.0, 20, 80, 70]])]
+    batch = images, [(96, 96), (90, 96)], boxes, [torch.tensor([0]), torch.tensor([1])]
+    if detector is MetaRCNN:
+        batch += torch.rand(2, 4, 96, 96), torch.arange(2)
+        model.set_prototypes(torch.rand(2, 256), torch.arange(2))
+    results = []
+    for forward, detect in ((model, model.detect), (torch.compile(f, backend="eager") for f in (model, model.detect))):
+        torch.manual_seed(1)
+        losses = forward(*batch)
+        model.zero_grad()
+        sum(losses.values()).backward()
+        found = detect(*batch[:2])
+        results.append([*losses.values(), *(p.grad for p in model.parameters()), *found[0], *found[1]])
+    assert len(results[0][-3]) and all(map(torch.equal, *results))

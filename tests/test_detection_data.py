@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 
 from fewshot import InputError
-from fewshot.data import detection, glyphs, k_shot
+from fewshot.data import detection, glyphs, k_shot, pipeline
 from fewshot.data.annotations import COCO_NOVEL, make_record
-from fewshot.data.detection import DetectionSet, Pipeline, open_detection
+from fewshot.data.detection import DetectionSet, open_detection
+from fewshot.data.pipeline import Pipeline
+from fewshot.data.stream import Feed
 from fewshot.data.transforms import CAFFE
+from fewshot.run import write_json
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
 needs_real = pytest.mark.skipif(not (REAL / "VOCdevkit").is_dir(), reason="real data are not here")
@@ -132,6 +135,18 @@ def test_a_missing_year_is_noted(tmp_path):
         ("Annotations/000004.xml", "<width>100</width>", "", ["000004.xml", "size"]),
         ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>29</xmax>", ["000004.xml", "dog", "[30, 30, 29, 70]"]),
         ("Annotations/000004.xml", "<xmax>90</xmax>", "", ["000004.xml", "dog", "bndbox"]),
+        ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>inf</xmax>", ["000004.xml", "dog", "bndbox"]),
+        ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>nan</xmax>", ["000004.xml", "dog", "bndbox"]),
+        ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>1e300</xmax>", ["000004.xml", "dog", "too large"]),
+        ("Annotations/000004.xml", "<width>100</width>", "<width>0</width>", ["000004.xml", "size", "0 x 80"]),
+        (
+            "Annotations/000004.xml",
+            "<annotation>",
+            "<?xml version='1.0' encoding='x'?>",
+            ["000004.xml", "not a VOC"],
+        ),
+        ("ImageSets/Main/trainval.txt", "000004", "../../secret", ["trainval.txt", "'../../secret'", "leads out"]),
+        ("ImageSets/Main/trainval.txt", "000004", "/etc/secret", ["trainval.txt", "'/etc/secret'", "leads out"]),
     ],
 )
 def test_mistakes_in_voc_are_named(voc, file, old, new, words):
@@ -144,6 +159,26 @@ def test_mistakes_in_voc_are_named(voc, file, old, new, words):
     with pytest.raises(InputError) as error:
         open_detection("voc", voc, part="train")
     one_line(error, *words)
+
+
+def test_lists_may_have_a_byte_order_mark_but_are_utf_8(voc):
+    path = voc / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "test.txt"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert [r.id for r in open_detection("voc", voc, part="test").records] == ["VOC2007/000005", "VOC2007/000006"]
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(InputError) as error:
+        open_detection("voc", voc, part="test")
+    one_line(error, "test.txt", "UTF-8")
+
+
+def test_boxes_beyond_their_picture_are_noted(tmp_path):
+    objects = [("dog", 1, 1, 100, 80, 0), ("dog", 0, 5, 20, 20, 0), ("cat", 50, 50, 120, 80, 0)]
+    write_voc(tmp_path, "VOC2007", "trainval", {"000001": objects})
+    write_voc(tmp_path, "VOC2012", "trainval", {"2008_000001": objects[:1]})
+    opened = open_detection("voc", tmp_path, part="train")
+    assert opened.records[0].boxes.tolist() == [[0, 0, 100, 80], [-1, 4, 20, 20], [49, 49, 120, 80]]
+    [note] = opened.notes
+    assert note.endswith("beyond their picture, cut off there in training: 2")
 
 
 def test_wrong_choices_are_named(tmp_path):
@@ -172,8 +207,26 @@ def test_an_unreadable_picture_is_named_also_from_a_worker(voc):
         opened.image(1)
     one_line(error, "000006.jpg")
     with pytest.raises(InputError) as error:
-        list(detection.test_loader(opened, Pipeline(), workers=1))
+        list(pipeline.test_loader(opened, Pipeline(), Feed(workers=1), CAFFE))
     one_line(error, "000006.jpg")
+
+
+def test_a_picture_of_another_size_than_annotated_is_named(voc):
+    opened = open_detection("voc", voc, part="test")
+    path = Path(opened.records[0].path)
+    for size in ((100, 79), (80, 100)):
+        Image.new("RGB", size).save(path)
+        with pytest.raises(InputError) as error:
+            opened.image(0)
+        one_line(error, str(path), f"{size[0]} x {size[1]} pixels", "100 x 80", "correct")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 80)).save(path, exif=exif)
+    with pytest.raises(InputError) as error:
+        opened.image(0)
+    one_line(error, str(path), "80 x 100 pixels", "100 x 80", "EXIF", "save it upright")
+    Image.new("RGB", (80, 100)).save(path, exif=exif)  # as annotated, once it is upright
+    assert opened.image(0).shape == (3, 80, 100)
 
 
 def write_coco(path: Path, images: list[tuple], annotations: list[dict], categories: dict[int, str]) -> None:
@@ -221,8 +274,19 @@ def test_coco(tmp_path):
     assert record.difficult.tolist() == [False, False, True] and record.areas.tolist() == [600, 600, 600]
     kept = open_detection("coco", tmp_path, part="train", difficult="keep")
     assert not kept.usable(record)[2]  # crowds are never trained on
+    assert opened.category_ids["truck"] == 8 and list(opened.category_ids) == opened.classes
+    assert [r.image_id for r in opened.records] == [139, 42]
+    notes = [
+        "boxes marked ignore, left out: 1",
+        "boxes outside their picture, left out: 1",
+        "boxes without area, left out: 1",
+        "boxes smaller than a pixel, left out: 1",
+        "boxes that reach beyond their picture, cut off there in training: 1",
+    ]
+    assert [note.split(": ", 1)[1] for note in opened.notes] == notes
     # its evaluation counts flawed boxes too
-    assert len(open_detection("coco", tmp_path, part="test").records[0].labels) == 7
+    test = open_detection("coco", tmp_path, part="test")
+    assert len(test.records[0].labels) == 7 and not test.notes
     (tmp_path / "coco" / "train2014" / "COCO_train2014_000000000042.jpg").unlink()
     with pytest.raises(InputError) as error:
         open_detection("coco", tmp_path, part="test")
@@ -260,13 +324,90 @@ def test_own_data(own):
     assert train.classes == test.classes == ["axolotl", "dog", "cat"] and train.novel == ["cat"]
     assert train.name == "pets" and train.image(0).shape == (3, 64, 64)
     assert train.records[0].labels.tolist() == [2, 0, 1] and test.records[0].labels.tolist() == [1]
+    # each part's own numbers, which a user's tools know
+    assert train.category_ids == {"cat": 1, "dog": 2, "axolotl": 3}
+    assert test.category_ids == {"cat": 2, "dog": 1, "axolotl": 3}
+    assert not train.notes and train.records[0].image_id == 1
     single = open_detection(str(own / "pets" / "train.json"), "elsewhere", part="test")
     assert single.classes == ["axolotl", "cat", "dog"] and "one file" in single.notes[0]
+
+
+def change_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_names_and_numbers_of_own_data_are_kept(own):
+    """Blanks and umlauts in names, ids of text, numbers with gaps, a byte order mark, sizes as floats."""
+    (own / "pets" / "images" / "a.png").rename(own / "pets" / "images" / "größe 1.png")
+
+    def change(content):
+        content["images"][0].update(id="0012", file_name="größe 1.png", width=64.0)
+        content["categories"] = [{"id": 70, "name": "weißer Hai"}, {"id": 5, "name": "Bär"}, {"id": 9, "name": "cat"}]
+        for annotation, category in zip(content["annotations"], (70, 5, 9)):
+            annotation.update(image_id="0012", category_id=category)
+        content["annotations"] = content["annotations"][:3]
+
+    for part in ("train", "test"):
+        path = own / "pets" / f"{part}.json"
+        change_json(path, change)
+        path.write_text(path.read_text().encode().decode("unicode_escape"), encoding="utf-8-sig")
+    opened = open_detection("pets", own, part="train", novel=["weißer Hai"])
+    assert opened.classes == ["Bär", "cat", "weißer Hai"] and opened.image(0).shape == (3, 64, 64)
+    assert [opened.classes[i] for i in opened.records[0].labels] == ["weißer Hai", "Bär", "cat"]
+    assert opened.category_ids == {"Bär": 5, "cat": 9, "weißer Hai": 70}
+    assert opened.records[0].image_id == opened.records[0].id == "0012"
+
+
+def test_what_is_left_out_of_own_data_is_noted(own):
+    box = {"image_id": 1, "category_id": 1}
+    more = [
+        {"bbox": [70, 0, 9, 9]},
+        {"bbox": [0, 70, 9, 9]},
+        {"bbox": [5, 5, 0.5, 9]},
+        {"bbox": [5, 5, 9, 9], "ignore": 1},
+        {"bbox": [-3, 5, 9, 9], "area": None},
+        {"bbox": [50, 50, 14.3, 14]},  # rounding
+    ]
+    change_json(own / "pets" / "train.json", lambda c: c["annotations"].extend({**box, **m} for m in more))
+    opened = open_detection("pets", own, part="train")
+    assert len(opened.records[0].boxes) == 5
+    assert [note.split("train.json: ")[1] for note in opened.notes] == [
+        "boxes outside their picture, left out: 2",
+        "boxes smaller than a pixel, left out: 1",
+        "boxes marked ignore, left out: 1",
+        "boxes that reach beyond their picture, cut off there in training: 1",
+    ]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        *(
+            (lambda c, v=v: c["annotations"][0].update(bbox=v), ["train.json", "annotation 1 of image 1", "bbox"])
+            for v in ("abcd", [1, 2, 3], [1, 2, "3", 4], [1, 2, [3], 4], [1, 2, 3, float("nan")], [1, 1e300, 3, 4], {})
+        ),
+        *(
+            (lambda c, v=v: c["images"][0].update(width=v), ["train.json", "entry 0 of 'images'", "width"])
+            for v in (0, -5, "64", None, [64], 64.5, float("inf"))
+        ),
+        (lambda c: c["annotations"][0].update(area="big"), ["train.json", "annotation 1", "area 'big'"]),
+        (lambda c: c["annotations"][0].update(image_id=[1]), ["train.json", "annotation 1", "image [1]"]),
+        (lambda c: c["annotations"][0].update(category_id={}), ["train.json", "annotation 1", "category {}"]),
+        (lambda c: c["images"][0].update(id=[1]), ["train.json", "entry 0 of 'images'", "'id'"]),
+        (lambda c: c["images"][0].update(file_name=5), ["train.json", "entry 0 of 'images'", "file_name"]),
+        (lambda c: c["images"][0].update(file_name="../a.png"), ["train.json", "entry 0 of 'images'", "leads out"]),
+        (lambda c: c["images"][0].update(file_name="/tmp/a.png"), ["train.json", "entry 0 of 'images'", "leads out"]),
+        (lambda c: c["images"].append(c["images"][0]), ["train.json", "image id '1'", "2 times"]),
+        (lambda c: c["categories"][1].update(id="2"), ["train.json", "entry 1 of 'categories'", "'id'"]),
+        (lambda c: c["categories"][1].update(id=1), ["train.json", "category id 1", "2 times"]),
+        (lambda c: c["categories"][1].update(name=None), ["train.json", "entry 1 of 'categories'", "name"]),
+        (lambda c: c["categories"][1].update(name="cat"), ["train.json", "category 'cat'", "2 times"]),
+        *(
+            (lambda c, k=k: c[k].insert(0, "nothing"), ["train.json", f"entry 0 of {k!r}", "no object", "nothing"])
+            for k in ("images", "categories", "annotations")
+        ),
         (lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 10]), ["train.json", "annotation 1", "[5, 5, 0, 10]"]),
         (lambda c: c["annotations"][1].pop("bbox"), ["train.json", "annotation 2", "bbox"]),
         (lambda c: c["annotations"][2].update(image_id=7), ["train.json", "annotation 3", "image 7"]),
@@ -277,10 +418,7 @@ def test_own_data(own):
     ],
 )
 def test_mistakes_in_own_data_are_named(own, change, words):
-    path = own / "pets" / "train.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    change_json(own / "pets" / "train.json", change)
     with pytest.raises(InputError) as error:
         open_detection("pets", own, part="train")
     one_line(error, *words)
@@ -290,10 +428,11 @@ def test_unknown_novel_class_and_broken_json_are_named(own):
     with pytest.raises(InputError) as error:
         open_detection("pets", own, part="train", novel=["unicorn"])
     one_line(error, "unicorn", "pets")
-    (own / "pets" / "train.json").write_text("{")
-    with pytest.raises(InputError) as error:
-        open_detection("pets", own, part="train")
-    one_line(error, "train.json", "not json")
+    for content, words in ((b"{", "not json"), (b"[" * 100000, "not json"), ("{}".encode("utf-16"), "UTF-8")):
+        (own / "pets" / "train.json").write_bytes(content)
+        with pytest.raises(InputError) as error:
+            open_detection("pets", own, part="train")
+        one_line(error, "train.json", words)
 
 
 def test_glyph_splits_permute_labels_of_the_same_scenes():
@@ -408,6 +547,8 @@ def test_published_voc_lists(tmp_path):
     for text, words in [
         ("VOC2007/JPEGImages/000777.jpg", ["dog_train.txt", "000777"]),
         ("VOC2007/JPEGImages/000009.jpg", ["dog_train.txt", "no dog", "000009"]),
+        ("/VOC2007/JPEGImages/000001.jpg", ["dog_train.txt", "leads out"]),
+        ("../VOC2007/JPEGImages/000001.jpg", ["dog_train.txt", "leads out"]),
         ("", ["dog_train.txt", "no dog"]),
     ]:
         dogs.write_text(text)
@@ -434,10 +575,12 @@ def test_published_coco_lists(tmp_path):
 def test_shots_survive_saving(tmp_path):
     dataset = toy({"a": 9, "b": 7, "c": 30}, novel=["c"])
     chosen = k_shot.select_shots(dataset, 5, seed=1)
-    k_shot.save_shots(tmp_path / "shots.json", chosen)
+    write_json(tmp_path / "shots.json", k_shot.shots_of(chosen))
     loaded = k_shot.load_shots(tmp_path / "shots.json", dataset.restrict(["c", "a", "b"]))
     assert all(boxes_of(loaded, name) == boxes_of(chosen, name) for name in "abc")
     assert [r.id for r in loaded.records] == [r.id for r in chosen.records]
+    assert k_shot.files(chosen) == {"shots.json": k_shot.shots_of(chosen)} and k_shot.files(dataset) == {}
+    assert k_shot.files(loaded)  # what was read is kept too
     for other, words in [
         (dataset.restrict(["a", "b"]), ["shots.json", "'c'"]),
         (dataset.with_records(dataset.records[:1]), ["shots.json", "picture p"]),
@@ -452,7 +595,7 @@ def test_shots_are_drawn_or_given(tmp_path):
     dataset = toy({"a": 9, "b": 7, "c": 30}, novel=["c"])
     drawn = k_shot.choose_shots(dataset, 5, seed=1)
     assert all(boxes_of(drawn, name) == boxes_of(k_shot.select_shots(dataset, 5, seed=1), name) for name in "abc")
-    k_shot.save_shots(tmp_path / "shots.json", drawn)
+    write_json(tmp_path / "shots.json", k_shot.shots_of(drawn))
     given = k_shot.choose_shots(dataset, 5, 2, tmp_path / "shots.json")  # the file counts, not the seed
     assert all(boxes_of(given, name) == boxes_of(drawn, name) for name in "abc")
     for shots, place, words in [(3, "shots.json", ["has 5 shots", "--shots 5"]), (5, "none.json", ["is it there"])]:
@@ -502,7 +645,7 @@ def test_resize_keeps_the_ratio(tmp_path, size, limits, expected):
     box = (-3, 10, size[1] / 2, size[0] + 7)
     record = make_record("a", tmp_path / "a.png", *size[::-1], [(box, 0, False), (box, 0, True)])
     sample = Pipeline(*limits).sample(DetectionSet("x", "test", ["c"], [], [record], "voc"), 0)
-    assert sample.image.shape == (3, *expected) and sample.original == size
+    assert sample.image.shape == (3, *expected)
     y, x = expected[0] / size[0], expected[1] / size[1]
     assert torch.allclose(sample.scale, torch.tensor([x, y]))
     assert torch.allclose(sample.boxes, torch.tensor([[0, 10 * y, size[1] / 2 * x, expected[0]]]), atol=1e-3)
@@ -538,11 +681,13 @@ def test_padding_is_zero_after_normalisation(voc):
     write_voc(voc, "VOC2007", "test", {"000005": [("dog", 11, 20, 50, 60, 0)]}, size=(60, 130))
     (voc / "VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_text("000005\n000006\n")
     opened = open_detection("voc", voc, part="test")
-    batch = next(detection.test_loader(opened, Pipeline(multiple=32), batch_size=2))
-    assert batch.images.shape == (2, 3, 160, 128) and batch.images.dtype == torch.uint8
-    assert batch.sizes.tolist() == batch.originals.tolist() == [[130, 60], [80, 100]]
-    images = batch.normalised(CAFFE)
-    for image, index in zip(images, (0, 1)):
+    batch = next(pipeline.test_loader(opened, Pipeline(multiple=32), Feed(), CAFFE, batch_size=2))
+    assert batch.images.shape == (2, 3, 160, 128) and batch.images.dtype == torch.float32
+    assert batch.sizes == [(130, 60), (80, 100)] and batch.scales.eq(1).all()
+    before = pipeline.collate([Pipeline().sample(opened, i) for i in (0, 1)], 32)
+    assert before.images.shape == batch.images.shape and before.images.dtype == torch.uint8
+    assert torch.equal(before.normalised(CAFFE).images, batch.images)
+    for image, index in zip(batch.images, (0, 1)):
         alone = CAFFE(opened.image(index))
         height, width = alone.shape[-2:]
         assert torch.equal(image[:, :height, :width], alone)
@@ -550,14 +695,16 @@ def test_padding_is_zero_after_normalisation(voc):
         assert not image.any()
 
 
-def stream_of(dataset, **kwargs):
-    kwargs = {"batch_size": 4, "seed": 5, "start": 0, "steps": 6} | kwargs
-    return list(detection.train_loader(dataset, Pipeline((40, 60, 80), flip=True), **kwargs))
+def stream_of(dataset, extra=None, **feed):
+    feed = Feed(**{"seed": 5, "steps": 6} | feed)
+    return list(
+        pipeline.train_loader(dataset, Pipeline((40, 60, 80), flip=True), feed, CAFFE, batch_size=4, extra=extra)
+    )
 
 
-def same(a: detection.Batch, b: detection.Batch) -> bool:
-    tensors = [a.images, *a.boxes, *a.labels, a.sizes, a.scales], [b.images, *b.boxes, *b.labels, b.sizes, b.scales]
-    return a.ids == b.ids and all(map(torch.equal, *tensors))
+def same(a: pipeline.Batch, b: pipeline.Batch) -> bool:
+    tensors = [a.images, *a.boxes, *a.labels, a.scales], [b.images, *b.boxes, *b.labels, b.scales]
+    return a.ids == b.ids and a.sizes == b.sizes and all(map(torch.equal, *tensors))
 
 
 def test_training_stream_resumes_and_is_split_among_processes(scenes):
@@ -587,7 +734,7 @@ def test_loaders_draw_nothing_from_the_global_streams(scenes):
     np.random.seed(0)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     stream_of(scenes, steps=2)
-    list(detection.test_loader(scenes.with_records(scenes.records[:3]), Pipeline()))
+    list(pipeline.test_loader(scenes.with_records(scenes.records[:3]), Pipeline(), Feed(), CAFFE))
     assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
 
 
@@ -595,10 +742,14 @@ class Extra:
     """Stands for a support batch that records what it was asked for."""
 
     def __init__(self, seed, step):
-        self.asked, self.device = (seed, step), None
+        self.asked, self.device, self.normalisation = (seed, step), None, None
 
     def to(self, device):
         self.device = device
+        return self
+
+    def normalised(self, normalisation):
+        self.normalisation = normalisation
         return self
 
 
@@ -606,18 +757,21 @@ class Extra:
 def test_extras_come_with_their_step(scenes, workers):
     pairs = stream_of(scenes, start=2, steps=4, extra=Extra, workers=workers)
     assert [extra.asked for _, extra in pairs] == [(5, 2), (5, 3)]
-    assert all(extra.device == torch.device("cpu") for _, extra in pairs)
+    assert all(extra.device == torch.device("cpu") and extra.normalisation == CAFFE for _, extra in pairs)
     assert all(same(batch, alone) for (batch, _), alone in zip(pairs, stream_of(scenes, start=2, steps=4)))
 
 
 def test_testing_covers_every_picture_once(scenes):
     scenes = scenes.with_records(scenes.records[:7])
-    parts = [
-        [b.ids for b in detection.test_loader(scenes, Pipeline(), batch_size=2, rank=r, world=3)] for r in range(3)
-    ]
+
+    def tested(rank, world):
+        feed = Feed(rank=rank, world=world)
+        return [b.ids for b in pipeline.test_loader(scenes, Pipeline(), feed, CAFFE, batch_size=2)]
+
+    parts = [tested(rank, 3) for rank in range(3)]
     ids = [r.id for r in scenes.records]
     assert parts == [[[ids[0], ids[3]], [ids[6]]], [[ids[1], ids[4]]], [[ids[2], ids[5]]]]
-    assert list(detection.test_loader(scenes, Pipeline(), rank=7, world=8)) == []
+    assert tested(7, 8) == []
 
 
 # real data
@@ -670,7 +824,7 @@ def test_real_shot_lists(tmp_path):
 def test_batches_grouped_by_aspect_ratio():
     """Every batch is of one kind, every picture comes once in an epoch but those that fill a batch up."""
     wide = bytes(i % 3 != 0 for i in range(50))  # 33 wide ones, 17 tall ones
-    shuffle = detection.Shuffle(50, wide, 4)
+    shuffle = pipeline.Shuffle(50, wide, 4)
     epoch = (9 + 5) * 4
     for first in (0, epoch):
         order = [shuffle.picture(0, i) for i in range(first, first + epoch)]
@@ -680,7 +834,7 @@ def test_batches_grouped_by_aspect_ratio():
     assert [shuffle.picture(0, i) for i in range(epoch)] != order != [shuffle.picture(1, i) for i in range(epoch)]
     kinds = [wide[shuffle.picture(0, b)] for b in range(0, epoch, 4)]
     assert kinds != sorted(kinds)  # both kinds in turn
-    plain = detection.Shuffle(50)
+    plain = pipeline.Shuffle(50)
     assert sorted(plain.picture(0, i) for i in range(50)) == list(range(50))
 
 
@@ -691,6 +845,6 @@ def test_a_loader_groups_when_asked():
     some = whole.with_records(records)
     tall = {r.id for r in records if r.width < r.height}
     for group in (True, False):
-        loader = detection.train_loader(some, detection.Pipeline(), batch_size=3, seed=0, start=0, steps=8, group=group)
+        loader = pipeline.train_loader(some, Pipeline(), Feed(steps=8), CAFFE, batch_size=3, group=group)
         mixed = [len({id in tall for id in batch.ids}) == 2 for batch in loader]
         assert any(mixed) != group

@@ -33,6 +33,11 @@ def test_anchors_equal_the_reference(kind):
         assert torch.allclose(anchors[5 * a :], torch.tensor(base) + shift, atol=1e-4)  # row 1, column 2
 
 
+def test_anchors_are_made_once():
+    rpn, maps = RPN(4, 8), [(torch.zeros(1, 15, 3, 2), torch.zeros(1, 60, 3, 2))]
+    assert rpn.outputs(maps)[2][0] is rpn.outputs(maps)[2][0]
+
+
 def test_decode_equals_the_reference():
     roi = torch.tensor([[10.0, 20, 60, 100]])
     boxes = faster_rcnn.decode(torch.tensor([[1.0, -1, 0.5, -6]]), roi, faster_rcnn.ROI_STD, (1000, 1000))

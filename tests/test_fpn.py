@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fewshot import InputError
-from fewshot.fpn import fpn
+from fewshot.fpn import begin, fpn
 from fewshot.trunks import TRUNKS
 
 
@@ -18,6 +18,7 @@ def test_levels_halve_and_have_the_strides_they_say(name):
     assert len(maps) == len(net.strides) and all(m.shape[1] == net.out_channels == 16 for m in maps)
     for level, stride in zip(maps, net.strides):
         assert level.shape[-2:] == (-(-130 // stride), -(-197 // stride))
+    assert begin(name, "none", channels=16).strides == net.strides
     again = fpn(**net.architecture).eval()
     again.load_state_dict(net.state_dict())
     assert again.strides == net.strides and again.anchor_scales == net.anchor_scales
@@ -46,3 +47,7 @@ def test_freezing():
     assert frozen == {"conv1", "bn1", "stages0"}
     with pytest.raises(InputError, match="3 stages"):
         net.freeze(4)
+    for pretrained in (False, True):
+        net = fpn("small", pretrained=pretrained)
+        net.freeze_pretrained(1)
+        assert all(p.requires_grad != pretrained for p in net.stages[0].parameters())

@@ -88,3 +88,14 @@ def test_contrastive_loss_by_hand():
     labels, overlaps = torch.tensor([0, 0, 1, 2]), torch.tensor([0.9, 0.7, 0.85, 0])
     assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.5) == pytest.approx(0.03559398, rel=1e-5)
     assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.8) == pytest.approx(0.00449704, rel=1e-5)
+
+
+def test_the_contrast_is_of_float32_under_autocast():
+    torch.manual_seed(0)
+    features, labels, overlaps = F.normalize(torch.randn(9, 16), dim=1), torch.arange(9) % 3, torch.rand(9) + 0.5
+    expected = contrastive_loss(features, labels, overlaps)
+    model = FSCE(fpn.fpn("small"), 3, width=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive_loss(features, labels, overlaps), expected)
+        unit = model.encode(torch.randn(4, 8))
+    assert unit.dtype == torch.float32 and torch.allclose(unit.norm(dim=1), torch.ones(4))

@@ -185,7 +185,7 @@ def test_a_classifier_of_ones_own(tmp_path):
     trained = Angles(backbone()).eval()
     trained.sharpness.data += 4.5
     place = save_classifier(tmp_path / "mine", "my_angles", trained)
-    with pytest.raises(InputError, match=r"'my_angles' is none of baseline, .*model=MyModel"):
+    with pytest.raises(InputError, match=r"'my_angles', which is none of baseline, .*model=MyModel"):
         fewshot.load(place)
     model = fewshot.load(place, model=Angles(backbone()))
     assert isinstance(model, inference.Classifier) and model.method == "my_angles"
@@ -203,7 +203,7 @@ def test_a_classifier_of_ones_own(tmp_path):
     with pytest.raises(InputError, match=r"was it made with another backbone or recipe\?"):
         fewshot.load(place, model=Angles(backbones.build("resnet12", 32)))
     with pytest.raises(InputError, match=r"sharpness is missing from .*proto"):
-        place = save_classifier(tmp_path / "proto", "proto_net", methods.ProtoNet(backbone(), "squared"))
+        place = save_classifier(tmp_path / "proto", "proto_net", methods.ByMeans(backbone(), heads.prototype))
         fewshot.load(place, model=trained)
     with pytest.raises(InputError, match="Linear has neither features and classify, nor predict, nor detect"):
         fewshot.load(place, model=nn.Linear(1, 1))
@@ -383,7 +383,7 @@ def test_bad_input_is_named(runs, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"x\.safetensors: not a model file"):
         fewshot.load(tmp_path / "x.safetensors")
     weights.save(tmp_path / "x.safetensors", torch.nn.Linear(1, 1), {"method": "mine"})
-    with pytest.raises(InputError, match=r"'mine' is none of .*: give the model of its recipe"):
+    with pytest.raises(InputError, match=r"a model of 'mine', which is none of .*: give the model of its recipe"):
         fewshot.load(tmp_path / "x.safetensors")
     monkeypatch.setattr(weights, "FORMAT", 2)
     weights.save(tmp_path / "x.safetensors", torch.nn.Linear(1, 1), {"method": "proto_net"})

@@ -94,7 +94,7 @@ def test_training_losses_and_gradients(case):
     counts = [[len(r.deltas), len(r.boxes) - len(r.deltas)] for r in rois]
     assert counts == train["fixed"]["samples_pos_neg"]
     queries = model.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
-    drawn = [label[0] for label in labels]
+    drawn = torch.stack([label[0] for label in labels])
     losses = model.head_losses(queries, rois, drawn, model.support_vectors(stack), support_labels)
     for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls")):
         assert losses[ours].item() == pytest.approx(train["fixed"]["losses"][theirs], rel=1e-4)
@@ -136,3 +136,31 @@ def test_folded_classifier_equals_a_pass_per_class():
         wanted = model.reg(queries * model.prototypes[c]).view(30, 80, 4)[:, c]
         assert torch.allclose(deltas[:, c], wanted, atol=1e-4)
     assert torch.allclose(logits[:, 80], torch.stack(passes)[..., 80].mean(0), atol=1e-4)
+
+
+class Sum(MetaRCNN):
+    """Aggregates otherwise than Meta R-CNN, so that its prototypes do not fold."""
+
+    def aggregate(self, queries: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        return queries + vector
+
+
+@torch.no_grad()
+def test_other_aggregations_take_a_pass_per_class():
+    torch.manual_seed(0)
+    model = Sum(trunks.c4("small", meta=True), 5).eval()
+    assert MetaRCNN(trunks.c4("small", meta=True), 5).folds and not model.folds
+    torch.nn.init.normal_(model.cls.weight)
+    torch.nn.init.normal_(model.reg.weight)
+    d = model.prototypes.shape[1]
+    model.set_prototypes(torch.rand(4, d), torch.tensor([0, 1, 3, 4]))
+    queries = torch.randn(9, d)
+    logits, deltas = model.classify(queries)
+    background = []
+    for c in (0, 1, 3, 4):
+        seen = queries + model.prototypes[c]
+        assert torch.allclose(logits[:, c], model.cls(seen)[:, c], atol=1e-5)
+        assert torch.allclose(deltas[:, c], model.reg(seen).view(9, 5, 4)[:, c], atol=1e-5)
+        background.append(model.cls(seen)[:, 5])
+    assert torch.allclose(logits[:, 5], torch.stack(background).mean(0), atol=1e-5)
+    assert logits[:, 2].eq(0).all() and deltas[:, 2].eq(0).all()

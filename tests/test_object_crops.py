@@ -6,6 +6,7 @@ import torch
 from fewshot import InputError
 from fewshot.data import detection
 from fewshot.data.object_crops import ObjectCrops, cut
+from fewshot.data.stream import Feed
 
 
 def test_cut_shows_the_object_with_context():
@@ -28,7 +29,7 @@ def test_cut_is_black_outside_the_picture():
 def test_steps_follow_from_the_seed():
     scenes = detection.open_detection("glyphs", "", part="train")
     scenes = scenes.with_records(scenes.records[:3])
-    crops = ObjectCrops(scenes, (24, 48), 4, flip=False)
+    crops = ObjectCrops(scenes, (24, 48), 4, Feed(), flip=False)
     batch = crops.draw(0, 5)
     assert [tuple(scale.shape) for scale in batch.images] == [(4, 3, 24, 24), (4, 3, 48, 48)]
     again, other = crops.draw(0, 5), crops.draw(1, 5)
@@ -36,9 +37,9 @@ def test_steps_follow_from_the_seed():
     assert not torch.equal(batch.images[0], other.images[0])
     # every object comes once in a pass, and two processes share a step
     objects = sorted(label for record in scenes.records for label in record.labels.tolist())
-    single = ObjectCrops(scenes, (24,), 1, flip=False)
+    single = ObjectCrops(scenes, (24,), 1, Feed(), flip=False)
     assert sorted(single.draw(0, i).labels.item() for i in range(len(objects))) == objects
-    halves = [ObjectCrops(scenes, (24, 48), 4, flip=False, rank=r, world=2).draw(0, 5) for r in range(2)]
+    halves = [ObjectCrops(scenes, (24, 48), 4, Feed(rank=r, world=2), flip=False).draw(0, 5) for r in range(2)]
     assert torch.equal(torch.stack([h.images[1] for h in halves], 1).flatten(0, 1), batch.images[1])
 
 
@@ -46,4 +47,4 @@ def test_too_small_objects_are_named():
     scenes = detection.open_detection("glyphs", "", part="train")
     scenes = scenes.with_records(scenes.records[:1])
     with pytest.raises(InputError, match="no object of 500 pixels"):
-        ObjectCrops(scenes, (24,), 4, flip=False, smallest=500)
+        ObjectCrops(scenes, (24,), 4, Feed(), flip=False, smallest=500)

@@ -5,8 +5,10 @@ import torch
 from accelerate import Accelerator
 
 from fewshot import pretrain, trunks
-from fewshot.data import detection
+from fewshot.data import detection, pipeline
 from fewshot.data.detection import DetectionSet
+from fewshot.data.pipeline import Pipeline
+from fewshot.data.stream import Feed
 from fewshot.detectors import faster_rcnn
 
 
@@ -21,7 +23,7 @@ def trained(scenes: DetectionSet, steps: int, seed: int = 0) -> trunks.C4:
     trunk = trunks.c4("small")
     trunk.freeze(0)  # the stem stays as it is
     how = {"steps": steps, "lr": 0.04, "batch_size": 4, "seed": seed}
-    pretrain.name_objects(Accelerator(cpu=True), trunk, scenes, detection.Pipeline(), **how)
+    pretrain.name_objects(Accelerator(cpu=True), trunk, scenes, Pipeline(), **how)
     return trunk
 
 
@@ -29,8 +31,8 @@ def trained(scenes: DetectionSet, steps: int, seed: int = 0) -> trunks.C4:
 def nearest_mean(trunk: trunks.C4, scenes: DetectionSet) -> float:
     """How often an object's features are nearest to the mean of its class, of other objects."""
     vectors, labels = [], []
-    for batch in detection.test_loader(scenes, detection.Pipeline(), batch_size=50):
-        features = trunk(batch.normalised(trunk.normalisation))
+    for batch in pipeline.test_loader(scenes, Pipeline(), Feed(), trunk.normalisation, batch_size=50):
+        features = trunk(batch.images)
         vectors.append(trunk.stage4(faster_rcnn.roi_align(features, batch.boxes, 6, trunk.stride)).flatten(1))
         labels += batch.labels
     x, y = torch.cat(vectors), torch.cat(labels)

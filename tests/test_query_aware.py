@@ -6,7 +6,10 @@ import torch
 
 from fewshot import InputError
 from fewshot.data import detection, k_shot
+from fewshot.data.pipeline import Pipeline
 from fewshot.data.query_aware import QueryAware, support_crop, without_small
+from fewshot.data.stream import Feed
+from fewshot.data.transforms import CAFFE
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +20,7 @@ def dataset():
 
 def source(dataset, **more):
     defaults = {"ways": 2, "shots": 3, "size": 80, "context": 4}
-    return QueryAware(dataset, detection.Pipeline(), **{**defaults, **more})
+    return QueryAware(dataset, Pipeline(), **{**defaults, **more})
 
 
 @pytest.mark.parametrize(
@@ -70,27 +73,30 @@ def test_a_class_of_few_objects_shows_them_more_than_once(dataset):
 
 
 def test_batches(dataset):
-    make = {"batch_size": 4, "seed": 3, "steps": 6}
     episodes = source(dataset)
-    straight = list(episodes.loader(start=0, **make))
+
+    def load(**feed):
+        return list(episodes.loader(Feed(seed=3, steps=6, **feed), CAFFE, batch_size=4))
+
+    straight = load()
     assert len(straight) == 6
     batch, supports = straight[0]
     assert supports.images.shape == (4, 2, 3, 3, 80, 80) and supports.boxes.shape == (4, 2, 3, 4)
     for labels, boxes, query in zip(batch.labels, batch.boxes, supports.labels[:, 0, 0]):
         assert len(labels) == len(boxes) > 0 and labels.eq(query).all()
-    resumed = list(episodes.loader(start=4, **make))
-    halves = [list(episodes.loader(start=0, rank=rank, world=2, **make)) for rank in (0, 1)]
+    resumed = load(start=4)
+    halves = [load(rank=rank, world=2) for rank in (0, 1)]
     for step in (4, 5):
         assert torch.equal(straight[step][1].images, resumed[step - 4][1].images)
         assert torch.equal(straight[step][0].images[1::2], halves[1][step][0].images)
         assert straight[step][0].ids[::2] == halves[0][step][0].ids
     with pytest.raises(InputError, match="divided"):
-        episodes.loader(start=0, batch_size=3, seed=0, steps=1, world=2)
+        episodes.loader(Feed(steps=1, world=2), CAFFE, batch_size=3)
 
 
 def test_table_has_every_class(dataset):
-    every = torch.cat([part.labels for part in source(dataset).table(None, 0)])
-    some = torch.cat([part.labels for part in source(dataset).table(2, 0)])
+    every = torch.cat([part.labels for part in source(dataset).table(None, Feed(), CAFFE)])
+    some = torch.cat([part.labels for part in source(dataset).table(2, Feed(), CAFFE)])
     assert every.bincount().tolist() == [len(entries) for entries in detection.objects_by_class(dataset)]
     assert some.bincount().tolist() == [2] * len(dataset.classes)
 

@@ -1,6 +1,7 @@
 """The recipes as users run them: end to end on the embedded data, resumed, killed, in two processes, in bf16."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
-from fewshot import InputError, weights
+from fewshot import weights
 from fewshot.data.classification import DatasetName
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,26 @@ def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def result_of(folder: Path) -> dict:
+    """metrics.json without the run's settings, which name its folder and id."""
+    return {key: value for key, value in metrics(folder).items() if key != "settings"}
+
+
+def test_results(folder: Path) -> list[dict]:
+    """What --test-only wrote."""
+    paths = [p for p in sorted(folder.glob("test-*.json")) if p.stem.count("-") == 1]
+    return [json.loads(path.read_text()) for path in paths]
+
+
+test_results.__test__ = False
+
+
+def files(folder: Path) -> dict[str, str]:
+    """The hash of every file of a run, but for the lock's and tests' own."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(("lock", "test-"))]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_copies_stay_in_line(recipe):
     """Recipes repeat each other on purpose; this is what keeps the copies alike."""
@@ -96,9 +117,16 @@ def test_copies_stay_in_line(recipe):
     assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}", source.split('"""')[1]), "the docstring cites the paper"
     order = [source.rindex(f"# {section}\n") for section in ("data", "model", "train", "test")]
     assert order == sorted(order)
+    assert f'METHOD = "{recipe}"' in source and source.count(f'"{recipe}"') == 1, "METHOD alone names the method"
+    if recipe in DETECTORS:
+        functions = re.findall(r"^def (\w+)", source, re.M)
+        assert [name for name in ("main", "train_base", "finetune", "fit") if name not in functions] == []
+        inside = source[source.index("def train_base") : source.index("if __name__")]
+        assert "args.stage" not in inside, "no stage asks which stage it is"
+    assert len(source.splitlines()) <= (220 if recipe in DETECTORS else 140)
     fields = {f.name: f for f in dataclasses.fields(load(recipe).Args)}
     common = ["dataset", "data_root", "shots", "seed", "iters", "batch_size", "lr", "workers", "out"]
-    common += ["resume", "test_only", "wandb"]
+    common += ["resume", "overwrite", "test_only", "wandb"]
     assert not [name for name in common if name not in fields]
     schedule = load(recipe).SCHEDULE
     names = ("glyphs", "voc", "coco") if recipe in DETECTORS else get_args(DatasetName)
@@ -135,9 +163,14 @@ def test_classifier_end_to_end(recipe, tmp_path):
     assert result["ways"] == 5 and result["tasks"] in (4, 10) and set(result["shots"]) == {"1", "5"}
     for shots in result["shots"].values():
         assert 15 <= shots["accuracy"] <= 100 and shots["ci95"] >= 0  # chance is 20, and few steps were taken
-    run_here(recipe, f"{QUICK[recipe]} --out {tmp_path} --test-only --save-tasks")
-    assert metrics(tmp_path) == result
-    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    before = files(tmp_path)
+    run_here(
+        recipe, f"--tasks {result['tasks']} --out {tmp_path} --test-only --save-tasks"
+    )  # the model's file says the rest
+    assert files(tmp_path) == before
+    (again,) = test_results(tmp_path)
+    assert {key: again[key] for key in ("ways", "tasks", "shots")} == {k: result[k] for k in ("ways", "tasks", "shots")}
+    tasks = json.loads(next(tmp_path.glob("test-*-tasks.json")).read_text())
     mean = sum(tasks["5"]) / len(tasks["5"])
     assert mean == pytest.approx(result["shots"]["5"]["accuracy"], abs=1e-3)
 
@@ -151,9 +184,13 @@ def test_the_documentations_own_recipe_runs(tmp_path):
     assert built in (ROOT / "README.md").read_text()
     source = re.sub(r"ProtoNet\(backbones.*", built, source)
     (tmp_path / "my_method.py").write_text(source)
-    command = [sys.executable, str(tmp_path / "my_method.py"), *EPISODIC.split(), "--out", str(tmp_path / "run")]
-    subprocess.run([*command, "--workers", "0"], cwd=tmp_path, check=True, capture_output=True)
-    assert "log_temperature" in load_file(tmp_path / "run" / "model.safetensors")
+    source = source.replace('METHOD = "proto_net"', 'METHOD = "my_method"')
+    (tmp_path / "my_method.py").write_text(source)
+    command = [sys.executable, str(tmp_path / "my_method.py"), *EPISODIC.split(), "--workers", "0"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    folder = tmp_path / "runs" / "my_method" / "glyphs-conv4-seed0"
+    assert "log_temperature" in load_file(folder / "model.safetensors")
+    assert weights.describe_file(folder / "model.safetensors")["method"] == "my_method"
 
 
 def test_the_documentations_use_of_models_runs(tmp_path, monkeypatch):
@@ -176,7 +213,7 @@ def test_a_trained_backbone_can_be_taken_over(tmp_path):
     names = [name for name in a if name.startswith("features.") and name.endswith(("weight", "bias"))]
     assert len(names) == 16 and all(torch.equal(a[name], b[name]) for name in names)
     weights.save(tmp_path / "other.safetensors", torch.nn.Linear(2, 2), {})
-    with pytest.raises(InputError, match="no tensor features"):
+    with pytest.raises(SystemExit, match="no tensor features"):
         run_here("proto_net", f"{EPISODIC} --init {tmp_path / 'other.safetensors'} --out {tmp_path / 'c'}")
 
 
@@ -207,8 +244,11 @@ def test_a_base_model_serves_many_fine_tunings(tmp_path):
     run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --seed 1")
     assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == stamp
     assert (tmp_path / "1shot-seed1" / "metrics.json").exists()
-    with pytest.raises(InputError, match="knows glyph-00"):
+    with pytest.raises(SystemExit, match="knows glyph-00"):
         run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --stage finetune --split 2")
+    for flags, words in (("--split 2", "split=1, not 2"), ("--short 100", "short=None, not 100")):
+        with pytest.raises(SystemExit, match=words):
+            run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --seed 2 {flags}")
 
 
 def test_novel_classes_can_start_from_a_model_of_their_own(tmp_path):
@@ -232,16 +272,20 @@ def test_attention_rpn_can_start_from_another_detectors_trunk(tmp_path):
     names = [name for name in b if name.startswith(("trunk.layer", "trunk.conv1"))]
     assert len(names) > 20 and all(torch.equal(a[name], b[name]) for name in names)
     assert torch.equal(a["trunk.stage4.0.0.conv1.weight"], b["trunk.stage4.0.conv1.weight"])
-    with pytest.raises(InputError, match="has no tensor trunk"):
+    with pytest.raises(SystemExit, match="has no tensor trunk"):
         weights.save(tmp_path / "other.safetensors", torch.nn.Linear(2, 2), {})
-        run_here("attention_rpn", f"{QUICK['attention_rpn']} --init {tmp_path / 'other.safetensors'} --out {tmp_path}")
+        run_here(
+            "attention_rpn", f"{QUICK['attention_rpn']} --init {tmp_path / 'other.safetensors'} --out {tmp_path / 'c'}"
+        )
 
 
 def test_shared_proposals_are_a_way_to_test(tmp_path):
     run_here("attention_rpn", f"{QUICK['attention_rpn']} --stage base --out {tmp_path}")
     assert metrics(tmp_path / "base")["protocol"]["proposals"] == "of each class"
     run_here("attention_rpn", f"{QUICK['attention_rpn']} --stage base --out {tmp_path} --test-only --share-proposals")
-    assert metrics(tmp_path / "base")["protocol"]["proposals"] == "shared by all classes"
+    (shared,) = test_results(tmp_path / "base")
+    assert shared["protocol"]["proposals"] == "shared by all classes"
+    assert metrics(tmp_path / "base")["protocol"]["proposals"] == "of each class"
 
 
 @pytest.mark.parametrize("recipe", EACH)
@@ -267,20 +311,32 @@ def test_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
     run_here(recipe, f"{flags} --out {tmp_path / 'killed'} --resume")
     a, b = (load_file(tmp_path / x / run_of / "model.safetensors") for x in ("straight", "killed"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert metrics(tmp_path / "straight" / run_of) == metrics(tmp_path / "killed" / run_of)
+    assert result_of(tmp_path / "straight" / run_of) == result_of(tmp_path / "killed" / run_of)
 
 
 @pytest.mark.parametrize("recipe", EACH)
 def test_two_processes_test_to_the_same_numbers(recipe, tmp_path):
     run_here(recipe, f"{QUICK[recipe]} --out {tmp_path}")
-    before = {p.parent: metrics(p.parent) for p in tmp_path.rglob("metrics.json")}
-    for folder in before:
-        (folder / "metrics.json").rename(folder / "one.json")
-    stage = "--stage finetune" if recipe in DETECTORS else ""
-    done = launch(recipe, f"{QUICK[recipe]} --out {tmp_path} --test-only {stage} --workers 0", processes=2)
+    tested = "--test-images 12" if recipe in DETECTORS else f"--tasks {metrics(tmp_path)['tasks']}"
+    (folder,) = [tmp_path / "1shot-seed0"] if recipe in DETECTORS else [tmp_path]
+    shots = "--shots 1" if recipe in DETECTORS else ""
+    done = launch(recipe, f"{shots} {tested} --out {tmp_path} --test-only --workers 0", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    again = [f for f in before if (f / "metrics.json").exists()]
-    assert len(again) == 1 and metrics(again[0]) == before[again[0]]
+    (again,) = test_results(folder)
+    assert {k: again[k] for k in again if k != "settings"} == result_of(folder)
+
+
+@pytest.mark.parametrize("recipe", DETECTORS)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_both_stages_in_several_processes(recipe, processes, tmp_path, request):
+    if recipe not in ("meta_rcnn", "tfa") or processes == 3:
+        request.applymarker(pytest.mark.slow)
+    flags = f"{QUICK[recipe]} --iters 3 --batch-size {processes} --test-images 4 --out {tmp_path} --workers 0"
+    done = launch(recipe, flags, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(tmp_path / "base") and metrics(tmp_path / "1shot-seed0")
+    again = launch(recipe, flags, processes=processes)  # the same command again shows what is there
+    assert again.returncode == 0 and again.stdout.count("is finished") == 2, again.stderr[-3000:]
 
 
 @pytest.mark.parametrize("recipe", EACH)
@@ -292,12 +348,114 @@ def test_bf16_under_accelerate_launch(recipe, tmp_path):
     assert list(tmp_path.rglob("metrics.json"))
 
 
-def test_wandb_logs_offline(tmp_path, monkeypatch):
+def test_wandb_logs_offline_a_run_for_each_stage(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --stage base --out {tmp_path} --wandb")
-    assert list(tmp_path.glob("base/wandb/offline-run-*/*.wandb"))
-    assert list(tmp_path.glob("base/wandb/offline-run-*/files/media/images/detections_*.png"))
+    run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --wandb")
+    ids = set()
+    for stage in ("base", "1shot-seed0"):
+        (log,) = tmp_path.glob(f"{stage}/wandb/offline-run-*/*.wandb")
+        ids.add(log.stem)
+        assert list(tmp_path.glob(f"{stage}/wandb/offline-run-*/files/media/images/detections_*.png"))
+        assert log.stem == f"run-{metrics(tmp_path / stage)['settings']['id']}"
+    assert len(ids) == 2
+
+
+def killed(recipe: str, flags: str, out: Path, when: Path, number: int = signal.SIGKILL) -> int:
+    """The exit status of the recipe in a process of its own, sent a signal as soon as a file is there."""
+    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *flags.split(), "--out", str(out)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.time() + 120
+    while not when.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    process.said = process.communicate()[0]
+    assert when.exists(), process.said[-3000:]
+    killed.said = process.said
+    return process.returncode
+
+
+@pytest.mark.parametrize("moment", ["base", "between", "finetune"])
+@pytest.mark.parametrize("recipe", ["meta_rcnn", "tfa", "attention_rpn"])
+def test_both_stages_resume_from_any_moment(recipe, moment, tmp_path, request):
+    """Killed in base training, between the stages, in fine-tuning: --resume ends with the weights of a straight run."""
+    if recipe == "attention_rpn" or (recipe == "tfa" and moment != "finetune"):
+        request.applymarker(pytest.mark.slow)
+    flags = f"{QUICK[recipe]} --iters 12 --save-every 2 --workers 0 --test-images 2"
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    run_here(recipe, f"{flags} --out {straight}")
+    when = {"base": "base/last/record.json", "between": "base/metrics.json", "finetune": "1shot-seed0/last/record.json"}
+    killed(recipe, flags, broken, broken / when[moment])
+    assert not (broken / "1shot-seed0" / "metrics.json").exists()
+    run_here(recipe, f"{flags} --out {broken} --resume")
+    for stage in ("base", "1shot-seed0"):
+        a, b = (load_file(folder / stage / "model.safetensors") for folder in (straight, broken))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert result_of(straight / stage) == result_of(broken / stage)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("recipe", ["meta_rcnn", "proto_net"])
+def test_a_signal_saves_the_state(recipe, number, tmp_path):
+    """With workers, which must not die of a Ctrl-C that reaches them too."""
+    stage = "--stage base" if recipe in DETECTORS else ""
+    flags, folder = f"{QUICK[recipe]} {stage} --iters 400 --workers 1", tmp_path / ("base" if stage else "")
+    status = killed(recipe, flags, tmp_path, folder / "last" / "record.json", number)
+    assert status == 128 + number, killed.said[-3000:]
+    last = killed.said.replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("interrupted: step ") and "--resume goes on" in last and "Traceback" not in killed.said
+    step = json.loads((folder / "last" / "record.json").read_text())["step"]
+    assert f"step {step} of" in last
+
+
+@pytest.mark.parametrize("recipe", DETECTORS)
+def test_testing_changes_nothing(recipe, tmp_path, monkeypatch, request):
+    """--test-only builds the model from its file alone, and leaves every file of the training as it is."""
+    if recipe not in ("attention_rpn", "tfa"):
+        request.applymarker(pytest.mark.slow)
+    run_here(recipe, f"{QUICK[recipe]} --out {tmp_path}")
+    before = files(tmp_path)
+    monkeypatch.setattr(torch.optim.SGD, "step", None)  # whoever trains now fails
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    run_here(recipe, f"--shots 1 --test-images 12 --out {tmp_path} --test-only")
+    (tmp_path / "elsewhere").rename(tmp_path / "base")
+    assert files(tmp_path) == before
+    (again,) = test_results(tmp_path / "1shot-seed0")
+    assert {k: again[k] for k in again if k != "settings"} == result_of(tmp_path / "1shot-seed0")
+    assert again["settings"]["tested"]["test_images"] == 12 and again["settings"]["method"] == recipe
+    with pytest.raises(SystemExit, match="no such model file"):
+        run_here(recipe, f"--shots 2 --out {tmp_path} --test-only")
+    with pytest.raises(SystemExit, match="was made with batch_size=2, not 7: leave that flag out"):
+        run_here(recipe, f"--shots 1 --batch-size 7 --out {tmp_path} --test-only")
+
+
+@pytest.mark.parametrize("recipe", ["attention_rpn", "meta_rcnn", "fsdetview"])
+def test_supports_can_be_exchanged_in_a_test(recipe, tmp_path, capsys, request):
+    if recipe == "fsdetview":
+        request.applymarker(pytest.mark.slow)
+    run_here(recipe, f"{QUICK[recipe]} --stage base --out {tmp_path}")
+    run_here(recipe, f"--stage base --test-images 4 --test-only --scramble-supports --out {tmp_path}")
+    assert "with every class given the next class's supports" in capsys.readouterr().out
+    (result,) = test_results(tmp_path / "base")
+    assert set(result["scrambled_supports"]["AP50"]) == set(result["AP50"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled(recipe, backend, tmp_path):
+    stage = "--stage base --iters 3" if recipe in DETECTORS else "--iters 4"
+    done = launch(
+        recipe, f"{QUICK[recipe]} {stage} --out {tmp_path} --workers 0", launcher=f"--dynamo_backend {backend}"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "base" if recipe in DETECTORS else tmp_path
+    assert not any("_orig_mod" in name for name in load_file(folder / "model.safetensors"))
 
 
 def test_errors_are_one_line(tmp_path):
@@ -305,6 +463,7 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "images_background" in lines[0] and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == lines[0]
 
 
 @pytest.mark.parametrize("config", ["cpu", "one_gpu", "multi_gpu", "multi_node"])

@@ -6,9 +6,11 @@ import torch
 
 from fewshot import InputError
 from fewshot.data.annotations import make_record
-from fewshot.data.detection import DetectionSet, Pipeline, open_detection, train_loader
+from fewshot.data.detection import DetectionSet, open_detection
 from fewshot.data.k_shot import select_shots
-from fewshot.data.support import NWayKShot, support_image
+from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot.data.stream import Feed
+from fewshot.data.support import NWayKShot, SupportBatch, support_image
 from fewshot.data.transforms import CAFFE
 
 
@@ -109,23 +111,24 @@ def test_too_few_objects_are_repeated(glyph_set):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_table_holds_every_support_in_order_of_classes(glyph_set, workers):
     supports = NWayKShot(select_shots(glyph_set, 2, seed=0), 1, used=30, size=32)
-    batches = list(supports.table(batch_size=16, workers=workers))
+    batches = list(supports.table(Feed(workers=workers), CAFFE, batch_size=16))
     assert [len(b.labels) for b in batches] == [16, 16, 8]
     assert torch.cat([b.labels for b in batches]).tolist() == [label for label in range(20) for _ in range(2)]
     position, i = supports.entries[19][1]
     last = support_image(supports.dataset.image(position), supports.dataset.records[position].boxes[i], 32)
-    assert torch.equal(batches[-1].images[-1], last)
+    assert torch.equal(batches[-1].images[-1:], SupportBatch(last[None], torch.tensor([19])).normalised(CAFFE).images)
 
 
 def test_normalisation_leaves_the_mask(glyph_set):
     supports = NWayKShot(glyph_set, 1, used=1, size=32).draw(0, 0)
-    images = supports.normalised(CAFFE)
+    images = supports.normalised(CAFFE).images
     assert images.dtype == torch.float32 and torch.equal(images[:, :3], CAFFE(supports.images[:, :3]))
     assert torch.equal(images[:, 3], supports.images[:, 3].float()) and set(images[:, 3].unique().tolist()) == {0, 1}
 
 
 def test_supports_ride_along_with_training_batches(glyph_set):
     supports = NWayKShot(glyph_set, 1, used=5, size=32)
-    loader = train_loader(glyph_set, Pipeline(), batch_size=2, seed=4, start=1, steps=3, extra=supports.draw)
+    feed = Feed(seed=4, start=1, steps=3)
+    loader = train_loader(glyph_set, Pipeline(), feed, CAFFE, batch_size=2, extra=supports.draw)
     for step, (batch, drawn) in enumerate(loader, 1):
-        assert len(batch.ids) == 2 and torch.equal(drawn.images, supports.draw(4, step).images)
+        assert len(batch.ids) == 2 and torch.equal(drawn.images, supports.draw(4, step).normalised(CAFFE).images)

@@ -1,5 +1,6 @@
 """TFA against the reference's outputs, losses and gradients, and the growing of its box head."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -80,6 +81,15 @@ def test_losses_and_gradients(model):
     model.zero_grad()
     (losses["rpn_cls"] + losses["rpn_box"]).backward()
     check_gradients(model, TRAIN["e2e"]["rpn_loss_grad_norms"], our_key)
+
+
+def test_cosines_are_of_float32_under_autocast():
+    torch.manual_seed(0)
+    classifier, x = tfa.CosineClassifier(32, 5), torch.randn(7, 32)
+    same = copy.deepcopy(classifier)  # a call changes the weight
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = classifier(x)
+    assert torch.equal(logits, same(x))
 
 
 def test_the_box_head_grows_by_names():

@@ -12,7 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as V
 
 from fewshot.data import transforms
-from fewshot.data.classification import ImageSet
+from fewshot.data.image_set import ImageSet
 
 PLAIN = transforms.Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 WHOLE_BOX, QUARTER_BOX = 1.0, (0.25 - 0.08) / 0.92  # uniform numbers that make a crop of all or a quarter of the area

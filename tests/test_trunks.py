@@ -10,6 +10,7 @@ import torchvision
 from naming_rule import GAINS, bgr_input, boxes, close, fill, golden, image, rgb_input
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision import ops
 from torchvision.ops import roi_align
 
 from fewshot import InputError, trunks
@@ -152,6 +153,64 @@ def test_support_entrance_has_pytorchs_initial_weights_and_trains_when_frozen():
     assert trains == {"meta_conv", "layer3", "stage4"}
     with pytest.raises(InputError, match="0 to 3 stages"):
         trunk.freeze(4)
+
+
+@pytest.mark.parametrize(("name", "norm"), [("resnet18", "group"), ("mobilenet_v2", "frozen"), ("small", "group")])
+def test_trunks_without_weights_freeze_their_stem_alone(name, norm):
+    trunk = trunks.begin(name, "none")
+    assert trunk.architecture["norm"] == norm and not trunk.architecture["pretrained"]
+    for net in (trunk, trunks.c4(**trunk.architecture)):
+        net.freeze_pretrained(2)
+        trains = {key.split(".")[0] for key, p in net.named_parameters() if p.requires_grad}
+        assert trains == {"layer1", "layer2", "layer3", "stage4"}
+
+
+def test_trunks_with_weights_know_it_when_built_again(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({k.replace("stage4", "layer4"): v for k, v in trunks.c4("resnet18").state_dict().items()}, path)
+    trunk = trunks.begin("resnet18", str(path), style="caffe")
+    assert trunk.architecture == {
+        "name": "resnet18",
+        "style": "caffe",
+        "norm": "frozen",
+        "meta": False,
+        "pretrained": True,
+    }
+    old = {key: value for key, value in trunk.architecture.items() if key != "pretrained"}  # of files written before
+    for net in (trunk, trunks.c4(**trunk.architecture), trunks.c4(**old)):
+        net.freeze_pretrained(2)
+        assert {key.split(".")[0] for key, p in net.named_parameters() if p.requires_grad} == {"layer3", "stage4"}
+
+
+def test_weights_by_default(monkeypatch):
+    asked = []
+    monkeypatch.setattr(trunks, "load_pretrained", lambda trunk, weights: asked.append(weights))
+    for name in trunks.TRUNKS:
+        assert trunks.begin(name).architecture["pretrained"] == (name != "small")
+    assert asked == ["imagenet"] * 4
+    with pytest.raises(InputError, match="small has no style 'torchvision'"):
+        trunks.begin("small", style="torchvision")
+
+
+@torch.no_grad()
+def test_frozen_norm_keeps_the_type_of_its_input():
+    theirs, ours = ops.FrozenBatchNorm2d(16), trunks.FrozenBatchNorm2d(16)
+    for part in theirs.state_dict().values():
+        part.uniform_(0.5, 2)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 16, 5, 7)
+    assert torch.equal(ours(x), theirs(x))
+    assert ours(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.allclose(ours(x.bfloat16()).float(), theirs(x), rtol=0.02, atol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trunks.c4("resnet18")(torch.randn(1, 3, 64, 64)).dtype == torch.bfloat16
+
+
+def test_small_trunk_can_keep_maps():
+    trunk = trunks.c4("small")
+    for _ in range(2):  # it does not matter who asked before
+        trunk.keep_maps()
+        assert trunk.stage4(torch.randn(1, 96, 6, 6)).shape == (1, trunk.stage4_channels, 3, 3)
 
 
 def test_choices_that_a_trunk_does_not_have():

@@ -151,8 +151,8 @@ def image_loader(
         raise ValueError("image_loader has no random numbers for a training transform; give it a test transform")
     indices = np.asarray(indices, np.int64)
     batches = range(-(-len(indices) // batch_size))
-    for images, planned in _load(dataset, partial(_plan_list, indices, batch_size), batches, feed, transform):
-        yield images, planned.numbers
+    loaded = _load(dataset, partial(_plan_list, indices, batch_size), batches, feed, transform)
+    return ((images, planned.numbers) for images, planned in loaded)
 
 
 @dataclass

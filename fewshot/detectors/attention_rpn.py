@@ -202,12 +202,20 @@ class AttentionRPN(nn.Module):
         where the class is there, and as much as once in pairs where it is not (section 4.3, 1 : 2 : 1).
         """
         counts = torch.tensor([len(roi.boxes) for roi in rois], device=queries.device)
-        pair = torch.arange(len(rois), device=queries.device).repeat_interleave(counts)
+        pair = torch.arange(len(rois), device=queries.device).repeat_interleave(counts, output_size=len(queries))
         logits, deltas = self.relation(self.relation.query_parts(queries), self.relation.support_parts(maps).take(pair))
         absent = torch.tensor(negative, device=pair.device)[pair]
-        labels = torch.cat([roi.labels for roi in rois])
-        labels = torch.where(absent, BACKGROUND, labels)
+        targets = torch.cat([roi.deltas for roi, away in zip(rois, negative, strict=True) if not away])
+        return self.relation_losses(logits, deltas, torch.cat([roi.labels for roi in rois]), absent, targets)
 
+    @torch.compiler.disable
+    def relation_losses(
+        self, logits: Tensor, deltas: Tensor, labels: Tensor, absent: Tensor, targets: Tensor
+    ) -> dict[str, Tensor]:
+        """`head_losses` of all pairs' RoIs: logits (n, 2), deltas (n, 4), labels (n,), whether their pair is one in
+        which the class is not (n,), and the deltas that matches are to have (matches, 4).
+        """
+        labels = torch.where(absent, BACKGROUND, labels)
         match = (labels == MATCH).nonzero()[:, 0]
         of_present = max(1, min(2 * len(match), len(labels) // 4))
         of_absent = max(1, min(len(match), of_present))
@@ -215,7 +223,6 @@ class AttentionRPN(nn.Module):
         hardest = hardest[labels[hardest] == BACKGROUND]
         away = absent[hardest]
         chosen = torch.cat([match, hardest[~away][:of_present], hardest[away][:of_absent]])
-        targets = torch.cat([roi.deltas for roi, away in zip(rois, negative, strict=True) if not away])
         return {
             "cls": F.cross_entropy(logits[chosen].float(), labels[chosen]),
             "box": F.l1_loss(deltas[match].float(), targets, reduction="sum") / len(labels),
@@ -244,6 +251,12 @@ class AttentionRPN(nn.Module):
         self.known.copy_(number > 0)
         self.kernels /= number.clamp(min=1)[:, None]
         self.maps /= number.clamp(min=1)[:, None, None, None]
+
+    def exchange_supports(self) -> None:
+        """Give every known class the next one's supports, the last the first's: a control of what supports do."""
+        known = self.known.nonzero()[:, 0]
+        for prototypes in (self.kernels, self.maps):
+            prototypes[known] = prototypes[known.roll(-1)]
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Sequence[tuple[int, int]], share: bool = False) -> list[Detections]:

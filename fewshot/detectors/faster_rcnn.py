@@ -138,12 +138,13 @@ class RPN(nn.Module):
 
     Args:
         in_channels: of every level. channels: of the hidden 3x3 convolution.
-        strides: input pixels per cell of each level. scales, ratios: anchors, in units of the stride.
+        strides: input pixels per cell of each level. scales: of anchors, in units of the stride. ratios: of their
+            height to their width; no recipe has others.
         softmax: two channels (object, background) per anchor, as Meta R-CNN has them, instead of one. The logit used
             is their difference, for which the sigmoid and its loss equal the two-way softmax and its cross-entropy.
         border: train only on anchors inside the image.
         train_proposals, test_proposals: (kept before NMS per level, kept after).
-        number: anchors sampled per image, half of them positive.
+        number: anchors sampled per image, half of them positive; only tests have others.
         reg_beta: of the smooth-L1 box loss; 0 makes it L1.
         nms_offset: pixels that count to a box's width and height in NMS; 1 is the convention of old.
     """
@@ -381,7 +382,8 @@ def detections(
 ) -> Detections:
     """Softmax, decode, threshold, NMS class by class, and the `most` best of one image.
 
-    logits (n, classes + 1), deltas (n, classes, 4) relative to `proposals` (n, 4 or more), `size` (height, width).
+    logits (n, classes + 1), deltas (n, classes, 4) relative to `proposals` (n, 4 or more), `size` (height, width). No
+    recipe has another `score_above` or `most`.
     """
     scores = logits.float().softmax(1)[:, :-1]  # (n, classes)
     boxes = decode(deltas, proposals[:, :4], ROI_STD, size)

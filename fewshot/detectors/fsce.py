@@ -53,7 +53,8 @@ class FSCE(TFA):
 
     Args:
         dimensions: of the branch's unit vectors; 0 leaves the branch out.
-        above, temperature, weighting: see `contrastive_loss`.
+        above: see `contrastive_loss`.
+        temperature, weighting: see there; recipes have the defaults, only tests against the reference others.
         more: of `TFA`.
 
     Attributes:

@@ -99,14 +99,19 @@ class MetaRCNN(nn.Module):
         )
         queries = self.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
         vectors = self.support_vectors(supports)
-        drawn = [label[torch.randint(len(label), ()).item()] for label in labels]
-        return losses | self.head_losses(queries, rois, drawn, vectors, support_labels)
+        return losses | self.head_losses(queries, rois, self.drawn(labels), vectors, support_labels)
 
+    @torch.compiler.disable
+    def drawn(self, labels: Sequence[Tensor]) -> Tensor:
+        """One of each image's labels (images,); drawn on the CPU, so that a seed means the same on every device."""
+        return torch.stack([label[torch.randint(len(label), ()).item()] for label in labels])
+
+    @torch.compiler.disable
     def head_losses(
         self,
         queries: Sequence[Tensor],
         rois: Sequence[faster_rcnn.RoIs],
-        drawn: Sequence[Tensor],
+        drawn: Tensor,
         vectors: Tensor,
         support_labels: Tensor,
     ) -> dict[str, Tensor]:
@@ -115,7 +120,7 @@ class MetaRCNN(nn.Module):
         The meta loss is divided by the number of supports a second time, as the published models were trained.
         """
         total = {"cls": 0.0, "box": 0.0}
-        pairs = (torch.stack(list(drawn))[:, None] == support_labels).nonzero()  # of an image and a support
+        pairs = (drawn[:, None] == support_labels).nonzero()  # of an image and a support
         for image, support in pairs.tolist():
             aggregated = self.aggregate(queries[image], vectors[support])
             logits, deltas = self.cls(aggregated), self.reg(aggregated).view(-1, self.classes, 4)
@@ -172,6 +177,11 @@ class MetaRCNN(nn.Module):
         reg_offset = self.reg.bias.view(self.classes, 4) * known
         deltas = F.linear(queries, reg.flatten(0, 1), reg_offset.flatten())
         return F.linear(queries, folded, offset), deltas.view(-1, self.classes, 4)
+
+    def exchange_supports(self) -> None:
+        """Give every known class the next one's prototype, the last the first's: a control of what prototypes do."""
+        known = self.known.nonzero()[:, 0]
+        self.prototypes[known] = self.prototypes[known.roll(-1)]
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -21,21 +21,21 @@ class CosineClassifier(nn.Module):
     trained: the gradient is that of a free weight, and momentum and weight decay act on the normalised one.
     """
 
+    SCALE = 20.0
     EPS = 1e-5  # added to norms
 
-    def __init__(self, in_features: int, classes: int, scale: float = 20.0):
+    def __init__(self, in_features: int, classes: int):
         super().__init__()
-        self.scale = scale
         self.weight = nn.Parameter(torch.empty(classes, in_features))
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (n, in_features) -> logits (n, classes) in [-scale, scale], in float32 also under autocast."""
+        """Features (n, in_features) -> logits (n, classes) in [-20, 20], in float32 also under autocast."""
         with torch.no_grad():
             self.weight.div_(self.weight.norm(dim=1, keepdim=True) + self.EPS)
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            return self.scale * F.linear(x / (x.norm(dim=1, keepdim=True) + self.EPS), self.weight)
+            return self.SCALE * F.linear(x / (x.norm(dim=1, keepdim=True) + self.EPS), self.weight)
 
 
 class TFA(nn.Module):

@@ -1,0 +1,144 @@
+"""Which steps a process makes, and that they arrive on the device, normalised, with the mistakes of workers."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot import InputError
+from fewshot.data import episodes, pipeline
+from fewshot.data.detection import open_detection
+from fewshot.data.image_set import ImageSet
+from fewshot.data.object_crops import ObjectCrops
+from fewshot.data.pipeline import Pipeline
+from fewshot.data.query_aware import QueryAware
+from fewshot.data.stream import Feed, stream
+from fewshot.data.support import NWayKShot
+from fewshot.data.transforms import CAFFE, Whole
+
+# "meta" stands for a GPU where there is none: it has shapes and types, but no numbers
+DEVICES = ["cpu", "cuda" if torch.cuda.is_available() else "meta"]
+
+
+def make(error: Exception | None, order: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """One or two tensors of a number; order 2 raises the error."""
+    if error is not None and order == 2:
+        raise error
+    return torch.tensor(order) if order < 3 else (torch.tensor(order), torch.tensor(-order))
+
+
+def here(parts: list[torch.Tensor], device: str) -> bool:
+    return all(part.device.type == device for part in parts)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_stream_keeps_its_order(workers):
+    items = list(stream(partial(make, None), [1, 4, 0, 1, 3], Feed(workers=workers)))
+    assert items == [1, (4, -4), 0, 1, (3, -3)]
+    assert list(stream(partial(make, None), [], Feed(workers=workers))) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_mistake_in_a_worker_is_raised_here_in_its_turn(workers):
+    items = stream(partial(make, InputError("picture.jpg: not readable")), range(5), Feed(workers=workers))
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(InputError) as caught:
+        next(items)
+    assert type(caught.value) is InputError and str(caught.value) == "picture.jpg: not readable"
+
+
+def test_other_errors_of_a_worker_keep_their_traceback():
+    with pytest.raises(KeyError, match="in make"):
+        list(stream(partial(make, KeyError("ours")), range(5), Feed(workers=1)))
+
+
+def test_processes_divide_a_step():
+    shares = [list(Feed(rank=rank, world=3).numbers(2, 6)) for rank in range(3)]
+    assert shares == [[12, 15], [13, 16], [14, 17]] and list(Feed().numbers(2, 6)) == list(range(12, 18))
+    for world in (1, 2, 3, 6):
+        Feed(world=world).check(6, "pictures")
+
+
+@pytest.mark.parametrize(
+    ("feed", "total", "words"),
+    [
+        (Feed(world=4), 6, "6 pictures a step cannot be divided among 4 processes: use a multiple"),
+        (Feed(world=4), 2, "2 pictures a step cannot be divided among 4 processes: use a multiple"),
+        (Feed(), 0, "0 pictures a step cannot be divided among 1 processes: use a multiple"),
+        (Feed(), -2, "-2 pictures a step cannot be divided among 1 processes: use a multiple"),
+        (Feed(seed=-1), 6, "seed -1: must not be negative"),
+    ],
+)
+def test_a_step_that_cannot_be_divided_is_refused(feed, total, words):
+    with pytest.raises(InputError) as caught:
+        feed.check(total, "pictures")
+    assert str(caught.value) == words
+
+
+def test_every_loader_checks_its_feed_at_once():
+    scenes = open_detection("glyphs", "", part="test")
+    dataset, whole, feed = plain(), Whole(8, CAFFE), Feed(steps=1, world=2)
+    for load in (
+        lambda: pipeline.train_loader(scenes, Pipeline(), feed, CAFFE, batch_size=3),
+        lambda: QueryAware(scenes, Pipeline(), ways=2, shots=1, size=32, context=4).loader(feed, CAFFE, batch_size=3),
+        lambda: ObjectCrops(scenes, (24,), 3, feed, flip=False),
+        lambda: episodes.episode_loader(dataset, 2, 1, 1, feed, whole, tasks=3),
+        lambda: episodes.class_batch_loader(dataset, feed, whole, batch_size=3),
+    ):
+        with pytest.raises(InputError, match=r"^3 \w+ a step cannot be divided among 2 processes"):
+            load()
+
+
+def plain() -> ImageSet:
+    """Six grey pictures of two classes."""
+    source = partial(Image.new, "RGB", (8, 8))
+    labels = np.arange(6) % 2
+    return ImageSet(
+        "plain", "train", ["a", "b"], labels, lambda i: source((i, i, i)), size=8, stored=8, normalisation=CAFFE
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_of_detectors_are_on_the_device_and_normalised(device):
+    scenes = open_detection("glyphs", "", part="test")
+    scenes = scenes.with_records(scenes.records[:60])
+    feed = Feed(steps=1, device=device)
+    supports = NWayKShot(scenes, 1, used=1, size=32)
+    crops = ObjectCrops(scenes, (24, 48), 2, feed, flip=False)
+    queries = QueryAware(scenes, Pipeline(), ways=2, shots=1, size=32, context=4)
+    train = partial(pipeline.train_loader, scenes, Pipeline(), feed, CAFFE, batch_size=2)
+    batch, support = next(train(extra=supports.draw))
+    _, cut = next(train(extra=crops.draw))
+    searched, boxed = next(queries.loader(feed, CAFFE, batch_size=2))
+    tested = next(pipeline.test_loader(scenes, Pipeline(), feed, CAFFE))
+    tables = next(supports.table(feed, CAFFE)), next(queries.table(1, feed, CAFFE))
+    for one in (batch, searched, tested):
+        assert here([one.images, *one.boxes, *one.labels], device) and one.scales.device.type == "cpu"
+    for one in (support, boxed, *tables):
+        assert here([one.images, one.labels], device)
+    assert here([*cut.images, cut.labels, boxed.boxes, tables[1].boxes], device)
+    pictures = [one.images for one in (batch, searched, tested, support, boxed, *tables)] + cut.images
+    assert all(images.dtype == torch.float32 for images in pictures)
+    if device != "meta":
+        # glyph scenes have no padding, so every number of theirs was a grey level
+        alone = pipeline.collate([Pipeline().sample(scenes, 0)]).images
+        assert torch.equal(tested.images.cpu(), CAFFE(alone))
+        assert torch.equal(support.images.cpu(), supports.draw(0, 0).normalised(CAFFE).images)
+        assert all(map(torch.equal, (x.cpu() for x in cut.images), crops.draw(0, 0).normalised(CAFFE).images))
+        shown = [queries.supports([entry for way in queries.draw(0, n)[2] for entry in way]) for n in (0, 1)]
+        assert torch.equal(boxed.images.flatten(0, 2).cpu(), CAFFE(torch.cat([part.images for part in shown])))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pictures_of_classifiers_are_on_the_device_and_normalised(device):
+    dataset, transform, feed = plain(), Whole(8, CAFFE), Feed(steps=1, device=device)
+    episode = next(episodes.episode_loader(dataset, 2, 1, 1, feed, transform, tasks=2))
+    images, labels, numbers = next(episodes.class_batch_loader(dataset, feed, transform, batch_size=4))
+    listed, order = next(episodes.image_loader(dataset, [3, 1], feed, transform))
+    parts = [episode.support, episode.support_labels, episode.query, episode.query_labels, images, labels, listed]
+    assert here(parts, device) and episode.classes.device.type == "cpu" and order == [3, 1]
+    assert all(x.dtype == torch.float32 for x in (episode.support, episode.query, images, listed))
+    if device != "meta":
+        assert torch.equal(images.cpu(), CAFFE(torch.stack([dataset.pixels(i) for i in numbers])))
