@@ -6,7 +6,7 @@ also under autocast: multiplied by a temperature or squared, bfloat16's three di
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +20,27 @@ def class_means(support: Tensor, ways: int) -> Tensor:
     return support.unflatten(1, (ways, -1)).mean(2)
 
 
-def prototype(
-    support: Tensor, query: Tensor, ways: int, distance: Literal["squared", "euclidean"] = "squared"
-) -> Tensor:
+Distance = Literal["scaled", "squared", "euclidean"]
+
+
+def prototype(support: Tensor, query: Tensor, ways: int, distance: Distance = "squared") -> Tensor:
     """Minus the distance to each class mean: Prototypical Networks (Snell et al., 2017, equations 1 and 2).
 
     Args:
         support, query, ways: see the module.
-        distance: "squared" Euclidean as in the paper, or "euclidean" as in mmfewshot.
+        distance: "squared" Euclidean as in the paper; "scaled": that over the root of the number of features, which only
+            changes the unit of the features, but lets training begin with small logits, not hundreds; or
+            "euclidean" as in mmfewshot.
 
     Raises:
         InputError: there is no such distance.
     """
-    if distance not in ("squared", "euclidean"):
-        raise InputError(f"no distance is called {distance!r}: choose squared or euclidean")
+    if distance not in get_args(Distance):
+        raise InputError(f"no distance is called {distance!r}: choose one of {', '.join(get_args(Distance))}")
     squares = squared_distances(query, class_means(support, ways))
-    return -squares if distance == "squared" else -squares.clamp(min=1e-12).sqrt()  # sqrt has no gradient at 0
+    if distance == "euclidean":
+        return -squares.clamp(min=1e-12).sqrt()  # sqrt has no gradient at 0
+    return -squares if distance == "squared" else -squares / query.shape[-1] ** 0.5
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Args:
     val_tasks: int = 500  # validation tasks
     # model
     backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
-    distance: Literal["squared", "euclidean"] = "squared"  # the paper's, or mmfewshot's (not squared)
+    distance: heads.Distance = "scaled"  # squared: the paper's; scaled: over the root of D; euclidean: mmfewshot's
     init: str | None = None  # start from the backbone of this model file, say a trained baseline
     # run
     out: str | None = None  # where everything goes; by default runs/proto_net/<dataset>-<backbone>-seed<seed>

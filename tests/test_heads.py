@@ -190,6 +190,14 @@ def test_a_batch_of_tasks_equals_the_tasks_one_by_one(head):
 
 
 @torch.no_grad()
+def test_the_scaled_distance_is_the_papers_in_another_unit():
+    """|f/c - p/c|² = |f - p|² / c²: features divided by the fourth root of their number give the same logits."""
+    torch.manual_seed(0)
+    support, query = torch.randn(2, WAYS * 3, 81), torch.randn(2, 7, 81)
+    scaled = heads.prototype(support, query, WAYS, "scaled")
+    assert torch.allclose(scaled, heads.prototype(support / 3, query / 3, WAYS, "squared"), rtol=1e-5)
+
+
 def test_squared_distances_in_float32_are_accurate():
     r = torch.Generator().manual_seed(0)
     common = 5 + torch.rand(1, 1, 1600, generator=r)  # what all features share, many times what tells them apart
@@ -200,7 +208,7 @@ def test_squared_distances_in_float32_are_accurate():
 
 
 def test_prototype_has_a_gradient_where_a_query_is_a_prototype():
-    for distance in ("squared", "euclidean"):
+    for distance in ("scaled", "squared", "euclidean"):
         support = torch.randn(1, WAYS, 8, requires_grad=True)
         F.cross_entropy(heads.prototype(support, support, WAYS, distance)[0], torch.arange(WAYS)).backward()
         assert support.grad.isfinite().all() and support.grad.abs().max() > 0
