@@ -28,8 +28,8 @@ def prototype(support: Tensor, query: Tensor, ways: int, distance: Distance = "s
 
     Args:
         support, query, ways: see the module.
-        distance: "squared" Euclidean as in the paper; "scaled", that over the root of the number of features, which is a
-            change of their unit, but lets training begin with small logits, not hundreds; or mmfewshot's "euclidean".
+        distance: "squared" Euclidean as in the paper; "scaled", that over the root of the number of features, which
+            changes their unit but lets training begin with small logits, not hundreds; or mmfewshot's "euclidean".
 
     Raises:
         InputError: there is no such distance.
