@@ -38,7 +38,7 @@ FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "sta
 FREE_ARGS |= {"share_proposals", "scramble_supports", "save_tasks", "classwise"}
 # What a test may choose; all else is the model's own, and comes from its file.
 TEST_ARGS = {"data_root", "cache", "ways", "shots", "queries", "tasks", "save_tasks", "test_temperature", "test_steps"}
-TEST_ARGS |= {"test_images", "classwise", "share_proposals", "scramble_supports", "at_once", "seed", "init"}
+TEST_ARGS |= {"test_images", "classwise", "share_proposals", "scramble_supports", "at_once", "seed"}
 TEST_ARGS |= {"out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base"}
 # What a base model must have in common with what is fine-tuned from it.
 BASE_ARGS = ("dataset", "novel_classes", "split", "backbone", "style", "short", "long", "support_size")
@@ -70,9 +70,7 @@ class Schedule(NamedTuple):
         steps = args.iters or max(1, round(self.steps / ratio))
         lr = self.lr * ratio if args.lr is None else args.lr
         milestones, warmup = tuple(m * steps // self.steps for m in self.milestones), self.warmup * steps // self.steps
-        return self._replace(
-            steps=steps, lr=lr, milestones=milestones, warmup=warmup, batch=batch
-        )
+        return self._replace(steps=steps, lr=lr, milestones=milestones, warmup=warmup, batch=batch)
 
     def of(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """The scheduler: it multiplies each group's own rate."""
@@ -484,9 +482,9 @@ class Record:
         of a finished run writes test-ID.json, and its files likewise, ID telling its settings apart. After a training
         the model's file is told the results, without those of single classes.
         """
-        free = FREE_ARGS - {"share_proposals"}
-        trained = {k: v for k, v in self.about["args"].items() if k not in free | {"seed"}}
-        tested = {k: v for k, v in vars(self.args).items() if k in TEST_ARGS - free and k != "seed"}
+        free = (FREE_ARGS | {"seed", "data_root", "cache", "at_once"}) - {"share_proposals"}
+        trained = {k: v for k, v in self.about["args"].items() if k not in free | TEST_ARGS}
+        tested = {k: v for k, v in vars(self.args).items() if k in TEST_ARGS - free}
         settings = {
             "method": self.about["method"],
             "seed": self.about["args"]["seed"],

@@ -159,8 +159,7 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str
     model = rebuilt(AttentionRPN, about, len(train.classes), rois=args.rois)
     weights.fill(model, state, base, fresh=("kernels", "maps", "known"))
     model.trunk.freeze(3)
-    for part in () if args.dataset == "coco" else (model.trunk, model.rpn):
-        part.requires_grad_(False)
+    torch.nn.ModuleList([] if args.dataset == "coco" else [model.trunk, model.rpn]).requires_grad_(False)
     # one shot is to be found, the others show what to look for
     episodes = searching(args, train, min(max(args.shots - 1, 1), 10))
     schedule = SCHEDULE[args.published][args.shots].scaled(args, BATCH[args.published][1])
@@ -203,17 +202,17 @@ def fit(args, accelerator, folder, stage, schedule, model, train, test, episodes
     with torch.no_grad(), accelerator.autocast():
         detector.set_prototypes((*detector.support_features(s.images, s.boxes), s.labels) for s in table)
     record.save_model()
-    test_with(args, record, test)
+    look(args, record, test)
 
 
 def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The model that is there, as it is."""
     about = run.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, rebuilt(AttentionRPN, about), None, None, about)
-    test_with(args, record, open_data(args).test.restrict(about["classes"]))
+    look(args, record, open_data(args).test.restrict(about["classes"]))
 
 
-def test_with(args: Args, record: run.Record, test: detection.DetectionSet) -> None:
+def look(args: Args, record: run.Record, test: detection.DetectionSet) -> None:
     options = {"workers": args.workers, "classwise": args.classwise, "scramble": args.scramble_supports}
     protocol = {"proposals": "shared by all classes" if args.share_proposals else "of each class"}
     detect.test(record, test, protocol, **options, share=args.share_proposals)

@@ -32,10 +32,8 @@ SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {
     "cub": Schedule(18_400, 0.05, (5_520, 11_040), 3000, ratio=0.25),
     "tiered_imagenet": Schedule(701_100, 0.05, (210_330, 420_660), 5000, ratio=0.25),
 }
-MARGIN = {
-    "cub": -0.01,
-    "tiered_imagenet": -0.02,
-}  # else -0.005; tiered-ImageNet with another backbone than conv4: -0.01
+# else -0.005; tiered-ImageNet with another backbone than conv4: -0.01
+MARGIN = {"cub": -0.01, "tiered_imagenet": -0.02}
 
 
 @dataclass

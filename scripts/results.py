@@ -4,12 +4,14 @@
     python scripts/results.py runs/tfa runs/meta_rcnn --metric AP75 --plot shots.png
     python scripts/results.py --markdown
 
-Runs belong to one setting if they differ only in --seed (and in what has no part in the result, as --workers). A ±
+Settings are read from the results. Runs belong to one setting if they differ only in --seed (and in what has no part in
+the result, as --workers); a copy of a run counts once, and a --test-only of it in another way is a line of its own. A ±
 after the mean over several seeds is the 95 % interval of that mean by Student's t, which with two or three seeds is
 wide, and rightly so. After a single classifier's accuracy it is the interval over the test tasks.
 """
 
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -22,12 +24,12 @@ import tyro
 from matplotlib.figure import Figure
 
 from fewshot import InputError
-from fewshot.run import FREE_ARGS
 
 GROUPS = ("base", "novel", "all")
 # 97.5 % quantiles of Student's t for 1, 2, 3, ... degrees of freedom; for more than these the normal one is close
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
 NORMAL = 1.96
+TEST = re.compile(r"test-[0-9a-f]{8}\.json")  # what --test-only leaves
 
 
 @dataclass
@@ -49,38 +51,38 @@ class Run:
     data: str
     what: str  # base training, 10 shots, 5-way tasks
     values: dict[str, tuple[float, float | None]]
+    id: str  # the same in every copy of a run, and in a test that repeats its own
 
     @property
     def setting(self) -> tuple[str, str, str, str]:
         return self.method, self.data, self.what, json.dumps(self.args, sort_keys=True)
 
 
-def read(folder: Path, metric: str) -> Run | None:
-    """The run in `folder`; None if it has no such metric."""
+def read(path: Path, metric: str) -> Run | None:
+    """The run or test whose result is in this file, by what the result says of itself; None without such a metric."""
     try:
-        args = json.loads((folder / "args.json").read_text())
-        metrics = json.loads((folder / "metrics.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder}: not a finished run's folder ({error}); finish it or leave it out") from None
-    method, seed, out, base = args.pop("method"), args.pop("seed"), args.get("out"), args.get("base")
-    kept = {name: value for name, value in args.items() if name not in FREE_ARGS}
-    if base and not base.startswith(f"{out}/"):  # the recipe's own base model has the same arguments
-        kept["base"] = base
+        metrics = json.loads(path.read_text())
+        settings = metrics["settings"]
+        trained, tested = settings["trained"], settings["tested"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a result with its settings ({error!r}); test its run again, or leave it out"
+        ) from None
+    kept = {**trained, **tested}
+    method, seed = settings["method"], settings["seed"]
+    id = str((str(settings["id"]).partition("-")[0], json.dumps(tested, sort_keys=True)))
     if "shots" in metrics:
+        kept.pop("shots", None)
         values = {f"{k}-shot": (v["accuracy"], v["ci95"]) for k, v in metrics["shots"].items()}
-        what = f"{metrics['ways']}-way tasks"
-        return Run(method, kept, seed, args["dataset"], what, values)
+        return Run(method, kept, seed, trained["dataset"], f"{metrics['ways']}-way tasks", values, id)
     if not metrics.get(metric):
         return None
-    protocol = metrics["protocol"]
+    protocol, shots = metrics["protocol"], kept.pop("shots")
     kept |= {"proposals": protocol["proposals"]} if "proposals" in protocol else {}
-    data = Path(args["dataset"]).stem + (f", split {protocol['split']}" if protocol["split"] else "")
-    if protocol["stage"] == "base":
-        kept.pop("shots")
-        what = "base training"
-    else:
-        what = f"{kept.pop('shots')} shots" + (", novel classes" if protocol["trained_on"] == "novel classes" else "")
-    return Run(method, kept, seed, data, what, {group: (v, None) for group, v in metrics[metric].items()})
+    data = Path(trained["dataset"]).stem + (f", split {protocol['split']}" if protocol["split"] else "")
+    novel = ", novel classes" if protocol["trained_on"] == "novel classes" else ""
+    what = "base training" if protocol["stage"] == "base" else f"{shots} shots{novel}"
+    return Run(method, kept, seed, data, what, {group: (v, None) for group, v in metrics[metric].items()}, id)
 
 
 def averaged(runs: list[Run]) -> dict[str, tuple[float, float | None]]:
@@ -154,10 +156,11 @@ def draw(found: list[tuple[Run, int, str, dict]], path: Path, metric: str) -> No
 def main(args: Args) -> None:
     runs = []
     for folder in args.folders:
-        places = sorted(path.parent for path in folder.rglob("metrics.json"))
+        places = sorted(p for p in folder.rglob("*.json") if p.name == "metrics.json" or TEST.fullmatch(p.name))
         if not places:
             raise InputError(f"{folder}: no finished run in there; give a folder that a recipe wrote, such as runs")
-        runs += [run for place in dict.fromkeys(places) if (run := read(place, args.metric))]
+        runs += [run for place in places if (run := read(place, args.metric))]
+    runs = list({run.id: run for run in runs}.values())
     if not runs:
         raise InputError(f"none of these runs has {args.metric}: give another --metric")
     found = list(rows(runs))

@@ -1,5 +1,7 @@
 """Which steps a process makes, and that they arrive on the device, normalised, with the mistakes of workers."""
 
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -49,9 +51,22 @@ def test_a_mistake_in_a_worker_is_raised_here_in_its_turn(workers):
     assert type(caught.value) is InputError and str(caught.value) == "picture.jpg: not readable"
 
 
-def test_other_errors_of_a_worker_keep_their_traceback():
-    with pytest.raises(KeyError, match="in make"):
-        list(stream(partial(make, KeyError("ours")), range(5), Feed(workers=1)))
+LEFT_OPEN = """
+import torch
+from fewshot.data.stream import Feed, stream
+
+def train():
+    batches = stream(torch.tensor, range(99), Feed(workers=2))  # the traceback keeps it until the very end
+    for batch in batches:
+        raise RuntimeError("ours")
+
+train()
+"""
+
+
+def test_a_program_that_fails_in_its_loop_ends():
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1 and ended.stderr.endswith("RuntimeError: ours\n")
 
 
 def test_processes_divide_a_step():

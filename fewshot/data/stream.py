@@ -6,6 +6,8 @@ never stopped, and neither processes nor workers change what is seen.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -118,3 +120,13 @@ def _leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach a whole process group; the run decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Of a stream that an error left open: Python would end them by SIGTERM, which they ignore, and wait forever."""
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that they were killed
+    for child in children:
+        child.kill()
