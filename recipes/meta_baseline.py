@@ -3,9 +3,9 @@
 A backbone that was trained to classify all training classes (recipes/baseline.py) is trained on, on episodes, with the
 cosine to class means and a learnt temperature.
 
-    accelerate launch recipes/meta_baseline.py --init runs/baseline/glyphs/model.safetensors
+    accelerate launch recipes/meta_baseline.py --init runs/baseline/glyphs-conv4-seed0/model.safetensors
     accelerate launch recipes/meta_baseline.py
-    accelerate launch recipes/meta_baseline.py --dataset cub --init runs/baseline/cub/model.safetensors
+    accelerate launch recipes/meta_baseline.py --dataset cub --init runs/baseline/cub-conv4-seed0/model.safetensors
 """
 
 from dataclasses import dataclass

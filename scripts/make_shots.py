@@ -2,7 +2,7 @@
 
     python scripts/make_shots.py voc --data-root data --split 1 --shots 1 5 10 --seeds 0 1 2
     python scripts/make_shots.py voc --data-root data --shots 10 --shot-lists data/few_shot_ann/voc
-    python scripts/make_shots.py glyphs --show runs/tfa/glyphs-split1/10shot-seed0/shots.json
+    python scripts/make_shots.py glyphs --show runs/tfa/glyphs-split1-small/10shot-seed0/shots.json
     accelerate launch recipes/tfa.py --dataset voc --shots 10 --shot-lists shots/voc-split1/10shot-seed0.json
 
 Every draw is a shots.json, which `--shot-lists` of a recipe reads, and a picture with a row per class, novel ones

@@ -1,7 +1,7 @@
 """A trained model on your own pictures: class folders of supports in, json and annotated pictures out.
 
-    python scripts/predict.py runs/proto_net/glyphs --support pictures/known --query pictures/new --out predictions
-    python scripts/predict.py runs/attention_rpn/glyphs-split1/base --support objects --query photo.jpg
+    python scripts/predict.py runs/proto_net/glyphs-conv4-seed0 --support pictures/known --query pictures/new --out predictions
+    python scripts/predict.py runs/attention_rpn/glyphs-split1-small/base --support objects --query photo.jpg
     python scripts/predict.py runs/tfa/voc-split1/10shot-seed0 --query photos
 
 `--support` holds a folder per class; a new class needs only its folder. For detection a support's object is where

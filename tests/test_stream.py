@@ -73,16 +73,17 @@ def test_processes_divide_a_step():
     shares = [list(Feed(rank=rank, world=3).numbers(2, 6)) for rank in range(3)]
     assert shares == [[12, 15], [13, 16], [14, 17]] and list(Feed().numbers(2, 6)) == list(range(12, 18))
     for world in (1, 2, 3, 6):
-        Feed(world=world).check(6, "pictures")
+        Feed(steps=1, world=world).check(6, "pictures")
+    Feed(world=4).check(6, "pictures")  # a test of a model has no step
 
 
 @pytest.mark.parametrize(
     ("feed", "total", "words"),
     [
-        (Feed(world=4), 6, "6 pictures a step cannot be divided among 4 processes: use a multiple"),
-        (Feed(world=4), 2, "2 pictures a step cannot be divided among 4 processes: use a multiple"),
-        (Feed(), 0, "0 pictures a step cannot be divided among 1 processes: use a multiple"),
-        (Feed(), -2, "-2 pictures a step cannot be divided among 1 processes: use a multiple"),
+        (Feed(steps=1, world=4), 6, "6 pictures a step cannot be divided among 4 processes: use a multiple"),
+        (Feed(steps=1, world=4), 2, "2 pictures a step cannot be divided among 4 processes: use a multiple"),
+        (Feed(steps=1), 0, "0 pictures a step cannot be divided among 1 processes: use a multiple"),
+        (Feed(steps=1), -2, "-2 pictures a step cannot be divided among 1 processes: use a multiple"),
         (Feed(seed=-1), 6, "seed -1: must not be negative"),
     ],
 )

@@ -57,8 +57,8 @@ class Feed:
         return range(step * total + self.rank, (step + 1) * total, self.world)
 
     def check(self, total: int, what: str) -> None:
-        """Raises InputError unless a step of so many samples can be divided among the processes."""
-        if total < 1 or total % self.world:
+        """Raises InputError unless a step, if there is one, can be divided among the processes."""
+        if self.start < self.steps and (total < 1 or total % self.world):
             raise InputError(f"{total} {what} a step cannot be divided among {self.world} processes: use a multiple")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: must not be negative")
