@@ -68,6 +68,9 @@ def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
     try:
         # TFA's stage for novel classes goes on from its base model
         out = folder / (recipe if "--stage" in RUNS[name] else name.replace(" ", "_"))
+        if "--stage" in RUNS[name] and not (out / "base" / "metrics.json").exists():
+            module.main(tyro.cli(module.Args, args=[*DETECTOR.split(), "--stage", "base", "--out", str(out)]))
+            seen.clear()
         module.main(tyro.cli(module.Args, args=[*RUNS[name].split(), "--out", str(out)]))
     finally:
         run.Record.log = log

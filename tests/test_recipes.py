@@ -53,7 +53,18 @@ FROZEN = {
 }
 # the recipes that differ in how they train or test; their copies do the same, and are tried with -m slow
 DIFFERENT = {"attention_rpn", "baseline", "maml", "meta_rcnn", "mpsr", "proto_net"}
-EACH = [pytest.param(r, marks=[] if r in DIFFERENT else [pytest.mark.slow]) for r in RECIPES]
+
+
+def some(cases: list, fast: set) -> list:
+    """Test cases of which all but the `fast` ones are slow."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if case in fast else [pytest.mark.slow])
+        for case in cases
+    ]
+
+
+EACH = some(RECIPES, DIFFERENT)
+MOMENTS = ("base", "between", "finetune")
 
 
 def load(recipe: str) -> ModuleType:
@@ -193,6 +204,25 @@ def test_the_documentations_own_recipe_runs(tmp_path):
     assert weights.describe_file(folder / "model.safetensors")["method"] == "my_method"
 
 
+def test_the_documentations_own_detector_runs(tmp_path, monkeypatch):
+    """README, "Your own recipe": a detector that aggregates in another way, trained, tested as it was trained, loaded."""
+    (block,) = [block for block in python_blocks() if "class MyDetector" in block]
+    (use,) = [block for block in python_blocks() if "rebuilt(MyDetector" in block]
+    source = (ROOT / "recipes" / "meta_rcnn.py").read_text().replace('METHOD = "meta_rcnn"', 'METHOD = "my_detector"')
+    head, functions = source.split("def train_base")
+    body = "def train_base" + functions.replace("MetaRCNN", "MyDetector")
+    (tmp_path / "my_detector.py").write_text(
+        f"{head.replace('def main(', 'from torch import Tensor' + chr(10) * 2 + block + chr(10) * 2 + 'def main(')}{body}"
+    )
+    command = [sys.executable, str(tmp_path / "my_detector.py"), *QUICK["meta_rcnn"].split(), "--workers", "0"]
+    done = subprocess.run([*command, "--shots", "10"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    names = {"MetaRCNN": importlib.import_module("fewshot.detectors.meta_rcnn").MetaRCNN, "Tensor": torch.Tensor}
+    exec(block + use, names)
+    assert type(names["model"].network).__name__ == "MyDetector" and names["model"].about["method"] == "my_detector"
+
+
 def test_the_documentations_use_of_models_runs(tmp_path, monkeypatch):
     """README, "Use a model", as written, on models that its commands leave behind, here after a few steps."""
     monkeypatch.chdir(tmp_path)
@@ -326,11 +356,10 @@ def test_two_processes_test_to_the_same_numbers(recipe, tmp_path):
     assert {k: again[k] for k in again if k != "settings"} == result_of(folder)
 
 
-@pytest.mark.parametrize("recipe", DETECTORS)
-@pytest.mark.parametrize("processes", [2, 3])
-def test_both_stages_in_several_processes(recipe, processes, tmp_path, request):
-    if recipe not in ("meta_rcnn", "tfa") or processes == 3:
-        request.applymarker(pytest.mark.slow)
+@pytest.mark.parametrize(
+    ("recipe", "processes"), some([(r, n) for r in DETECTORS for n in (2, 3)], {("meta_rcnn", 2), ("tfa", 2)})
+)
+def test_both_stages_in_several_processes(recipe, processes, tmp_path):
     flags = f"{QUICK[recipe]} --iters 3 --batch-size {processes} --test-images 4 --out {tmp_path} --workers 0"
     done = launch(recipe, flags, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -380,12 +409,12 @@ def killed(recipe: str, flags: str, out: Path, when: Path, number: int = signal.
     return process.returncode
 
 
-@pytest.mark.parametrize("moment", ["base", "between", "finetune"])
-@pytest.mark.parametrize("recipe", ["meta_rcnn", "tfa", "attention_rpn"])
-def test_both_stages_resume_from_any_moment(recipe, moment, tmp_path, request):
+@pytest.mark.parametrize(
+    ("recipe", "moment"),
+    some([(r, m) for r in ("meta_rcnn", "tfa", "attention_rpn") for m in MOMENTS], {("meta_rcnn", m) for m in MOMENTS}),
+)
+def test_both_stages_resume_from_any_moment(recipe, moment, tmp_path):
     """Killed in base training, between the stages, in fine-tuning: --resume ends with the weights of a straight run."""
-    if recipe == "attention_rpn" or (recipe == "tfa" and moment != "finetune"):
-        request.applymarker(pytest.mark.slow)
     flags = f"{QUICK[recipe]} --iters 12 --save-every 2 --workers 0 --test-images 2"
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     run_here(recipe, f"{flags} --out {straight}")
@@ -413,11 +442,9 @@ def test_a_signal_saves_the_state(recipe, number, tmp_path):
     assert f"step {step} of" in last
 
 
-@pytest.mark.parametrize("recipe", DETECTORS)
-def test_testing_changes_nothing(recipe, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize("recipe", some(DETECTORS, {"attention_rpn", "tfa"}))
+def test_testing_changes_nothing(recipe, tmp_path, monkeypatch):
     """--test-only builds the model from its file alone, and leaves every file of the training as it is."""
-    if recipe not in ("attention_rpn", "tfa"):
-        request.applymarker(pytest.mark.slow)
     run_here(recipe, f"{QUICK[recipe]} --out {tmp_path}")
     before = files(tmp_path)
     monkeypatch.setattr(torch.optim.SGD, "step", None)  # whoever trains now fails
@@ -434,10 +461,8 @@ def test_testing_changes_nothing(recipe, tmp_path, monkeypatch, request):
         run_here(recipe, f"--shots 1 --batch-size 7 --out {tmp_path} --test-only")
 
 
-@pytest.mark.parametrize("recipe", ["attention_rpn", "meta_rcnn", "fsdetview"])
-def test_supports_can_be_exchanged_in_a_test(recipe, tmp_path, capsys, request):
-    if recipe == "fsdetview":
-        request.applymarker(pytest.mark.slow)
+@pytest.mark.parametrize("recipe", some(["attention_rpn", "meta_rcnn", "fsdetview"], {"attention_rpn", "meta_rcnn"}))
+def test_supports_can_be_exchanged_in_a_test(recipe, tmp_path, capsys):
     run_here(recipe, f"{QUICK[recipe]} --stage base --out {tmp_path}")
     run_here(recipe, f"--stage base --test-images 4 --test-only --scramble-supports --out {tmp_path}")
     assert "with every class given the next class's supports" in capsys.readouterr().out

@@ -55,7 +55,13 @@ def write(
     path: Path, method: str, seed: int, trained: dict, tested: dict, metrics: dict, id: str | None = None
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"method": method, "seed": seed, "trained": trained, "tested": tested, "id": id or str(path).replace("-", "")}
+    settings = {
+        "method": method,
+        "seed": seed,
+        "trained": trained,
+        "tested": tested,
+        "id": id or str(path).replace("-", ""),
+    }
     path.write_text(json.dumps({**metrics, "settings": settings}))
 
 
