@@ -9,7 +9,7 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -18,18 +18,11 @@ from torch import Tensor
 
 from fewshot.data.detection import DetectionSet
 from fewshot.data.pipeline import Batch
+from fewshot.detectors.faster_rcnn import Detections
 
 PROPOSALS = (100, 300, 1000)  # detections per picture (COCO's maxDets) and proposals per picture that are looked at
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # that COCO's AP averages over
 SIZES = {"s": (0, 32), "m": (32, 96), "l": (96, 10_000)}  # COCO's small, medium and large: roots of areas, in pixels
-
-
-class Detections(NamedTuple):
-    """What was found on one picture: boxes (n, 4) xyxy in its pixels, scores (n,), labels (n,). In any order."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
 
 
 @dataclass

@@ -4,7 +4,7 @@ Base training is TFA's. Fine-tuning on K shots of every class trains more than t
 positives, and a contrastive loss pulls RoIs of one class together so that similar classes are told apart.
 
     accelerate launch recipes/fsce.py --shots 10
-    accelerate launch recipes/fsce.py --shots 10 --contrastive off --base runs/tfa/glyphs-split1-small/base/model.safetensors
+    accelerate launch recipes/fsce.py --contrastive off --base runs/tfa/glyphs-split1-small/base/model.safetensors
     accelerate launch recipes/fsce.py --dataset voc --data-root data --split 1 --shots 10
 """
 

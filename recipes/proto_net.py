@@ -4,7 +4,7 @@ A class is the mean of its support features, and a query belongs to the class wh
 
     accelerate launch recipes/proto_net.py
     accelerate launch recipes/proto_net.py --dataset omniglot --data-root data
-    accelerate launch recipes/proto_net.py --dataset mini_imagenet --init runs/baseline/mini_imagenet-conv4-seed0/model.safetensors
+    accelerate launch recipes/proto_net.py --init runs/baseline/glyphs-conv4-seed0/model.safetensors
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """A trained model on your own pictures: class folders of supports in, json and annotated pictures out.
 
-    python scripts/predict.py runs/proto_net/glyphs-conv4-seed0 --support pictures/known --query pictures/new --out predictions
+    python scripts/predict.py runs/proto_net/glyphs-conv4-seed0 --support known --query new --out predictions
     python scripts/predict.py runs/attention_rpn/glyphs-split1-small/base --support objects --query photo.jpg
     python scripts/predict.py runs/tfa/voc-split1/10shot-seed0 --query photos
 
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import fewshot
 from fewshot import InputError, show
 from fewshot.data import annotations
-from fewshot.data.pictures import PICTURES
+from fewshot.data.pictures import SUFFIXES
 from fewshot.inference import Classifier, decoded
 
 SIDE = 480  # pixels: height of annotated pictures
@@ -43,7 +43,7 @@ class Args:
 
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures of a folder, by name; not those of folders in it."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:

@@ -205,15 +205,14 @@ def test_the_documentations_own_recipe_runs(tmp_path):
 
 
 def test_the_documentations_own_detector_runs(tmp_path, monkeypatch):
-    """README, "Your own recipe": a detector that aggregates in another way, trained, tested as it was trained, loaded."""
+    """README, "Your own recipe": a detector that aggregates in another way, trained, tested as trained, and loaded."""
     (block,) = [block for block in python_blocks() if "class MyDetector" in block]
     (use,) = [block for block in python_blocks() if "rebuilt(MyDetector" in block]
     source = (ROOT / "recipes" / "meta_rcnn.py").read_text().replace('METHOD = "meta_rcnn"', 'METHOD = "my_detector"')
-    head, functions = source.split("def train_base")
-    body = "def train_base" + functions.replace("MetaRCNN", "MyDetector")
-    (tmp_path / "my_detector.py").write_text(
-        f"{head.replace('def main(', 'from torch import Tensor' + chr(10) * 2 + block + chr(10) * 2 + 'def main(')}{body}"
-    )
+    tables, functions = source.split("def main(")
+    functions = functions.replace("MetaRCNN", "MyDetector")
+    changed = f"{tables}from torch import Tensor\n\n{block}\n\ndef main({functions}"
+    (tmp_path / "my_detector.py").write_text(changed)
     command = [sys.executable, str(tmp_path / "my_detector.py"), *QUICK["meta_rcnn"].split(), "--workers", "0"]
     done = subprocess.run([*command, "--shots", "10"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

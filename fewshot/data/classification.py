@@ -25,7 +25,7 @@ from fewshot.data.annotations import inside, read_text
 from fewshot.data.glyphs import glyph
 from fewshot.data.image_set import ImageSet, Source, Split
 from fewshot.data.label_orders import CIFAR_FS, FC100, MINI_ORDER, TIERED_ORDER
-from fewshot.data.pictures import PICTURES
+from fewshot.data.pictures import SUFFIXES
 
 DatasetName = Literal["glyphs", "omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "folder"]
 
@@ -311,7 +311,7 @@ def _pictures(folder: Path) -> list[str]:
     """The picture files in a folder, sorted by name; macOS archives scatter hidden ones that are no pictures."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
-    found = sorted(name for name in names if os.path.splitext(name)[1].lower() in PICTURES)
+    found = sorted(name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
     if not found:
         raise InputError(f"{folder}: no picture in this class; add some or remove the folder")
     return [str(folder / name) for name in found]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewshot import InputError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}  # suffixes of files
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}  # suffixes of files
 # What such files hold. PIL would try more, whatever the suffix, and hands one of these (EPS) to another program.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 89_000_000  # of a picture; above this PIL warns, and one picture as RGB is more than 256 MiB

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,11 +24,14 @@ NEGATIVE, UNUSED = -1, -2
 
 
 class Detections(NamedTuple):
-    """What was found on one image, best first: boxes (n, 4) xyxy, scores (n,), labels (n,)."""
+    """What was found on one image: boxes (n, 4) xyxy, scores (n,), labels (n,).
 
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
+    A detector gives tensors, best first, in pixels of its input; evaluation takes arrays, in those of the picture.
+    """
+
+    boxes: Tensor | np.ndarray
+    scores: Tensor | np.ndarray
+    labels: Tensor | np.ndarray
 
 
 class RoIs(NamedTuple):
