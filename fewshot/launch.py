@@ -114,7 +114,7 @@ def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     be what is saved.
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    if accelerator.num_processes > 1:
+    if torch.distributed.is_initialized():
         for buffer in bare.buffers():
             torch.distributed.broadcast(buffer.view(torch.uint8) if buffer.dtype is torch.bool else buffer, 0)
     return bare
