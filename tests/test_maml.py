@@ -221,7 +221,7 @@ class Process:
     is_main_process = False
     device = torch.device("cpu")
 
-    def unwrap_model(self, model: nn.Module) -> nn.Module:
+    def unwrap_model(self, model: nn.Module, keep_torch_compile: bool) -> nn.Module:
         return model
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
