@@ -5,6 +5,7 @@ the same names of parameters and with the interface that `meta_test` asks for; t
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ Groups = Sequence[Sequence[int]]  # the rows of every class's supports
 Adapted = Callable[[Tensor], Tensor]  # queries (m, ...) -> logits (m, ways)
 
 
-class FeatureClassifier(nn.Module):
+class FeatureClassifier(nn.Module, ABC):
     """A backbone, and a classifier of its features by those of a task's supports."""
 
     unused: tuple[str, ...] = ()  # how names of tensors begin that a file has for training alone
@@ -37,13 +38,13 @@ class FeatureClassifier(nn.Module):
         super().__init__()
         self.features = backbone
 
+    @abstractmethod
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Logits (tasks, m, ways) of features (tasks, m, ...), supports (tasks, ways * shots, ...) class by class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adapt(self, support: Tensor, groups: Groups) -> Adapted:
         """A classifier of features (m, ...), by supports (n, ...) of which `groups` has the rows of each class."""
-        raise NotImplementedError
 
 
 class ByMeans(FeatureClassifier):
