@@ -1,12 +1,15 @@
 """Draw the K shots of every class that detectors are fine-tuned on, to look at them, keep them and share them.
 
-    python scripts/make_shots.py voc --data-root data --split 1 --shots 1 5 10 --seeds 0 1 2
+    python scripts/make_shots.py voc --data-root data --split 1 --shots 1 2 3 5 10 --seeds 0 1 2
+    python scripts/make_shots.py my_objects --shots 5 all --format coco
     python scripts/make_shots.py voc --data-root data --shots 10 --shot-lists data/few_shot_ann/voc
     python scripts/make_shots.py glyphs --show runs/tfa/glyphs-split1-small/10shot-seed0/shots.json
-    accelerate launch recipes/tfa.py --dataset voc --shots 10 --shot-lists shots/voc-split1/10shot-seed0.json
+    accelerate launch recipes/tfa.py --dataset voc --shots 10 --shot-lists shots/voc-split1/seed0/10shot.json
 
-Every draw is a shots.json, which `--shot-lists` of a recipe reads, and a picture with a row per class, novel ones
-orange. A recipe's own draw of the same seed is the same; and a seed's 1, 2, 3, ... shots contain each other.
+Every draw is a picture of its objects by class, novel ones orange, and what `--shot-lists` of a recipe reads: a
+shots.json, or a folder with a list per class, as published. A recipe's own draw of the same seed is the same; and a
+seed's 1, 2, 3, ... shots contain each other. Lists in txt name pictures, not objects: where these hold more objects of
+the class than were chosen, reading them draws anew, and a line says for which classes.
 """
 
 import sys
@@ -19,50 +22,72 @@ from tqdm.auto import tqdm
 
 from fewshot import InputError, run, show
 from fewshot.data import detection, k_shot
+from fewshot.data.detection import DetectionSet
 
 
 @dataclass
 class Args:
-    dataset: tyro.conf.Positional[str]  # glyphs, voc, coco, or your own in COCO's format, as recipes take it
+    dataset: tyro.conf.Positional[str]  # glyphs, voc, coco, or your own, as recipes take it
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
-    shots: tuple[int, ...] = (1, 2, 3, 5, 10)  # boxes per class, a file for each
-    seeds: tuple[int, ...] = (0,)  # a file for each
-    shot_lists: str | None = None  # folder of published few-shot lists, to be turned into files of this kind
+    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, if the folder is laid out as two of these
+    shots: tuple[int | Literal["all"], ...] = (1, 2, 3, 5, 10)  # objects per class, a draw for each
+    seeds: tuple[int, ...] = (0,)  # a draw for each
+    shot_lists: Path | None = None  # published few-shot lists or a shots.json, to be turned into another format
+    format: Literal["json", "txt", "coco"] = "json"  # a shots.json, or lists as published: VOC's txt, COCO's json
     show: Path | None = None  # only make the picture of this shots.json, beside it
-    out: Path = Path("shots")  # where <dataset>-split<split>/<K>shot-seed<seed>.json and .png go
+    out: Path | None = None  # where seed<seed>/<K>shot.json and .png, or the lists, go; default: shots/<what is drawn>
 
 
 def main(args: Args) -> None:
-    dataset = detection.open_detection(
-        args.dataset, args.data_root, part="train", split=args.split, novel=args.novel_classes
-    )
+    """Raises InputError for what `open_detection` and `choose_shots` refuse."""
+    choice = {"split": args.split, "novel": args.novel_classes, "layout": args.layout}
+    dataset = detection.open_detection(args.dataset, args.data_root, part="train", **choice)
     for note in dataset.notes:
         print(note)
     if args.show:
-        draw(k_shot.load_shots(args.show, dataset), args.show)
+        draw(k_shot.load_shots(args.show, dataset), args.show.with_suffix(".png"))
         return
-    folder = args.out / f"{Path(args.dataset).stem}-split{args.split}"
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = [(k, seed) for k in args.shots for seed in args.seeds]
+    wanted = [(k, seed) for seed in args.seeds for k in args.shots]
+    if not wanted or min(args.seeds) < 0:
+        raise InputError("nothing to draw: give --shots and --seeds at least one number each, seeds from 0 on")
+    split = f"-split{args.split}" if args.dataset in detection.PUBLISHED_SPLITS else ""
+    out = args.out or Path("shots") / f"{Path(args.dataset).stem}{split}"
     for k, seed in tqdm(wanted, unit="draw", leave=False):
-        path = folder / f"{k}shot-seed{seed}.json"
         chosen = k_shot.choose_shots(dataset, k, seed, args.shot_lists)
-        run.write_json(path, k_shot.shots_of(chosen))
-        draw(chosen, path)
         for note in chosen.notes[len(dataset.notes) :]:
             tqdm.write(note)
+        folder = out / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.format == "json":
+            run.write_json(folder / f"{k}shot.json", k_shot.shots_of(chosen))
+        else:
+            for name, content in k_shot.lists_of(chosen, k, args.format).items():
+                (folder / name).write_text(content, encoding="utf-8")
+        draw(chosen, folder / f"{k}shot.png")
+        if args.format == "txt" and (moved := differing(chosen, k_shot.choose_shots(dataset, k, seed, folder))):
+            tqdm.write(
+                f"{folder}: the pictures of {k} shots of {', '.join(moved)} hold more objects, and reading their lists "
+                "draws others of these; --format json or coco keeps the chosen ones"
+            )
 
 
-def draw(chosen: detection.DetectionSet, path: Path) -> None:
-    """Make the picture beside `path`, and say what there is."""
-    picture = path.with_suffix(".png")
+def differing(*choices: DetectionSet) -> list[str]:
+    """The classes of which two choices from one set hold other objects."""
+    a, b = (
+        {(d.classes[i], r.id, *box) for r in d.records for i, box in zip(r.labels, r.boxes.tolist())} for d in choices
+    )
+    return sorted({name for name, *_ in a ^ b})
+
+
+def draw(chosen: DetectionSet, picture: Path) -> None:
+    """Make the picture, and say what there is."""
     show.shots(chosen).save(picture)
-    counts = [len(objects) for objects in k_shot.objects_by_class(chosen)]
+    counts = k_shot.counts(chosen)
     each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     pictures = f"{len(chosen)} pictures of {len(chosen.classes)} classes"
-    tqdm.write(f"{path}: {sum(counts)} objects, {each} of each class, on {pictures}; see {picture}")
+    tqdm.write(f"{picture}: {sum(counts)} objects, {each} of each class, on {pictures}")
 
 
 if __name__ == "__main__":

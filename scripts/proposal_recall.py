@@ -44,7 +44,8 @@ def main(args: Args) -> None:
         args.data_root or trained["data_root"],
         part="test",
         split=trained["split"],
-        novel=trained["novel_classes"],
+        novel=() if trained["dataset"] in detection.PUBLISHED else model.about["novel"],
+        layout=trained.get("layout"),
     ).restrict(model.classes)
     dataset = dataset.with_records(dataset.records[: args.test_images])
     numbers, rpn = evaluate.PROPOSALS, model.network.rpn

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_recipes import run_here
 
-from fewshot.data import detection, k_shot
+from fewshot.data import detection
 from fewshot.data.annotations import VOC_NOVEL
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -46,5 +46,3 @@ def test_voc_in_cocos_format_is_the_same(tmp_path):
     for a, b in zip(voc.records, own.records):
         assert np.allclose(a.boxes, b.boxes, atol=1e-3) and (a.difficult == b.difficult).all()
     assert voc.image(0).equal(own.image(0))
-    with pytest.raises(Exception, match="shots from"):
-        k_shot.select_shots(own, 1000, 0)

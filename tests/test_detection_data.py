@@ -1,7 +1,6 @@
 """Detection sets: what is read from disk, which mistakes are named, which shots are drawn, what the loaders give."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,12 @@ import torch
 from PIL import Image
 
 from fewshot import InputError
-from fewshot.data import detection, glyphs, k_shot, pipeline
+from fewshot.data import detection, glyphs, pipeline
 from fewshot.data.annotations import COCO_NOVEL, make_record
 from fewshot.data.detection import DetectionSet, open_detection
 from fewshot.data.pipeline import Pipeline
 from fewshot.data.stream import Feed
 from fewshot.data.transforms import CAFFE
-from fewshot.run import write_json
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
 needs_real = pytest.mark.skipif(not (REAL / "VOCdevkit").is_dir(), reason="real data are not here")
@@ -178,7 +176,7 @@ def test_boxes_beyond_their_picture_are_noted(tmp_path):
     opened = open_detection("voc", tmp_path, part="train")
     assert opened.records[0].boxes.tolist() == [[0, 0, 100, 80], [-1, 4, 20, 20], [49, 49, 120, 80]]
     [note] = opened.notes
-    assert note.endswith("beyond their picture, cut off there in training: 2")
+    assert "beyond their picture, cut off there in training: 2 (first: " in note and note.endswith("000001.jpg)")
 
 
 def test_wrong_choices_are_named(tmp_path):
@@ -283,7 +281,8 @@ def test_coco(tmp_path):
         "boxes smaller than a pixel, left out: 1",
         "boxes that reach beyond their picture, cut off there in training: 1",
     ]
-    assert [note.split(": ", 1)[1] for note in opened.notes] == notes
+    first = " (first: COCO_val2014_000000000139.jpg)"
+    assert [note.split(": ", 1)[1] for note in opened.notes] == [note + first for note in notes]
     # its evaluation counts flawed boxes too
     test = open_detection("coco", tmp_path, part="test")
     assert len(test.records[0].labels) == 7 and not test.notes
@@ -298,6 +297,14 @@ def test_coco_never_mixes_its_splits(tmp_path):
     with pytest.raises(InputError) as error:
         open_detection("coco", tmp_path, part="test")
     one_line(error, "5k.json")
+
+
+def test_coco_has_its_novel_classes(tmp_path):
+    path = coco_tree(tmp_path) / "annotations" / "val.json"
+    path.write_text(path.read_text().replace('"potted plant"', '"plant"'))
+    with pytest.raises(InputError) as error:
+        open_detection("coco", tmp_path, part="test")
+    one_line(error, "no category 'potted plant' to be novel")
 
 
 @pytest.fixture
@@ -327,9 +334,17 @@ def test_own_data(own):
     # each part's own numbers, which a user's tools know
     assert train.category_ids == {"cat": 1, "dog": 2, "axolotl": 3}
     assert test.category_ids == {"cat": 2, "dog": 1, "axolotl": 3}
-    assert not train.notes and train.records[0].image_id == 1
+    assert train.records[0].image_id == 1 and train.records[0].id == "a.png"
+    assert (
+        train.notes
+        == test.notes
+        == [
+            f"{own / 'pets'}: laid out as COCO (train.json; test.json), pictures: 1 to train on, 1 to test on",
+            "objects to train on + to test on: axolotl 1 + 0, cat 1 + 0, dog 1 + 1",
+        ]
+    )
     single = open_detection(str(own / "pets" / "train.json"), "elsewhere", part="test")
-    assert single.classes == ["axolotl", "cat", "dog"] and "one file" in single.notes[0]
+    assert single.classes == ["axolotl", "cat", "dog"] and "one file" in single.notes[2]
 
 
 def change_json(path: Path, change) -> None:
@@ -357,7 +372,7 @@ def test_names_and_numbers_of_own_data_are_kept(own):
     assert opened.classes == ["Bär", "cat", "weißer Hai"] and opened.image(0).shape == (3, 64, 64)
     assert [opened.classes[i] for i in opened.records[0].labels] == ["weißer Hai", "Bär", "cat"]
     assert opened.category_ids == {"Bär": 5, "cat": 9, "weißer Hai": 70}
-    assert opened.records[0].image_id == opened.records[0].id == "0012"
+    assert opened.records[0].image_id == "0012" and opened.records[0].id == "größe 1.png"
 
 
 def test_what_is_left_out_of_own_data_is_noted(own):
@@ -373,11 +388,11 @@ def test_what_is_left_out_of_own_data_is_noted(own):
     change_json(own / "pets" / "train.json", lambda c: c["annotations"].extend({**box, **m} for m in more))
     opened = open_detection("pets", own, part="train")
     assert len(opened.records[0].boxes) == 5
-    assert [note.split("train.json: ")[1] for note in opened.notes] == [
-        "boxes outside their picture, left out: 2",
-        "boxes smaller than a pixel, left out: 1",
-        "boxes marked ignore, left out: 1",
-        "boxes that reach beyond their picture, cut off there in training: 1",
+    assert [note.split("train.json: ")[1] for note in opened.notes[2:]] == [
+        "boxes outside their picture, left out: 2 (first: a.png)",
+        "boxes smaller than a pixel, left out: 1 (first: a.png)",
+        "boxes marked ignore, left out: 1 (first: a.png)",
+        "boxes that reach beyond their picture, cut off there in training: 1 (first: a.png)",
     ]
 
 
@@ -404,6 +419,7 @@ def test_what_is_left_out_of_own_data_is_noted(own):
         (lambda c: c["categories"][1].update(id=1), ["train.json", "category id 1", "2 times"]),
         (lambda c: c["categories"][1].update(name=None), ["train.json", "entry 1 of 'categories'", "name"]),
         (lambda c: c["categories"][1].update(name="cat"), ["train.json", "category 'cat'", "2 times"]),
+        (lambda c: c["images"].append({**c["images"][0], "id": 2}), ["train.json", "picture 'a.png'", "2 times"]),
         *(
             (lambda c, k=k: c[k].insert(0, "nothing"), ["train.json", f"entry 0 of {k!r}", "no object", "nothing"])
             for k in ("images", "categories", "annotations")
@@ -446,165 +462,6 @@ def test_glyph_splits_permute_labels_of_the_same_scenes():
     scene = glyphs.scene(range(20), 0, 3007, 160)  # test scenes follow the 3000 of training
     assert torch.equal(third.image(7), torch.from_numpy(scene.draw()).permute(2, 0, 1))
     assert [third.classes[i] for i in third.records[7].labels] == [f"glyph-{i:02d}" for i in scene.labels]
-
-
-# K shots
-
-
-def toy(counts: dict[str, int], novel=(), per_picture: int = 2) -> DetectionSet:
-    """A set with so many objects of each class, dealt in turn to pictures of two; every fifth object is difficult."""
-    left, objects = dict(counts), []
-    while any(left.values()):
-        for label, name in enumerate(counts):
-            if left[name]:
-                left[name] -= 1
-                n = len(objects)
-                objects.append(((n, n, n + 20, n + 30), label, False))
-                if n % 5 == 0:
-                    objects.append(((n, n, n + 9, n + 9), label, True))
-    records = [
-        make_record(f"p{i}", "", 200, 200, objects[i : i + per_picture]) for i in range(0, len(objects), per_picture)
-    ]
-    return DetectionSet("toy", "train", list(counts), list(novel), records, "voc")
-
-
-def boxes_of(dataset: DetectionSet, name: str) -> set[tuple]:
-    label = dataset.classes.index(name)
-    return {(r.id, *box) for r in dataset.records for box in r.boxes[r.labels == label].tolist()}
-
-
-def test_every_class_gets_exactly_k_shots():
-    dataset = toy({"a": 9, "b": 7, "c": 30})
-    for shots in (1, 5, 7):
-        chosen = k_shot.select_shots(dataset, shots, seed=0)
-        assert [len(boxes_of(chosen, name)) for name in "abc"] == [shots] * 3
-        assert not any(r.difficult.any() for r in chosen.records)
-        ids = [int(r.id[1:]) for r in chosen.records]
-        assert ids == sorted(set(ids))  # pictures once each, in the set's order
-        assert all(boxes_of(chosen, name) <= boxes_of(dataset, name) for name in "abc")
-    assert sum(len(r.labels) for r in dataset.records) > 46  # the set itself is left as it was
-    with pytest.raises(InputError) as error:
-        k_shot.select_shots(dataset, 8, seed=0)
-    one_line(error, "class b", "7", "8")
-
-
-def test_shots_of_a_class_depend_on_seed_and_name_alone():
-    dataset = toy({"a": 9, "b": 7, "c": 30})
-    chosen = k_shot.select_shots(dataset, 3, seed=0)
-    alone = k_shot.select_shots(dataset.restrict(["c"]), 3, seed=0)
-    assert boxes_of(alone, "c") == boxes_of(chosen, "c")
-    assert boxes_of(k_shot.select_shots(dataset, 3, seed=0), "c") == boxes_of(chosen, "c")
-    assert boxes_of(k_shot.select_shots(dataset, 2, seed=0), "c") < boxes_of(chosen, "c")
-    twins = toy({"a": 30, "b": 30})
-    few = k_shot.select_shots(twins, 5, seed=0)
-    places = detection.objects_by_class(twins)
-    a, b = (
-        [(twins.records[p].id, *twins.records[p].boxes[i].tolist()) in boxes_of(few, name) for p, i in places[label]]
-        for label, name in enumerate("ab")
-    )
-    assert sum(a) == sum(b) == 5 and a != b  # classes of one size do not draw the same numbers
-    draws = {frozenset(boxes_of(k_shot.select_shots(dataset, 3, seed=s), "c")) for s in range(10)}
-    assert len(draws) > 5
-
-
-def test_reference_draw_is_the_global_legacy_generators():
-    dataset = toy({"a": 12, "b": 2, "n": 5, "m": 7}, novel=["n", "m"])
-    chosen = k_shot.reference_shots(dataset, 3)
-    np.random.seed(42)  # as the reference does: one choice per class with too many, novel classes first
-    for name, count in (("n", 5), ("m", 7), ("a", 12)):
-        label = dataset.classes.index(name)
-        ordinary = [r.select((r.labels == label) & ~r.difficult) for r in dataset.records]
-        every = [(r.id, *box) for r in ordinary for box in r.boxes.tolist()]
-        assert len(every) == count
-        assert boxes_of(chosen, name) == {every[i] for i in np.random.choice(count, 3, replace=False)}
-    assert len(boxes_of(chosen, "b")) == 2 and "class b" in chosen.notes[-1]
-    # a golden number: seed 42 draws number 1 of five first, which in a toy is the box that starts at 2
-    first = k_shot.reference_shots(toy({"n": 5}, novel=["n"], per_picture=1), 1)
-    assert first.records[0].boxes[0, 0] == 2
-
-
-def test_published_voc_lists(tmp_path):
-    train = {f"00000{i}": [("dog", i, i, 50, 50, 0), ("dog", 20 + i, 1, 60, 60, 0)] for i in range(1, 4)}
-    train["000009"] = [("cat", 1, 1, 30, 30, 0)]
-    train["000008"] = [("cat", 1, 1, 30, 30, 1)]  # difficult: never trained on, but listed
-    write_voc(tmp_path, "VOC2007", "trainval", train)
-    write_voc(tmp_path, "VOC2012", "trainval", {"2008_000001": [("cat", 5, 5, 40, 40, 0), ("dog", 1, 1, 9, 9, 0)]})
-    opened = open_detection("voc", tmp_path, part="train").restrict(["cat", "dog"])
-    lists = tmp_path / "lists" / "benchmark_2shot"
-    lists.mkdir(parents=True)
-    dogs, cats = lists / "box_2shot_dog_train.txt", lists / "box_2shot_cat_train.txt"
-    dogs.write_text("datasets/VOC2007/JPEGImages/000003.jpg\nVOC2007/JPEGImages/000001.jpg\n")
-    cats.write_text("VOC2012/JPEGImages/2008_000001.jpg\nVOC2007/JPEGImages/000008.jpg\n")
-    chosen = k_shot.read_shot_lists(opened, tmp_path / "lists", 2)
-    # pictures by class, then line; of four dogs two as the reference draws them
-    drawn = sorted(np.random.RandomState(42).choice(4, 2, replace=False))
-    expected = [("000003", 0), ("000003", 1), ("000001", 0), ("000001", 1)]
-    want = {(f"VOC2007/{id}", *opened.records[int(id) - 1].boxes[i].tolist()) for id, i in (expected[k] for k in drawn)}
-    assert boxes_of(chosen, "dog") == want
-    assert chosen.records[0].id == "VOC2012/2008_000001"
-    assert boxes_of(chosen, "cat") == {("VOC2012/2008_000001", 4, 4, 40, 40)}
-    assert "cat" in chosen.notes[-1] and "1 of 2" in chosen.notes[-1]
-    for text, words in [
-        ("VOC2007/JPEGImages/000777.jpg", ["dog_train.txt", "000777"]),
-        ("VOC2007/JPEGImages/000009.jpg", ["dog_train.txt", "no dog", "000009"]),
-        ("/VOC2007/JPEGImages/000001.jpg", ["dog_train.txt", "leads out"]),
-        ("../VOC2007/JPEGImages/000001.jpg", ["dog_train.txt", "leads out"]),
-        ("", ["dog_train.txt", "no dog"]),
-    ]:
-        dogs.write_text(text)
-        with pytest.raises(InputError) as error:
-            k_shot.read_shot_lists(opened, tmp_path / "lists", 2)
-        one_line(error, *words)
-    with pytest.raises(InputError) as error:
-        k_shot.read_shot_lists(opened, tmp_path / "lists", 3)
-    one_line(error, "box_3shot_cat_train.txt", "lists")
-
-
-def test_published_coco_lists(tmp_path):
-    coco_tree(tmp_path)
-    opened = open_detection("coco", tmp_path, part="train").restrict(["bottle", "potted plant"])
-    image = (42, "COCO_train2014_000000000042.jpg", 100, 80)
-    for name in opened.classes:
-        box = {"image_id": 42, "category_id": 5, "bbox": [1, 2, 30, 40], "area": 5}
-        write_coco(tmp_path / f"full_box_10shot_{name}_trainval.json", [image], [box], {5: name, 6: "tv"})
-    chosen = k_shot.read_shot_lists(opened, tmp_path, 10)
-    assert len(chosen) == 1 and chosen.records[0].path == opened.records[1].path
-    assert chosen.records[0].labels.tolist() == [0, 1] and chosen.records[0].boxes.tolist() == [[1, 2, 31, 42]] * 2
-
-
-def test_shots_survive_saving(tmp_path):
-    dataset = toy({"a": 9, "b": 7, "c": 30}, novel=["c"])
-    chosen = k_shot.select_shots(dataset, 5, seed=1)
-    write_json(tmp_path / "shots.json", k_shot.shots_of(chosen))
-    loaded = k_shot.load_shots(tmp_path / "shots.json", dataset.restrict(["c", "a", "b"]))
-    assert all(boxes_of(loaded, name) == boxes_of(chosen, name) for name in "abc")
-    assert [r.id for r in loaded.records] == [r.id for r in chosen.records]
-    assert k_shot.files(chosen) == {"shots.json": k_shot.shots_of(chosen)} and k_shot.files(dataset) == {}
-    assert k_shot.files(loaded)  # what was read is kept too
-    for other, words in [
-        (dataset.restrict(["a", "b"]), ["shots.json", "'c'"]),
-        (dataset.with_records(dataset.records[:1]), ["shots.json", "picture p"]),
-        (replace(dataset, name="zoo"), ["shots.json", "toy", "zoo"]),
-    ]:
-        with pytest.raises(InputError) as error:
-            k_shot.load_shots(tmp_path / "shots.json", other)
-        one_line(error, *words)
-
-
-def test_shots_are_drawn_or_given(tmp_path):
-    dataset = toy({"a": 9, "b": 7, "c": 30}, novel=["c"])
-    drawn = k_shot.choose_shots(dataset, 5, seed=1)
-    assert all(boxes_of(drawn, name) == boxes_of(k_shot.select_shots(dataset, 5, seed=1), name) for name in "abc")
-    write_json(tmp_path / "shots.json", k_shot.shots_of(drawn))
-    given = k_shot.choose_shots(dataset, 5, 2, tmp_path / "shots.json")  # the file counts, not the seed
-    assert all(boxes_of(given, name) == boxes_of(drawn, name) for name in "abc")
-    for shots, place, words in [(3, "shots.json", ["has 5 shots", "--shots 5"]), (5, "none.json", ["is it there"])]:
-        with pytest.raises(InputError) as error:
-            k_shot.choose_shots(dataset, shots, 1, tmp_path / place)
-        one_line(error, place, *words)
-    with pytest.raises(InputError) as error:  # a folder has published lists
-        k_shot.choose_shots(dataset, 5, 1, tmp_path)
-    one_line(error, "box_5shot_a_train.txt")
 
 
 # pictures to batches
@@ -794,31 +651,6 @@ def test_real_voc():
     assert base.classes == train.base and len(base) < 384
     ordinary = [(r.labels < 15) & ~r.difficult for r in train.records]
     assert sum((~r.difficult).sum() for r in base.records) == sum(map(np.sum, ordinary))
-
-
-@needs_real
-def test_real_shot_lists_name_pictures_that_are_missing_here():
-    train = open_detection("voc", REAL, part="train")
-    with pytest.raises(InputError) as error:
-        k_shot.read_shot_lists(train, REAL / "splits" / "vocsplit", 3)
-    one_line(error, "box_3shot_aeroplane_train.txt", "JPEGImages")
-
-
-@needs_real
-def test_real_shot_lists(tmp_path):
-    """With every listed picture in place, three objects of each class on it that lists it, all shots are found."""
-    wanted: dict[str, dict[str, list[tuple]]] = {"VOC2007": {}, "VOC2012": {}}
-    for path in sorted((REAL / "splits" / "vocsplit").glob("box_3shot_*_train.txt")):
-        name = path.name.split("_")[2]
-        for line in path.read_text().split():
-            year, _, file = re.search(r"(VOC20\d\d)/(JPEGImages)/(\S+)", line).groups()
-            wanted[year].setdefault(file[:-4], []).extend((name, 1 + n, 1, 40 + n, 40, 0) for n in range(3))
-    for year, pictures in wanted.items():
-        write_voc(tmp_path, year, "trainval", pictures)
-    train = open_detection("voc", tmp_path, part="train", split=2)
-    chosen = k_shot.read_shot_lists(train, REAL / "splits" / "vocsplit", 3)
-    assert not chosen.notes
-    assert [len(boxes_of(chosen, name)) for name in train.classes] == [3] * 20
 
 
 def test_batches_grouped_by_aspect_ratio():

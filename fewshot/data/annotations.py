@@ -1,14 +1,14 @@
-"""Annotated pictures on disk: VOC's folders of xml and COCO's json files, read into one `Record` per picture.
+"""Annotation files: VOC's xml, COCO's json and YOLO's txt, and the published sets, read into one `Record` per picture.
 
 Mistakes in a file are found while it is read, and named: the file, the picture, the box. Pictures are not opened here,
-but that all of them are there is checked at once.
+but that all of them are there is checked at once. `layouts` reads one's own data with it.
 """
 
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +19,8 @@ import numpy as np
 from fewshot import InputError
 
 Part = Literal["train", "test"]
+Fault = Callable[[str], None]  # told of each flaw of a file; if it returns, what is flawed is left out
+Dropped = dict[str, list[str]]  # why boxes were left out -> the picture of each
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow "
@@ -67,12 +69,17 @@ class Record:
         )
 
 
-class Coco(NamedTuple):
-    """What a json file in COCO's format holds: the ids of its classes in label order, and what the user should hear."""
+class Annotated(NamedTuple):
+    """Records, the ids of their classes in order of labels, and what the user should hear."""
 
     category_ids: dict[str, int]
     records: list[Record]
     notes: list[str]
+
+
+def refuse(message: str) -> None:
+    """The usual `Fault`: reading ends."""
+    raise InputError(message)
 
 
 def make_record(id: str, path: str | Path, width: int, height: int, objects: Sequence[tuple]) -> Record:
@@ -87,7 +94,7 @@ def make_record(id: str, path: str | Path, width: int, height: int, objects: Seq
     )
 
 
-def read_voc(root: Path, part: Part, offset: Sequence[float]) -> tuple[list[Record], list[str]]:
+def read_voc(root: Path, part: Part, offset: Sequence[float], fault: Fault = refuse) -> tuple[list[Record], list[str]]:
     """Records of VOC 07+12 trainval or 07 test, labelled by `VOC_CLASSES`, and what the user should hear.
 
     `root` holds VOC2007 and VOC2012, or VOCdevkit with them. Ids are "VOC2007/000012". Boxes are the annotated
@@ -96,7 +103,9 @@ def read_voc(root: Path, part: Part, offset: Sequence[float]) -> tuple[list[Reco
     lists = VOC_LISTS[part]
     devkit = next((d for d in (root / "VOCdevkit", root) if any((d / year).is_dir() for year, _ in lists)), None)
     if devkit is None:
-        raise InputError(f"{root}: no {' or '.join(y for y, _ in lists)} in it or in its VOCdevkit; {_holds(root)}")
+        raise InputError(
+            f"{root}: no {' or '.join(y for y, _ in lists)} in it or in its VOCdevkit; {_missing_in(root)}"
+        )
     records, notes = [], []
     for year, name in lists:
         folder, ids = devkit / year, devkit / year / "ImageSets" / "Main" / f"{name}.txt"
@@ -105,90 +114,116 @@ def read_voc(root: Path, part: Part, offset: Sequence[float]) -> tuple[list[Reco
         elif not ids.is_file():
             raise InputError(f"{ids} is missing: unpack {year} {name} there")
         else:
-            lines = read_text(ids).splitlines()
-            records += [_voc_record(folder, inside(line.split()[0], ids)) for line in lines if line.strip()]
+            names = [inside(line.split()[0], ids) for line in read_text(ids).splitlines() if line.strip()]
+            records += filter(None, (_voc_record(folder, name, fault) for name in names))
     if part == "train":
         for record in records:
             record.boxes += np.float32(offset)
         notes += _beyond(devkit, records)
-    _check_pictures(records)
-    return records, notes
+    return with_pictures(records, fault), notes
 
 
-def _voc_record(folder: Path, name: str) -> Record:
+def _voc_record(folder: Path, name: str, fault: Fault) -> Record | None:
     path = folder / "Annotations" / f"{name}.xml"
+    if not path.is_file():
+        fault(f"{path}: missing though listed in ImageSets/Main; unpack {folder.name} again")
+    elif found := read_xml(path, published=True, fault=fault):
+        width, height, objects = found
+        picture = folder / "JPEGImages" / f"{name}.jpg"
+        labelled = [(box, VOC_CLASSES.index(label), difficult) for box, label, difficult in objects]
+        return make_record(f"{folder.name}/{name}", picture, width, height, labelled)
+    return None
+
+
+def read_xml(
+    path: Path, *, published: bool = False, fault: Fault = refuse
+) -> tuple[int, int, list[tuple[list[float], str, bool]]] | None:
+    """The annotated picture's width and height, and its objects: xyxy box, class, difficult. None if it has no size.
+
+    `published` is for VOC's own files: only their classes, without fractions, and both ends of a box are inside, so
+    that one from 7 to 7 is one pixel wide.
+    """
     try:
         tree = ElementTree.parse(path).getroot()
         width, height = (int(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
         if not (_finite(width, height) and min(width, height) > 0):
             raise ValueError(f"{width} x {height} pixels")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing though listed in ImageSets/Main: unpack {folder.name} again") from None
     except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # LookupError: of an encoding
-        raise InputError(f"{path}: not a VOC annotation with a size ({error}); unpack or correct it") from None
+        fault(f"{path}: not a VOC annotation with a size ({error}); unpack or correct it")
+        return None
     objects = []
     for item in tree.iterfind("object"):
-        label = item.findtext("name", "").strip()
-        if label not in VOC_CLASSES:
+        name = item.findtext("name", "").strip()
+        if published and name not in VOC_CLASSES:
             continue
         try:
-            box = [int(float(item.findtext(f"bndbox/{k}", ""))) for k in ("xmin", "ymin", "xmax", "ymax")]
+            box = [float(item.findtext(f"bndbox/{end}", "")) for end in ("xmin", "ymin", "xmax", "ymax")]
+            whole = [int(end) for end in box]
         except (ValueError, OverflowError):  # also of NaN and infinity
-            raise InputError(f"{path}: a {label} without a whole bndbox; correct it or take it out") from None
+            fault(f"{path}: a {name!r} without a whole bndbox; correct it or take it out")
+            continue
+        box = whole if published else box
+        shortest = min(box[2] - box[0], box[3] - box[1])
         if not _finite(*box):
-            raise InputError(f"{path}: {label} box {box} is too large; correct it or take it out")
-        if box[2] < box[0] or box[3] < box[1]:  # both ends are inside: a box from 7 to 7 is one pixel wide
-            raise InputError(f"{path}: {label} box {box} has no area; correct it or take it out")
-        objects.append((box, VOC_CLASSES.index(label), item.findtext("difficult", "0").strip() == "1"))
-    return make_record(f"{folder.name}/{name}", folder / "JPEGImages" / f"{name}.jpg", width, height, objects)
+            fault(f"{path}: {name!r} box {box} is too large; correct it or take it out")
+        elif shortest < 0 or (shortest == 0 and not published):
+            fault(f"{path}: {name!r} box {box} has no area; correct it or take it out")
+        elif not name:
+            fault(f"{path}: box {box} has no class name; give it one or take it out")
+        else:
+            objects.append((box, name, item.findtext("difficult", "0").strip() == "1"))
+    return width, height, objects
 
 
-def read_coco(root: Path, part: Part) -> Coco:
+def read_yolo(
+    path: Path, names: Mapping[int, str], fault: Fault = refuse
+) -> tuple[list[tuple[tuple[float, ...], str]], int]:
+    """The objects of a YOLO txt, xyxy box in fractions of the picture and class, and how many of them were polygons."""
+    objects, polygons = [], 0
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not (words := line.split()):
+            continue
+        what = f"{path}: line {number}"
+        try:
+            category, *values = map(float, words)
+        except ValueError:
+            values = []
+        if not (_finite(*values) and (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0))):
+            fault(f"{what} is neither 'class x y width height' nor a polygon: {line!r:.60}; correct it or take it out")
+            continue
+        if category not in names:
+            fault(f"{what}: class {words[0]} is not in data.yaml, whose last is {max(names)}; correct one of the two")
+            continue
+        if len(values) > 4:
+            polygons += 1
+            box = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+        else:
+            x, y, w, h = values
+            box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+        if box[2] <= box[0] or box[3] <= box[1]:
+            fault(f"{what}: box {line!r:.60} has no area; correct it or take it out")
+            continue
+        objects.append((box, names[int(category)]))
+    return objects, polygons
+
+
+def read_coco(root: Path, part: Part, fault: Fault = refuse) -> Annotated:
     """COCO, its classes in COCO's order. `root` holds annotations/ and train2017/ etc., or coco/."""
     places = [root / folder for folder in COCO_FOLDERS]
     pairs = [(place / train, place / test) for train, test in COCO_FILES for place in places]
     pair = next((p for p in pairs if p[0].is_file() or p[1].is_file()), None)
     if pair is None:
-        raise InputError(f"{root}: no annotations/instances_train2017.json or such in it or its coco; {_holds(root)}")
+        raise InputError(
+            f"{root}: no annotations/instances_train2017.json or such in it or its coco; {_missing_in(root)}"
+        )
     path = pair[part == "test"]
     # COCO holds some boxes of next to no area: training skips them, COCO's own evaluation does not.
-    coco = _read_coco(path, "skip" if part == "train" else "take")
+    coco = read_json_annotations(path, "skip" if part == "train" else "take", fault)
     pictures = root / "coco" if (root / "coco").is_dir() else root
     for record in coco.records:
         year = re.search(r"(train|val)20\d\d", record.path) or re.search(r"(train|val)20\d\d", path.name)
         record.path = str(pictures / (year[0] if year else "") / Path(record.path).name)
-    _check_pictures(coco.records)
-    return coco
-
-
-def read_own(place: Path, part: Part) -> Coco:
-    """One's own data in COCO's format, its classes in alphabetical order.
-
-    `place` is a folder with train.json and test.json, whose categories must agree, or one json file. Pictures are where
-    the json's file names say, from images/ beside it, the json's folder, train/ or test/ beside it, or ../images.
-    """
-    path, notes = place / f"{part}.json", []
-    if not place.is_dir():
-        path, notes = place, [f"{place} is one file: test a model on other pictures than it was trained on"]
-    ids, records, flaws = _read_coco(path, "refuse")
-    if place.is_dir():
-        other = place / ("test.json" if part == "train" else "train.json")
-        if other.is_file() and (differ := {c["name"] for c in _coco_lists(other)[0]} ^ set(ids)):
-            raise InputError(f"{other} and {path.name} differ in category {min(differ)!r}; make them agree")
-    folders = [path.parent / "images", path.parent, path.parent / path.stem, path.parent.parent / "images"]
-    if not records:
-        raise InputError(f"{path} lists no images; add some")
-    folder = next((f for f in folders if (f / records[0].path).is_file()), None)
-    if folder is None:
-        where = ", ".join(map(str, folders))
-        raise InputError(f"{path}: picture {records[0].path!r} is in none of {where}; put the pictures in the first")
-    # By name: two files may number the same categories differently.
-    classes = sorted(ids)
-    to_new = np.array([classes.index(name) for name in ids], np.int64)
-    for record in records:
-        record.path, record.labels = str(folder / record.path), to_new[record.labels]
-    _check_pictures(records)
-    return Coco({name: ids[name] for name in classes}, records, notes + flaws)
+    return coco._replace(records=with_pictures(coco.records, fault))
 
 
 def read_coco_json(path: Path, flawed: Literal["skip", "take", "refuse"]) -> tuple[list[str], list[Record]]:
@@ -197,63 +232,81 @@ def read_coco_json(path: Path, flawed: Literal["skip", "take", "refuse"]) -> tup
     `flawed` says what becomes of boxes without area (`InputError` if refused), and of those outside their picture,
     smaller than a pixel or marked "ignore" (skipped unless taken).
     """
-    category_ids, records, _ = _read_coco(path, flawed)
+    category_ids, records, _ = read_json_annotations(path, flawed)
     return list(category_ids), records
 
 
-def _read_coco(path: Path, flawed: Literal["skip", "take", "refuse"]) -> Coco:
-    categories, images, annotations = _coco_lists(path)
+def read_json_annotations(path: Path, flawed: Literal["skip", "take", "refuse"], fault: Fault = refuse) -> Annotated:
+    """What a json in COCO's format holds: as `read_coco_json`, and with ids and notes."""
+    categories, images, annotations = _coco_lists(path, fault)
     if flawed == "refuse":
-        _check_unique(path, categories, images)
+        _check_unique(path, categories, images, fault)
     categories = sorted(categories, key=lambda category: category["id"])
     label = {category["id"]: i for i, category in enumerate(categories)}
-    sizes = {image["id"]: (int(image["width"]), int(image["height"])) for image in images}
-    objects: dict[Any, list[tuple]] = {image["id"]: [] for image in images}
-    dropped: Counter[str] = Counter()
+    by_id = {image["id"]: image for image in images}
+    objects: dict[Any, list[tuple]] = {id: [] for id in by_id}
+    dropped: Dropped = {}
     for item in annotations:
-        picture, category, bbox = item.get("image_id"), item.get("category_id"), item.get("bbox")
-        what = f"{path}: annotation {item.get('id')!r} of image {picture!r}"
-        if not (_is_id(picture) and _is_id(category) and picture in objects and category in label):
-            raise InputError(f"{what}: its image or category {category!r} is not listed; correct the file")
-        if not (isinstance(bbox, list) and len(bbox) == 4 and _finite(*bbox)):
-            raise InputError(
-                f"{what}: bbox {bbox!r:.60} is not [x, y, width, height] in pixels; correct it or take it out"
-            )
-        x, y, w, h = bbox
-        if flawed == "refuse" and (w <= 0 or h <= 0):
-            raise InputError(f"{what}: box {bbox} has no area; correct it or take it out")
-        area = w * h if item.get("area") is None else item["area"]
-        if not _finite(area):
-            raise InputError(f"{what}: area {area!r} is no number; correct it or take it out")
-        width, height = sizes[picture]
-        flaws = {
-            "marked ignore": item.get("ignore"),
-            "without area": area <= 0 or w <= 0 or h <= 0,
-            "outside their picture": min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0),
-            "smaller than a pixel": w < 1 or h < 1,
-        }
-        if flawed != "take" and (flaw := next((kind for kind, found in flaws.items() if found), None)):
-            dropped[flaw] += 1
+        if flaw := _annotation_flaw(item, by_id, label, flawed == "refuse"):
+            fault(f"{path}: annotation {item.get('id')!r} of image {item.get('image_id')!r}: {flaw}")
             continue
-        objects[picture].append(((x, y, x + w, y + h), label[category], bool(item.get("iscrowd")), area))
+        x, y, w, h = item["bbox"]
+        area = w * h if item.get("area") is None else item["area"]
+        image = by_id[item["image_id"]]
+        flaw = "marked ignore" if item.get("ignore") else "without area" if area <= 0 else None
+        # YOLO's six digits may make 0.9999 pixels of one, so own data have some leave; COCO's own are as published.
+        flaw = flaw or box_flaw(x, y, w, h, image["width"], image["height"], 0.99 if flawed == "refuse" else 1)
+        if flawed != "take" and flaw:
+            dropped.setdefault(flaw, []).append(image["file_name"])
+            continue
+        found = (x, y, x + w, y + h), label[item["category_id"]], bool(item.get("iscrowd")), area
+        objects[item["image_id"]].append(found)
     records = []
-    for image in images:
-        id = image["id"]
-        records.append(make_record(str(id), image["file_name"], *sizes[id], objects[id]))
+    for id, image in by_id.items():
+        size = int(image["width"]), int(image["height"])
+        records.append(make_record(str(id), image["file_name"], *size, objects[id]))
         records[-1].image_id = id
-    notes = [f"{path}: boxes {flaw}, left out: {n}" for flaw, n in dropped.items()]
-    if flawed != "take":
-        notes += _beyond(path, records)
-    return Coco({category["name"]: category["id"] for category in categories}, records, notes)
+    notes = [] if flawed == "take" else box_notes(path, records, dropped)
+    if flawed == "refuse":
+        check_unit(path, records, dropped, "pixels, [x, y, width, height]", fault)
+    return Annotated({category["name"]: category["id"] for category in categories}, records, notes)
 
 
-def _beyond(where: Path, records: list[Record]) -> list[str]:
+def box_flaw(x: float, y: float, w: float, h: float, width: int, height: int, least: float) -> str | None:
+    """Why a box on a picture of this size is of no use, if it is; `least` is how long its sides must be, in pixels."""
+    if w <= 0 or h <= 0:
+        return "without area"
+    if min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0):
+        return "outside their picture"
+    return "smaller than a pixel" if w < least or h < least else None
+
+
+def check_unit(source: Any, records: list[Record], dropped: Dropped, unit: str, fault: Fault) -> None:
+    """One box may be odd. That not a single one reaches past the first pixel of its picture is another unit."""
+    strange = sum(len(dropped.get(flaw, ())) for flaw in ("outside their picture", "smaller than a pixel"))
+    n = strange + sum(len(record.boxes) for record in records)
+    if n and not any((record.boxes > 1).any() for record in records):
+        fault(
+            f"{source}: all of its {n} boxes are outside their picture or within one pixel, such as on "
+            f"{next((r.path for r in records if len(r.boxes)), None) or next(iter(dropped.values()))[0]}; "
+            f"this layout has boxes in {unit}: convert them"
+        )
+
+
+def box_notes(source: Any, records: list[Record], dropped: Dropped) -> list[str]:
+    """What was left out and why, and what will be cut off."""
+    left_out = [f"{source}: boxes {why}, left out: {len(on)} (first: {on[0]})" for why, on in dropped.items()]
+    return left_out + _beyond(source, records)
+
+
+def _beyond(source: Any, records: list[Record]) -> list[str]:
     """A note on boxes that reach beyond their picture, if some do by more than rounding."""
-    n = 0
+    on = []
     for record in records:
         limits = np.float32([record.width, record.height] * 2) + 0.5
-        n += int(((record.boxes < -0.5) | (record.boxes > limits)).any(1).sum())
-    return [f"{where}: boxes that reach beyond their picture, cut off there in training: {n}"] if n else []
+        on += [record.path] * int(((record.boxes < -0.5) | (record.boxes > limits)).any(1).sum())
+    text = f"{source}: boxes that reach beyond their picture, cut off there in training: {len(on)}"
+    return [f"{text} (first: {on[0]})"] if on else []
 
 
 def _finite(*values: Any) -> bool:
@@ -265,34 +318,46 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, (int, str))
 
 
-def _check_unique(path: Path, categories: list[dict], images: list[dict]) -> None:
-    for kind, values in (
+def _check_unique(path: Path, categories: list[dict], images: list[dict], fault: Fault) -> None:
+    for field, values in (
         ("category id", [category["id"] for category in categories]),
         ("category", [category["name"] for category in categories]),
         ("image id", [str(image["id"]) for image in images]),
+        ("picture", [image["file_name"] for image in images]),
     ):
         value, count = max(Counter(values).items(), key=lambda item: item[1], default=("", 0))
         if count > 1:
-            raise InputError(f"{path}: {kind} {value!r} is listed {count} times; list it once")
+            fault(f"{path}: {field} {value!r} is listed {count} times; list it once")
 
 
-def _coco_lists(path: Path) -> tuple[list[dict], list[dict], list[dict]]:
+def _coco_lists(path: Path, fault: Fault) -> tuple[list[dict], list[dict], list[dict]]:
     """The categories, images and annotations of a json file, each known to have the fields that everything needs."""
     content = read_json(path)
-    lists = []
-    for key, check in (("categories", _category_flaw), ("images", _image_flaw), ("annotations", None)):
+    lists: dict[str, list[dict]] = {"categories": [], "images": [], "annotations": []}
+    for (key, sound), check in zip(lists.items(), (_category_flaw, _image_flaw, None)):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path}: no list {key!r}; COCO's format has categories, images and annotations")
         for number, item in enumerate(content[key]):
             what = f"{path}: entry {number} of {key!r}"
             if not isinstance(item, dict):
-                raise InputError(f"{what} is no object: {item!r:.60}; correct it or take it out")
-            if check and (flaw := check(item)):
-                raise InputError(f"{what} {flaw}: {item!r:.200}; correct it")
-            if key == "images":
-                inside(item["file_name"], what)
-        lists.append(content[key])
-    return tuple(lists)
+                fault(f"{what} is no object: {item!r:.60}; correct it or take it out")
+            elif check and (flaw := check(item)):
+                fault(f"{what} {flaw}: {item!r:.200}; correct it")
+            else:
+                sound.append(item)
+    return tuple(lists.values())
+
+
+def _annotation_flaw(item: dict, images: Mapping[Any, dict], labels: Mapping[int, int], empty: bool) -> str | None:
+    """What makes an annotation useless; a box without area only if asked about `empty` ones."""
+    picture, category, bbox, area = (item.get(key) for key in ("image_id", "category_id", "bbox", "area"))
+    if not (_is_id(picture) and _is_id(category) and picture in images and category in labels):
+        return f"its image or category {category!r} is not listed; correct the file"
+    if not (isinstance(bbox, list) and len(bbox) == 4 and _finite(*bbox)):
+        return f"bbox {bbox!r:.60} is not [x, y, width, height] in pixels; correct it or take it out"
+    if empty and min(bbox[2:]) <= 0:
+        return f"box {bbox} has no area; correct it or take it out"
+    return None if area is None or _finite(area) else f"area {area!r} is no number; correct it or take it out"
 
 
 def _category_flaw(item: dict) -> str | None:
@@ -306,50 +371,12 @@ def _image_flaw(item: dict) -> str | None:
         return "has no number or text 'id'"
     if not isinstance(item.get("file_name"), str):
         return "has no text 'file_name'"
+    if _leads_out(item["file_name"]):
+        return "has a 'file_name' that leads out of the data's folder"
     for side in ("width", "height"):
         if not (_finite(item.get(side)) and item[side] > 0 and item[side] == int(item[side])):
             return f"has no positive whole number {side!r}"
     return None
-
-
-def read_shot_list(
-    folder: Path, name: str, label: int, shots: int, by_id: dict[str, Record], skipped: frozenset[str]
-) -> list[Record]:
-    """Records of the pictures that a published list of K shots of class `name` has, with only objects of that class.
-
-    `by_id` has the records to choose from, where the class is `label`; pictures among `skipped` are passed over. VOC's
-    lists name pictures, COCO's are json files of their own. Difficult objects are left out.
-    """
-    names = (f"box_{shots}shot_{name}_train.txt", f"full_box_{shots}shot_{name}_trainval.json")
-    path = next((p for n in names for s in ("", f"benchmark_{shots}shot") if (p := folder / s / n).is_file()), None)
-    if path is None:
-        raise InputError(f"{folder}: no list {names[0]} or {names[1]}; give the folder that holds the lists")
-    if path.suffix == ".txt":
-        lines = [inside(line.strip(), path) for line in read_text(path).splitlines() if line.strip()]
-        listed = [(_voc_id(line), line, None) for line in lines]
-    else:
-        classes, records = read_coco_json(path, "skip")
-        ours = np.array([label if c == name else -1 for c in classes], np.int64)
-        listed = [(r.id, r.path, replace(r, labels=ours[r.labels])) for r in records]
-    found = []
-    for id, picture, record in listed:
-        if id in skipped:
-            continue
-        if id not in by_id:
-            raise InputError(f"{path}: picture {picture} is not in the training data; unpack it or correct the list")
-        record = by_id[id] if record is None else replace(record, path=by_id[id].path)
-        if not (record.labels == label).any():
-            raise InputError(f"{path}: no {name} on picture {picture}; correct the list")
-        found.append(record.select((record.labels == label) & ~record.difficult))
-    if not any(len(record.labels) for record in found):
-        raise InputError(f"{path}: its pictures hold no {name} that is not difficult; correct the list")
-    return found
-
-
-def _voc_id(line: str) -> str:
-    """Id of the picture that a line such as datasets/VOC2012/JPEGImages/2008_000123.jpg names."""
-    stem = Path(line).stem
-    return f"{'VOC2012' if 'VOC2012' in line or ('VOC2007' not in line and '_' in stem) else 'VOC2007'}/{stem}"
 
 
 def read_json(path: str | Path) -> Any:
@@ -371,24 +398,38 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: not text in UTF-8 ({error}); save it as that") from None
 
 
-def inside(name: str, where: str | Path) -> str:
-    """The name of a picture in the list `where`; `InputError` if it would lead out of the folder of the data."""
-    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
-        raise InputError(f"{where}: {name!r} leads out of the data's folder; give its path in there")
+def inside(name: str, source: str | Path) -> str:
+    """The name of a picture in the list `source`; `InputError` if it would lead out of the folder of the data."""
+    if _leads_out(name):
+        raise InputError(f"{source}: {name!r} leads out of the data's folder; give its path in there")
     return name
 
 
-def _holds(folder: Path) -> str:
-    if not folder.is_dir():
-        return "there is no such folder; give the right one (--data-root)"
+def _leads_out(name: str) -> bool:
+    return os.path.isabs(name) or ".." in re.split(r"[/\\]", name)
+
+
+def holds(folder: Path, most: int = 5) -> str:
+    """What is in a folder, in a few words."""
     names = sorted(os.listdir(folder))
-    return f"it holds {', '.join(names[:5]) or 'nothing'}{', ...' if len(names) > 5 else ''}; give --data-root"
+    return f"it holds {', '.join(names[:most]) or 'nothing'}{', ...' if len(names) > most else ''}"
 
 
-def _check_pictures(records: list[Record]) -> None:
+def _missing_in(root: Path) -> str:
+    if not root.is_dir():
+        return "there is no such folder; give the right one (--data-root)"
+    return f"{holds(root)}; give --data-root"
+
+
+def with_pictures(records: list[Record], fault: Fault = refuse) -> list[Record]:
     """Find out now, not after hours, that pictures are missing: one listing per folder instead of a look at each."""
     folders = {os.path.dirname(record.path) for record in records}
     there = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
-    missing = [r.path for r in records if os.path.basename(r.path) not in there[os.path.dirname(r.path)]]
-    if missing:
-        raise InputError(f"{missing[0]} is missing ({len(missing)} of {len(records)} pictures are): unpack them again")
+    found = [r for r in records if os.path.basename(r.path) in there[os.path.dirname(r.path)]]
+    if len(found) < len(records):
+        kept = {id(record) for record in found}
+        for record in records:
+            if id(record) not in kept:
+                missing = f"{len(records) - len(found)} of {len(records)} pictures are"
+                fault(f"{record.path}: annotated, but missing ({missing}); put it there, or take its annotation out")
+    return found

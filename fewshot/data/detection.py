@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.data import annotations, glyphs, pictures
-from fewshot.data.annotations import Part, Record
+from fewshot.data import annotations, glyphs, layouts, pictures
+from fewshot.data.annotations import Fault, Part, Record, refuse
 
 # Novel classes of each split, as VOC's: classes list the base ones first.
 GLYPH_NOVEL = {1: range(15, 20), 2: range(10, 15), 3: range(5, 10)}
@@ -26,6 +26,7 @@ GLYPH_CLASSES = 20
 GLYPH_SCENES = {"train": range(3000), "test": range(3000, 3500)}
 GLYPH_SIZE = 160  # pixels
 
+PUBLISHED = ("glyphs", "voc", "coco")  # other names are of one's own data
 PUBLISHED_SPLITS = ("glyphs", "voc")  # sets with three divisions into base and novel classes
 MIN_SIDE = 32  # pixels; smaller pictures are not trained on
 
@@ -116,6 +117,15 @@ class DetectionSet:
         skipped = self.skipped | ({r.id for r in records} - {r.id for r in kept})
         return replace(restricted, records=kept, skipped=skipped)
 
+    def with_novel(self, names: Sequence[str]) -> "DetectionSet":
+        """The same set with these as its novel classes, after the base ones."""
+        for name in names:
+            if name not in self.classes:
+                has = ", ".join(self.classes)
+                raise InputError(f"{self.name} has no object of a class {name!r} to be novel; its classes are {has}")
+        novel = list(dict.fromkeys(names))
+        return replace(self, novel=novel).restrict([*(c for c in self.classes if c not in novel), *novel])
+
 
 class DetectionSplit(NamedTuple):
     """A data set's two parts, with all classes, and which of these are base and which novel."""
@@ -135,12 +145,26 @@ def open_split(
     difficult: Literal["keep", "drop"] = "drop",
     offset: tuple[float, ...] | None = None,
     test_images: int | None = None,
+    layout: layouts.Kind | None = None,
+    fault: Fault = refuse,
 ) -> DetectionSplit:
-    """Both parts of a set: `open_detection` has the arguments and errors; of the test part the first `test_images`."""
-    shared = {"split": split, "novel": novel, "offset": offset}
-    train = open_detection(name, root, part="train", difficult=difficult, **shared)
-    test = open_detection(name, root, part="test", **shared)
-    return DetectionSplit(train, test.with_records(test.records[:test_images]), train.base, train.novel)
+    """Both parts of a set: `open_detection` has the arguments and errors.
+
+    Of the test part only `test_images` pictures are taken: the first ones, but of one's own data, which are sorted by
+    name, every so-manieth. None of them having a novel object is an error.
+    """
+    choice = {"split": split, "difficult": difficult, "novel": novel, "offset": offset, "layout": layout}
+    parts = _open(name, root, ("train", "test"), **choice, fault=fault)
+    train, test = parts["train"], parts["test"]
+    records = test.records[:test_images]
+    if name not in PUBLISHED and test_images is not None:
+        every = np.linspace(0, len(test), min(test_images, len(test)), endpoint=False)
+        records = [test.records[int(i)] for i in every]
+    test = test.with_records(records)
+    wanted = [test.classes.index(c) for c in novel]
+    if wanted and not any(np.isin(r.labels[~r.difficult], wanted).any() for r in test.records):
+        fault(f"{test.name}: none of the {len(test)} test pictures has a novel object; add some (or --test-images)")
+    return DetectionSplit(train, test, train.base, train.novel)
 
 
 def open_detection(
@@ -152,56 +176,89 @@ def open_detection(
     difficult: Literal["keep", "drop"] = "drop",
     novel: Sequence[str] = (),
     offset: tuple[float, ...] | None = None,
+    layout: layouts.Kind | None = None,
 ) -> DetectionSet:
     """The training or test part of a set, with all its classes.
 
     Args:
-        name: "glyphs" (drawn, needs no files), "voc" (07+12 trainval, 07 test), "coco", or one's own data in COCO's
-            format: a folder with train.json and test.json, or one json file, found in `root` or by itself.
+        name: "glyphs" (drawn, needs no files), "voc" (07+12 trainval, 07 test), "coco", or one's own data in one of
+            the `layouts`: a folder, or one json file in COCO's format, found in `root` or by itself.
         root: folder that holds the data, e.g. the one that holds VOCdevkit/ or coco/.
         split: 1, 2 or 3: which five of the twenty classes of voc and glyphs are novel.
-        difficult: whether to train on VOC's difficult objects. No other set marks any (crowds in COCO's sense are never
-            trained on), and tests always ignore them.
+        difficult: whether to train on VOC's difficult objects, which its tests ignore; those of one's own data are
+            like others. Crowds in COCO's sense are never trained on, and ignored in tests.
         novel: the novel classes of one's own data, by name.
         offset: for voc alone, instead of `annotations.VOC_OFFSET`.
+        layout: of one's own data, coco, voc or yolo, if the folder is laid out as two of them.
 
     Raises:
         InputError: naming the folder, file, picture, box or class that is missing or wrong.
     """
-    if part not in ("train", "test") or difficult not in ("keep", "drop"):
-        raise ValueError(f"part is train or test, difficult is keep or drop; got {part!r}, {difficult!r}")
-    _check_choice(name, split, novel, offset)
-    root, label, metric, notes, category_ids = Path(root), name, "coco", [], {}
+    choice = {"split": split, "difficult": difficult, "novel": novel, "offset": offset, "layout": layout}
+    return _open(name, root, (part,), **choice, fault=refuse)[part]
+
+
+def _open(
+    name: str,
+    root: str | Path,
+    parts: tuple[Part, ...],
+    *,
+    split: int,
+    difficult: Literal["keep", "drop"],
+    novel: Sequence[str],
+    offset: tuple[float, ...] | None,
+    layout: layouts.Kind | None,
+    fault: Fault,
+) -> dict[Part, DetectionSet]:
+    if not set(parts) <= {"train", "test"} or difficult not in ("keep", "drop"):
+        raise ValueError(f"part is train or test, difficult is keep or drop; got {parts!r}, {difficult!r}")
+    _check_choice(name, split, novel, offset, layout)
+    root, opened = Path(root), {}
     if name == "glyphs":
-        metric, novel = "voc", [f"glyph-{i:02d}" for i in GLYPH_NOVEL[split]]
-        classes, records = [f"glyph-{i:02d}" for i in range(GLYPH_CLASSES)], _glyph_records(part)
+        classes = [f"glyph-{i:02d}" for i in range(GLYPH_CLASSES)]
+        novel = [classes[i] for i in GLYPH_NOVEL[split]]
+        for part in parts:
+            opened[part] = DetectionSet(name, part, classes, [], _glyph_records(part), "voc")
     elif name == "voc":
-        metric, novel, offset = "voc", annotations.VOC_NOVEL[split].split(), offset or annotations.VOC_OFFSET
-        classes, (records, notes) = annotations.VOC_CLASSES, annotations.read_voc(root, part, offset)
+        offset, novel = offset or annotations.VOC_OFFSET, annotations.VOC_NOVEL[split].split()
+        for part in parts:
+            records, notes = annotations.read_voc(root, part, offset, fault)
+            voc = DetectionSet(name, part, annotations.VOC_CLASSES, [], records, "voc", offset, notes=notes)
+            opened[part] = replace(voc, train_difficult=difficult == "keep")
     elif name == "coco":
-        novel, (category_ids, records, notes) = annotations.COCO_NOVEL, annotations.read_coco(root, part)
-        classes = list(category_ids)
+        for part in parts:
+            ids, records, notes = annotations.read_coco(root, part, fault)
+            if missing := [c for c in annotations.COCO_NOVEL if c not in ids]:
+                raise InputError(f"coco in {root} has no category {missing[0]!r} to be novel; it has {', '.join(ids)}")
+            coco = DetectionSet(name, part, list(ids), annotations.COCO_NOVEL, records, "coco", notes=notes)
+            # Published with base and novel classes interleaved, so these are not sorted.
+            opened[part] = replace(coco, category_ids=ids).restrict(coco.classes)
+        return opened
     else:
         place = next((p for p in (root / name, Path(name)) if p.exists()), None)
         if place is None:
             raise InputError(f"no data set {name!r}: not glyphs, voc or coco, nor a folder or json here or in {root}")
-        label, (category_ids, records, notes) = place.stem, annotations.read_own(place, part)
-        classes = list(category_ids)
-    for wanted in novel:
-        if wanted not in classes:
-            raise InputError(f"{label} in {root} has no category {wanted!r} to be novel; it has {', '.join(classes)}")
-    opened = DetectionSet(label, part, list(classes), list(novel), records, metric, offset or (0, 0, 0, 0))
-    keep = name == "voc" and difficult == "keep"
-    opened = replace(opened, train_difficult=keep, notes=notes, category_ids=category_ids)
-    # COCO alone is published with base and novel classes interleaved.
-    return opened.restrict(classes if name == "coco" else [*opened.base, *novel])
+        read = layouts.read_all(place, layout=layout, fault=fault)
+        for part in parts:
+            if part not in read:
+                raise InputError(f"{place} has no {part} part, only {next(iter(read))}; add one")
+            ids, records, notes = read[part]
+            if part == "train" and (small := sum(min(r.width, r.height) < MIN_SIDE for r in records)):
+                notes = [*notes, f"pictures with a side below {MIN_SIDE} pixels, not trained on: {small}"]
+            own = DetectionSet(place.stem or place.resolve().stem, part, list(ids), [], records, "coco", notes=notes)
+            opened[part] = replace(own, category_ids=ids)
+    return {part: dataset.with_novel(novel) for part, dataset in opened.items()}
 
 
-def _check_choice(name: str, split: int, novel: Sequence[str], offset: tuple[float, ...] | None) -> None:
+def _check_choice(
+    name: str, split: int, novel: Sequence[str], offset: tuple[float, ...] | None, layout: str | None
+) -> None:
     splits = (1, 2, 3) if name in PUBLISHED_SPLITS else (1,)
     if split not in splits:
         raise InputError(f"{name} has no split {split}; choose from {', '.join(map(str, splits))}")
-    if novel and name in ("glyphs", "voc", "coco"):
+    if layout and name in PUBLISHED:
+        raise InputError(f"the layout of {name} is fixed; leave out --layout, which is for your own data")
+    if novel and name in PUBLISHED:
         raise InputError(f"the novel classes of {name} are fixed; name novel classes only for your own data")
     if offset is not None and name != "voc":
         raise InputError(f"only voc counts pixels from 1; leave out the offset for {name}")
