@@ -12,7 +12,7 @@ class FPN(Trunk):
 
     Each stage's map is projected to the same channels, the next coarser one is added to it, enlarged to its size, and a
     3 x 3 convolution smooths the sum. Every second cell of the coarsest map makes one more level, for the RPN's largest
-    anchors.
+    anchors. RoIs are cut from one level of each stride.
 
     Args:
         trunk: whose parts this takes over.
@@ -23,7 +23,7 @@ class FPN(Trunk):
         strides: input pixels per cell of each level; one more than stages, if the coarsest map makes one more.
         roi_levels: how many of the levels, from the finest on, RoIs are cut from.
         out_channels: of every level.
-        anchor_scales: sides of square anchors in units of a level's stride.
+        anchor_scales: sides of square anchors in units of a level's stride, for all levels or for each.
         architecture: `fpn(**architecture)` builds this network again, with fresh weights.
     """
 
@@ -37,7 +37,7 @@ class FPN(Trunk):
         for layer in (*self.lateral, *self.output):
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
-        self.roi_levels = len(widths)
+        self.roi_levels = len(set(trunk.pyramid.strides[: len(widths)]))
         self.strides, self.anchor_scales = trunk.pyramid.strides, trunk.pyramid.anchor_scales
         self.out_channels, self.normalisation = channels, trunk.normalisation
         inherited = ("name", "style", "norm", "pretrained")

@@ -187,7 +187,7 @@ def test_weights_by_default(monkeypatch):
     monkeypatch.setattr(trunks, "load_pretrained", lambda trunk, weights: asked.append(weights))
     for name in trunks.TRUNKS:
         assert trunks.begin(name).architecture["pretrained"] == (name != "small")
-    assert asked == ["imagenet"] * 4
+    assert asked == ["imagenet"] * 5
     with pytest.raises(InputError, match="small has no style 'torchvision'"):
         trunks.begin("small", style="torchvision")
 

@@ -14,7 +14,7 @@ from fewshot.trunks import C4
 CLASSES_AT_ONCE = {"cpu": 2, "cuda": 5}  # in testing: more need more memory, and a CPU more time to fetch it
 WHOLE = 7  # cells per side of the RoI maps for which the patch relation was made
 PUBLISHED = 2048  # channels of the published trunks' RoI maps
-MATCH, BACKGROUND = 0, 1
+MATCH, BACKGROUND, ABSENT = 0, 1, 2  # the last: background of a pair in which the class is not
 
 
 class Parts(NamedTuple):
@@ -175,8 +175,10 @@ class AttentionRPN(nn.Module):
         image = [*range(b), *(i for i in range(b) for _ in range(ways - 1))]  # of every pair
         negative = [pair >= b for pair in range(len(image))]
         sizes, truth = [sizes[i] for i in image], [boxes[i] for i in image]
+        first = torch.arange(b, device=features.device)
+        row = torch.cat([first, first.repeat_interleave(ways - 1)])  # `image` on the device: a list would be copied
 
-        outputs = self.rpn.outputs(self.attended(features[image], kernels))
+        outputs = self.rpn.outputs(self.attended(features[row], kernels))
         losses = self.rpn.losses(*outputs, sizes, truth, negative)
         rois = faster_rcnn.sample_rois(
             self.rpn.proposals(*outputs, sizes),
@@ -186,7 +188,7 @@ class AttentionRPN(nn.Module):
             number=self.rois,
             fraction=0.5,
         )
-        _, queries = self.roi_maps(features[image], [roi.boxes for roi in rois])
+        _, queries = self.roi_maps(features[row], [roi.boxes for roi in rois])
         return losses | self.head_losses(queries, maps, rois, negative)
 
     def attended(self, features: Tensor, kernels: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -201,31 +203,33 @@ class AttentionRPN(nn.Module):
         Of the background only as much counts as there are matches twice, that which most looks like a match, in pairs
         where the class is there, and as much as once in pairs where it is not (section 4.3, 1 : 2 : 1).
         """
-        counts = torch.tensor([len(roi.boxes) for roi in rois], device=queries.device)
-        pair = torch.arange(len(rois), device=queries.device).repeat_interleave(counts, output_size=len(queries))
+        pair = torch.cat([torch.full_like(roi.labels, i) for i, roi in enumerate(rois)])
         logits, deltas = self.relation(self.relation.query_parts(queries), self.relation.support_parts(maps).take(pair))
-        absent = torch.tensor(negative, device=pair.device)[pair]
-        targets = torch.cat([roi.deltas for roi, away in zip(rois, negative, strict=True) if not away])
-        return self.relation_losses(logits, deltas, torch.cat([roi.labels for roi in rois]), absent, targets)
+        return self.relation_losses(logits, deltas, rois, negative)
 
     @torch.compiler.disable
     def relation_losses(
-        self, logits: Tensor, deltas: Tensor, labels: Tensor, absent: Tensor, targets: Tensor
+        self, logits: Tensor, deltas: Tensor, rois: Sequence[RoIs], negative: Sequence[bool]
     ) -> dict[str, Tensor]:
-        """`head_losses` of all pairs' RoIs: logits (n, 2), deltas (n, 4), labels (n,), whether their pair is one in
-        which the class is not (n,), and the deltas that matches are to have (matches, 4).
+        """`head_losses` of all pairs' RoIs: logits (n, 2) and deltas (n, 4).
+
+        How many there are of each kind the RoIs' shapes tell, so that nothing waits for the device.
         """
-        labels = torch.where(absent, BACKGROUND, labels)
-        match = (labels == MATCH).nonzero()[:, 0]
-        of_present = max(1, min(2 * len(match), len(labels) // 4))
-        of_absent = max(1, min(len(match), of_present))
+        pairs = list(zip(rois, negative, strict=True))
+        targets = torch.cat([roi.deltas for roi, away in pairs if not away])
+        kind = torch.cat([torch.full_like(roi.labels, ABSENT) if away else roi.labels for roi, away in pairs])
+        matches, absent = len(targets), sum(len(roi.labels) for roi, away in pairs if away)
+        present = len(kind) - matches - absent
+        of_present = max(1, min(2 * matches, len(kind) // 4))
+        of_absent = max(1, min(matches, of_present))
+        match = kind.sort(stable=True).indices[:matches]
         hardest = logits[:, MATCH].detach().sort(descending=True, stable=True).indices
-        hardest = hardest[labels[hardest] == BACKGROUND]
-        away = absent[hardest]
-        chosen = torch.cat([match, hardest[~away][:of_present], hardest[away][:of_absent]])
+        hardest = hardest[kind[hardest].sort(stable=True).indices]  # kind by kind
+        _, here, elsewhere = hardest.split([matches, present, absent])
+        chosen = torch.cat([match, here[:of_present], elsewhere[:of_absent]])
         return {
-            "cls": F.cross_entropy(logits[chosen].float(), labels[chosen]),
-            "box": F.l1_loss(deltas[match].float(), targets, reduction="sum") / len(labels),
+            "cls": F.cross_entropy(logits[chosen].float(), kind[chosen].clamp(max=BACKGROUND)),
+            "box": F.l1_loss(deltas[match].float(), targets, reduction="sum") / len(kind),
         }
 
     def forget(self, classes: int) -> None:
@@ -265,16 +269,16 @@ class AttentionRPN(nn.Module):
         Every class is searched for by itself and keeps up to a hundred boxes. With `share`, all classes are looked for
         in one set of RoIs, the best proposals of any, so that stage 4 runs once: quicker, and not quite the same.
         """
-        if not self.known.any():
-            raise RuntimeError("no class has a prototype yet: call set_prototypes with the features of some supports")
         known = self.known.nonzero()[:, 0]
+        if not len(known):
+            raise RuntimeError("no class has a prototype yet: call set_prototypes with the features of some supports")
         supports = self.relation.support_parts(self.maps[known])
         find = self._detect_shared if share else self._detect_each
         found = []
         for feature, size in zip(self.trunk(images).split(1), sizes, strict=True):
             per_class = find(feature, size, known, supports)
             boxes, scores = torch.cat([d.boxes for d in per_class]), torch.cat([d.scores for d in per_class])
-            labels = known.repeat_interleave(torch.tensor([len(d.scores) for d in per_class], device=known.device))
+            labels = torch.cat([label.expand(len(d.scores)) for label, d in zip(known, per_class, strict=True)])
             order = scores.sort(descending=True, stable=True).indices
             found.append(Detections(boxes[order], scores[order], labels[order]))
         return found

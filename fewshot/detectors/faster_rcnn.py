@@ -3,13 +3,15 @@
 The numbers follow mmdet 2.25, on which the published models were trained, where torchvision's own detection classes
 differ: anchors are not rounded and sit on the cell corner, C4 anchors run scale by scale, the size deltas are clamped
 on both sides, a low-quality match overwrites, ground truth comes before the proposals, background is the last class.
-Boxes are xyxy in pixels of the network's input; a width is x2 - x1.
+Models that torchvision trained keep its `CONVENTIONS`. Boxes are xyxy in pixels of the network's input; a width is
+x2 - x1.
 """
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +50,32 @@ class RoIs(NamedTuple):
     overlaps: Tensor
 
 
+class Conventions(NamedTuple):
+    """What a network's boxes and RoIs are like, which its weights were trained for and do not tell.
+
+    rounded: anchors have whole pixels, and those of a level of every second cell are as far apart as these cells are on
+        average, which is less than its stride where the level before has an odd number of them.
+    sampling, aligned: of RoIAlign in a pyramid, points per bin and side (-1 for as many as there are pixels), and
+        whether boxes are cut half a pixel off, as they should be.
+    shrink: log of the ratio by which a box may at most be smaller than its anchor.
+    proposal_side, box_side: proposals of at most that width or height, and detections of less, are dropped; in pixels.
+    """
+
+    rounded: bool
+    sampling: int
+    aligned: bool
+    shrink: float
+    proposal_side: float
+    box_side: float
+
+
+Convention = Literal["mmdet", "torchvision"]
+CONVENTIONS: dict[Convention, Conventions] = {
+    "mmdet": Conventions(False, -1, True, MAX_LOG_SIZE, 0.0, 0.0),
+    "torchvision": Conventions(True, 2, False, math.inf, 1e-3, 1e-2),
+}
+
+
 # ------------------------------------------------------------------------------------------------- boxes and targets
 @lru_cache(maxsize=32)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
@@ -62,13 +90,18 @@ def encode(boxes: Tensor, anchors: Tensor, std: tuple[float, ...]) -> Tensor:
     return torch.cat([shift, (target / size).log()], 1) / constant(std, anchors.device)
 
 
-def decode(deltas: Tensor, anchors: Tensor, std: tuple[float, ...], size: tuple[int, int]) -> Tensor:
-    """Boxes of `deltas` (n, ..., 4) relative to `anchors` (n, 4), clipped to an image of `size` (height, width)."""
+def decode(
+    deltas: Tensor, anchors: Tensor, std: tuple[float, ...], size: tuple[int, int], shrink: float = MAX_LOG_SIZE
+) -> Tensor:
+    """Boxes of `deltas` (n, ..., 4) relative to `anchors` (n, 4), clipped to an image of `size` (height, width).
+
+    `shrink`: see `Conventions`.
+    """
     deltas = deltas.float() * constant(std, deltas.device)
     anchors = anchors.view(len(anchors), *[1] * (deltas.dim() - 2), 4)
     extent = anchors[..., 2:] - anchors[..., :2]
     centre = (anchors[..., :2] + anchors[..., 2:]) / 2 + deltas[..., :2] * extent
-    half = extent * deltas[..., 2:].clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp() / 2
+    half = extent * deltas[..., 2:].clamp(-shrink, MAX_LOG_SIZE).exp() / 2
     boxes = torch.cat([centre - half, centre + half], -1)
     return ops.clip_boxes_to_image(boxes, size)
 
@@ -80,17 +113,22 @@ def anchor_grid(
     scales: tuple[float, ...],
     ratios: tuple[float, ...],
     device: torch.device | str = "cpu",
+    *,
+    rounded: bool = False,
+    apart: tuple[int, int] | None = None,
 ) -> Tensor:
     """Anchors (height * width * len(scales) * len(ratios), 4) of a map of `shape` (height, width).
 
     They are kept, so not to be written to: computed on the CPU, a step would wait for their copy.
     A base anchor of scale s and ratio r = h / w is stride * s / sqrt(r) wide and stride * s * sqrt(r) high, centred on
-    the cell's corner. Order: row, column, scale, ratio.
+    the cell's corner. Order: row, column, scale, ratio. `rounded`: to whole pixels. `apart`: pixels between rows and
+    between columns, by default the stride.
     """
     scale, ratio = torch.tensor(scales, dtype=torch.float64), torch.tensor(ratios, dtype=torch.float64).sqrt()
     width, height = (stride * scale[:, None] / ratio).flatten(), (stride * scale[:, None] * ratio).flatten()
     base = torch.stack([-width, -height, width, height], 1) / 2
-    rows, columns = (torch.arange(n, dtype=torch.float64) * stride for n in shape)
+    base = base.round() if rounded else base
+    rows, columns = (torch.arange(n, dtype=torch.float64) * step for n, step in zip(shape, apart or (stride, stride)))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     corner = torch.stack([x, y, x, y], -1)[:, :, None]
     return (corner + base).view(-1, 4).float().to(device)
@@ -142,8 +180,8 @@ class RPN(nn.Module):
 
     Args:
         in_channels: of every level. channels: of the hidden 3x3 convolution.
-        strides: input pixels per cell of each level. scales: of anchors, in units of the stride. ratios: of their
-            height to their width; no recipe has others.
+        strides: input pixels per cell of each level. scales: of anchors, in units of the stride, for all levels or for
+            each. ratios: of their height to their width; no recipe has others.
         softmax: two channels (object, background) per anchor, as Meta R-CNN has them, instead of one. The logit used
             is their difference, for which the sigmoid and its loss equal the two-way softmax and its cross-entropy.
         border: train only on anchors inside the image.
@@ -151,6 +189,8 @@ class RPN(nn.Module):
         number: anchors sampled per image, half of them positive; only tests have others.
         reg_beta: of the smooth-L1 box loss; 0 makes it L1.
         nms_offset: pixels that count to a box's width and height in NMS; 1 is the convention of old.
+        score_above: proposals have at least this score.
+        convention: which of `CONVENTIONS` its anchors and boxes follow.
     """
 
     def __init__(
@@ -159,7 +199,7 @@ class RPN(nn.Module):
         channels: int,
         *,
         strides: Sequence[int] = (16,),
-        scales: Sequence[float] = (2, 4, 8, 16, 32),
+        scales: Sequence[float] | Sequence[Sequence[float]] = (2, 4, 8, 16, 32),
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
         softmax: bool = False,
         border: bool = False,
@@ -168,13 +208,17 @@ class RPN(nn.Module):
         number: int = 256,
         reg_beta: float = 0.0,
         nms_offset: int = 0,
+        score_above: float = 0.0,
+        convention: Convention = "mmdet",
     ):
         super().__init__()
-        self.strides, self.scales, self.ratios = tuple(strides), tuple(scales), tuple(ratios)
+        self.strides, self.ratios = tuple(strides), tuple(ratios)
+        self.scales = [tuple(s) for s in (scales if isinstance(scales[0], Sequence) else [scales] * len(strides))]
         self.softmax, self.border, self.number = softmax, border, number
         self.train_proposals, self.test_proposals = train_proposals, test_proposals
-        self.reg_beta, self.nms_offset = reg_beta, nms_offset
-        anchors = len(scales) * len(ratios)
+        self.reg_beta, self.nms_offset, self.score_above = reg_beta, nms_offset, score_above
+        self.conventions = CONVENTIONS[convention]
+        anchors = len(self.scales[0]) * len(ratios)
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.cls = nn.Conv2d(channels, anchors * (2 if softmax else 1), 1)
         self.reg = nn.Conv2d(channels, anchors * 4, 1)
@@ -207,8 +251,14 @@ class RPN(nn.Module):
     @torch.compiler.disable
     def anchors(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
         """Anchors (n, 4) of every level, whose maps have `shapes` (height, width)."""
-        levels = zip(shapes, self.strides, strict=True)
-        return [anchor_grid(shape, stride, self.scales, self.ratios, device) for shape, stride in levels]
+        apart: list[tuple[int, int] | None] = [None] * len(shapes)
+        if rounded := self.conventions.rounded:
+            apart[-1] = tuple(self.strides[-2] * n // cells for n, cells in zip(*shapes[-2:], strict=True))
+        levels = zip(shapes, self.strides, self.scales, apart, strict=True)
+        return [
+            anchor_grid(shape, stride, scales, self.ratios, device, rounded=rounded, apart=steps)
+            for shape, stride, scales, steps in levels
+        ]
 
     def propose(self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """`proposals` of feature levels (images, in_channels, height, width)."""
@@ -227,11 +277,12 @@ class RPN(nn.Module):
             for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
                 score, order = logit[i].sigmoid().sort(descending=True, stable=True)
                 order = order[:before]
-                boxes.append(decode(delta[i, order], anchor[order], RPN_STD, size))
+                boxes.append(decode(delta[i, order], anchor[order], RPN_STD, size, self.conventions.shrink))
                 scores.append(score[:before])
                 levels.append(torch.full_like(order, level))
             box, score, level = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
-            keep = (box[:, 2:] > box[:, :2]).all(1).nonzero()[:, 0]
+            large = (box[:, 2:] - box[:, :2] > self.conventions.proposal_side).all(1)
+            keep = (large & (score >= self.score_above)).nonzero()[:, 0]
             box, score, level = box[keep], score[keep], level[keep]
             keep = nms_by_class(box, score, level, 0.7, self.nms_offset)[:after]
             found.append(torch.cat([box[keep], score[keep, None]], 1))
@@ -337,11 +388,12 @@ def pyramid_align(
     rois = torch.cat([image, torch.cat([b[:, :4] for b in boxes])], 1)  # (RoIs, 5)
     side = (rois[:, 3:] - rois[:, 1:3]).clamp(min=0).prod(1).sqrt()
     level = (side / (14 * strides[0]) + 1e-6).log2().floor().clamp(0, len(strides) - 1)
+    numbers = torch.arange(len(strides), device=level.device)[:, None]
+    counts = (level == numbers).sum(1).tolist()  # one wait for the device, not one for each level
     result = features[0].new_zeros(len(rois), features[0].shape[1], size, size, dtype=torch.float32)
-    for i, (feature, stride) in enumerate(zip(features, strides)):
-        mine = (level == i).nonzero()[:, 0]
+    for feature, stride, mine in zip(features, strides, level.sort(stable=True).indices.split(counts)):
         cut = ops.roi_align(feature.float(), rois[mine], size, 1 / stride, sampling_ratio=sampling, aligned=aligned)
-        result = result.index_copy(0, mine, cut)
+        result.index_copy_(0, mine, cut)
     return result
 
 
@@ -363,7 +415,9 @@ def roi_losses(logits: Tensor, deltas: Tensor, rois: Sequence[RoIs], beta: float
     """
     labels, targets = torch.cat([r.labels for r in rois]), torch.cat([r.deltas for r in rois])
     n = max(len(labels), 1)
-    positive = (labels < deltas.shape[1]).nonzero()[:, 0]
+    starts = accumulate((len(r.labels) for r in rois), initial=0)
+    positive = [torch.arange(at, at + len(r.deltas), device=labels.device) for at, r in zip(starts, rois)]
+    positive = torch.cat(positive)  # nothing waits for the device: positives come first in every image
     own = deltas[positive, labels[positive]]
     return {
         "cls": F.cross_entropy(logits.float(), labels, reduction="sum") / n,
@@ -383,15 +437,18 @@ def detections(
     nms: float = 0.5,
     nms_offset: int = 0,
     most: int = 100,
+    convention: Convention = "mmdet",
 ) -> Detections:
     """Softmax, decode, threshold, NMS class by class, and the `most` best of one image.
 
     logits (n, classes + 1), deltas (n, classes, 4) relative to `proposals` (n, 4 or more), `size` (height, width). No
     recipe has another `score_above` or `most`.
     """
+    conventions = CONVENTIONS[convention]
     scores = logits.float().softmax(1)[:, :-1]  # (n, classes)
-    boxes = decode(deltas, proposals[:, :4], ROI_STD, size)
-    row, label = (scores > score_above).nonzero(as_tuple=True)
+    boxes = decode(deltas, proposals[:, :4], ROI_STD, size, conventions.shrink)
+    large = (boxes[..., 2:] - boxes[..., :2] >= conventions.box_side).all(-1)  # (n, classes)
+    row, label = ((scores > score_above) & large).nonzero(as_tuple=True)
     box, score = boxes[row, label], scores[row, label]
     keep = nms_by_class(box, score, label, nms, nms_offset)[:most]
     return Detections(box[keep], score[keep], label[keep])

@@ -34,8 +34,8 @@ def contrastive_loss(
         above: only RoIs of at least this overlap are anchors of the loss.
         weighting: of these by their overlap u: 1, u, or exp(u) - 1.
     """
-    keep = overlaps >= above
-    if not keep.any():
+    keep = (overlaps >= above).nonzero()[:, 0]
+    if not len(keep):
         return features.sum() * 0
     others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
     with torch.autocast(features.device.type, enabled=False):  # divided by a temperature, bfloat16 would not do

@@ -46,20 +46,18 @@ class FSDetView(MetaRCNN):
         """RoI vectors (n, D) in the light of a class's support vector (D,): (n, 2D)."""
         return torch.cat([self.product(queries * vector), self.difference(queries - vector), queries], 1)
 
-    @torch.compiler.disable
-    def classify(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """As `MetaRCNN.classify`; class by class only where a subclass aggregates otherwise."""
+    def classify_known(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MetaRCNN.classify_known`; class by class only where a subclass aggregates otherwise."""
         own = getattr(self.aggregate, "__func__", None) is FSDetView.aggregate
-        return self.classify_chunks(queries) if own and self.known.any() else super().classify(queries)
+        return self.classify_chunks(queries, known) if own else super().classify_known(queries, known)
 
-    def classify_chunks(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """`classify`, of which what is linear folds, some classes at once.
+    def classify_chunks(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """`classify_known`, of which what is linear folds, some classes at once.
 
         The difference's layer sees W (q - s) = W q - W s, whose first term all classes share, as they do what the last
         layers make of q itself. Of the last layers each class needs its own rows and the background's alone.
         """
         (weight1, bias1), (weight2, bias2) = self.product.folded(), self.difference.folded()
-        known = self.known.nonzero()[:, 0]
         prototypes = self.prototypes[known]  # (k, D)
 
         def rows(cls: Tensor, reg: Tensor) -> Tensor:

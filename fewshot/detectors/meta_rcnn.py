@@ -120,8 +120,9 @@ class MetaRCNN(nn.Module):
         The meta loss is divided by the number of supports a second time, as the published models were trained.
         """
         total = {"cls": 0.0, "box": 0.0}
-        pairs = (drawn[:, None] == support_labels).nonzero()  # of an image and a support
-        for image, support in pairs.tolist():
+        alike = (drawn[:, None] == support_labels).tolist()
+        pairs = [(image, support) for image, row in enumerate(alike) for support, same in enumerate(row) if same]
+        for image, support in pairs:
             aggregated = self.aggregate(queries[image], vectors[support])
             logits, deltas = self.cls(aggregated), self.reg(aggregated).view(-1, self.classes, 4)
             for name, loss in faster_rcnn.roi_losses(logits, deltas, [rois[image]]).items():
@@ -149,16 +150,20 @@ class MetaRCNN(nn.Module):
         Class k's logit and deltas come from the query aggregated with prototype k, the background's logit is the mean
         over the classes. A class without prototype has logit 0 and deltas 0.
         """
-        if not self.known.any():
+        known = self.known.nonzero()[:, 0]
+        if not len(known):
             raise RuntimeError("no class has a prototype yet: call set_prototypes with the vectors of some supports")
-        return self.classify_folded(queries) if self.folds else self.classify_each(queries)
+        return self.classify_known(queries, known)
 
-    def classify_each(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """`classify`, a pass of the last layers per class."""
+    def classify_known(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """`classify`, told which classes (k,) have a prototype."""
+        return self.classify_folded(queries, known) if self.folds else self.classify_each(queries, known)
+
+    def classify_each(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """`classify_known`, a pass of the last layers per class."""
         logits = queries.new_zeros(len(queries), self.classes + 1)
         deltas = queries.new_zeros(len(queries), self.classes, 4)
-        known = self.known.nonzero()[:, 0].tolist()
-        for k in known:
+        for k in known.tolist():
             aggregated = self.aggregate(queries, self.prototypes[k])
             scores = self.cls(aggregated).float()
             logits[:, k] = scores[:, k]
@@ -166,15 +171,15 @@ class MetaRCNN(nn.Module):
             deltas[:, k] = self.reg(aggregated).view(-1, self.classes, 4)[:, k]
         return logits, deltas
 
-    def classify_folded(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """`classify` in one matmul for all classes: as W (q * s) = (W * s) q, prototypes fold into the weights."""
+    def classify_folded(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """`classify_known` in one matmul for all: as W (q * s) = (W * s) q, prototypes fold into the weights."""
         weight, bias = self.cls.weight, self.cls.bias
-        scale, known = self.prototypes, self.known[:, None]  # (classes, D), (classes, 1)
-        mean = scale[self.known].mean(0, keepdim=True)
-        folded = torch.cat([weight[:-1] * scale * known, weight[-1:] * mean])
+        scale, mask = self.prototypes, self.known[:, None]  # (classes, D), (classes, 1)
+        mean = scale[known].mean(0, keepdim=True)
+        folded = torch.cat([weight[:-1] * scale * mask, weight[-1:] * mean])
         offset = torch.cat([bias[:-1] * self.known, bias[-1:]])
-        reg = self.reg.weight.view(self.classes, 4, -1) * (scale * known)[:, None]
-        reg_offset = self.reg.bias.view(self.classes, 4) * known
+        reg = self.reg.weight.view(self.classes, 4, -1) * (scale * mask)[:, None]
+        reg_offset = self.reg.bias.view(self.classes, 4) * mask
         deltas = F.linear(queries, reg.flatten(0, 1), reg_offset.flatten())
         return F.linear(queries, folded, offset), deltas.view(-1, self.classes, 4)
 

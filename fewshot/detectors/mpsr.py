@@ -1,14 +1,15 @@
 """MPSR, multi-scale positive sample refinement (Wu et al., 2020, https://arxiv.org/abs/2007.09384)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot.detectors import faster_rcnn
-from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
+from fewshot import InputError
+from fewshot.detectors import faster_rcnn, tfa
+from fewshot.detectors.faster_rcnn import RPN, Convention, Detections, RoIs
 from fewshot.fpn import FPN
 
 ROI_SIZE = 8  # cells per side of a RoI's features
@@ -33,6 +34,7 @@ class CropLevels(NamedTuple):
 
 PUBLISHED = CropLevels((32, 64, 128, 256, 512, 800), (0, 1, 2, 3, 4, 4), (0, 0, 0, 1, 2, 3), 3, 2)
 SMALL = CropLevels((24, 48, 96), (0, 1, 2), (0, 0, 0), 2, 0)  # of pyramids for small pictures: maps of 6 x 6 cells
+CROP_LEVELS = {(4, 8, 16, 32, 64): PUBLISHED, (4, 8, 16): SMALL}  # by the pyramid's strides
 
 
 class TwoBranchRPN(RPN):
@@ -79,9 +81,10 @@ class TwoBranchRPN(RPN):
         if not self.training:
             return found
         scores = torch.cat([boxes[:, 4] for boxes in found])
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        kept[scores.sort(descending=True, stable=True).indices[: self.per_batch]] = True
-        return [boxes[mine] for boxes, mine in zip(found, kept.split([len(boxes) for boxes in found]))]
+        best = scores.sort(descending=True, stable=True).indices[: self.per_batch]
+        kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
+        counts = torch.stack([mine.sum() for mine in kept.split([len(boxes) for boxes in found])]).tolist()
+        return list(torch.cat(found)[best.sort().values].split(counts))
 
 
 class MPSR(nn.Module):
@@ -94,7 +97,12 @@ class MPSR(nn.Module):
         rois: sampled per training image.
         aligned: whether RoIs are cut half a pixel off, as they should be; the published models fine-tuned on VOC were
             made from others that did not.
+        roi_size: cells per side of a RoI's features; no recipe has others, but models `from_tfa`.
         train_proposals, test_proposals: (kept before NMS per level, kept after: in training over a whole batch).
+        convention: of boxes, see `faster_rcnn.CONVENTIONS`.
+
+    Raises:
+        InputError: the pyramid has levels for which the crops' scales are not known.
     """
 
     def __init__(
@@ -105,13 +113,19 @@ class MPSR(nn.Module):
         width: int = 1024,
         rois: int = 512,
         aligned: bool = True,
+        roi_size: int = ROI_SIZE,
         rpn_channels: int = 256,
         train_proposals: tuple[int, int] = (2000, 2000),
         test_proposals: tuple[int, int] = (1000, 1000),
+        convention: Convention = "mmdet",
     ):
         super().__init__()
         self.trunk, self.classes, self.rois, self.aligned = trunk, classes, rois, aligned
-        self.levels = SMALL if len(trunk.strides) == len(SMALL.scales) else PUBLISHED
+        self.roi_size, self.convention = roi_size, convention
+        if trunk.strides not in CROP_LEVELS:
+            known = " or ".join(map(str, CROP_LEVELS))
+            raise InputError(f"MPSR needs a pyramid of strides {known}, not {trunk.strides}: take another backbone")
+        self.levels = CROP_LEVELS[trunk.strides]
         before, per_batch = train_proposals
         self.rpn = TwoBranchRPN(
             trunk.out_channels,
@@ -121,8 +135,9 @@ class MPSR(nn.Module):
             per_batch=per_batch,
             train_proposals=(before, None),
             test_proposals=test_proposals,
+            convention=convention,
         )
-        inside = trunk.out_channels * ROI_SIZE**2
+        inside = trunk.out_channels * roi_size**2
         self.cls_fc1, self.cls_fc2 = nn.Linear(inside, width), nn.Linear(width, width)
         self.reg_fc1, self.reg_fc2 = nn.Linear(inside, width), nn.Linear(width, width)
         self.cls, self.reg = nn.Linear(width, classes + 1), nn.Linear(width, 4)
@@ -133,20 +148,20 @@ class MPSR(nn.Module):
     def describe(self) -> dict[str, Any]:
         """What `build.rebuilt` makes this detector anew from, for json."""
         sizes = {"rois": self.rois, "width": self.cls_fc2.out_features, "aligned": self.aligned, **self.rpn.sizes()}
-        return {**self.trunk.describe(), "sizes": sizes}
+        return {**self.trunk.describe(), "sizes": {**sizes, "roi_size": self.roi_size, "convention": self.convention}}
 
     def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Maps (RoIs of all images, channels, 8, 8) of boxes, each from the level that fits its size."""
+        """Maps (RoIs of all images, channels, s, s) of boxes, s = roi_size, each from the level that fits its size."""
         n = self.trunk.roi_levels
         strides = self.trunk.strides[:n]
-        return faster_rcnn.pyramid_align(features[:n], boxes, ROI_SIZE, strides, sampling=2, aligned=self.aligned)
+        return faster_rcnn.pyramid_align(features[:n], boxes, self.roi_size, strides, sampling=2, aligned=self.aligned)
 
     def classify(self, maps: Tensor) -> Tensor:
-        """Logits (n, classes + 1) of RoI maps (n, channels, 8, 8)."""
+        """Logits (n, classes + 1) of RoI maps (n, channels, s, s)."""
         return self.cls(self.cls_fc2(F.relu(self.cls_fc1(maps.flatten(1)))))  # no ReLU after the second, as published
 
     def regress(self, maps: Tensor) -> Tensor:
-        """Deltas (n, classes, 4) of RoI maps (n, channels, 8, 8): the same for all classes."""
+        """Deltas (n, classes, 4) of RoI maps (n, channels, s, s): the same for all classes."""
         deltas = self.reg(F.relu(self.reg_fc2(F.relu(self.reg_fc1(maps.flatten(1))))))
         return deltas[:, None].expand(-1, self.classes, -1)
 
@@ -163,7 +178,7 @@ class MPSR(nn.Module):
 
     def classify_crops(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits (scales * n, classes + 1) of crops' maps (n, channels, h, w), scale by scale."""
-        return self.classify(torch.cat([F.adaptive_avg_pool2d(level.float(), ROI_SIZE) for level in maps]))
+        return self.classify(torch.cat([F.adaptive_avg_pool2d(level.float(), self.roi_size) for level in maps]))
 
     def forward(
         self,
@@ -214,7 +229,30 @@ class MPSR(nn.Module):
         features = self.trunk(images)
         proposals = self.rpn.propose(features, sizes)
         maps = self.roi_features(features, proposals).split([len(p) for p in proposals])
+        options = {"nms_offset": 1, "convention": self.convention}
         return [
-            faster_rcnn.detections(self.classify(m), self.regress(m), proposal, size, nms_offset=1)
+            faster_rcnn.detections(self.classify(m), self.regress(m), proposal, size, **options)
             for m, proposal, size in zip(maps, proposals, sizes, strict=True)
         ]
+
+
+def from_tfa(state: Mapping[str, Tensor], about: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A base model of TFA, or one that torchvision trained, as MPSR's: its weights, and what describes them.
+
+    Trunk and RPN compute what they did: an anchor's score is a sum over channels of its own, here of equal ones. Both
+    branches of the box head begin with TFA's hidden layers, and the one regression with the mean of all classes'. The
+    classifier is random, as every fine-tuning begins.
+    """
+    sizes = {key: value for key, value in about["sizes"].items() if key not in ("threshold", "proposal_score")}
+    conventions = faster_rcnn.CONVENTIONS[sizes.get("convention", "mmdet")]
+    sizes |= {"aligned": conventions.aligned, "roi_size": tfa.ROI_SIZE}
+    ours = {name: tensor for name, tensor in state.items() if name.startswith(("trunk.", "rpn."))}
+    part = CLASS_CHANNELS**-0.5
+    for kind in ("weight", "bias"):
+        ours[f"rpn.cls_conv.{kind}"] = state[f"rpn.cls.{kind}"].repeat_interleave(CLASS_CHANNELS, 0) * part
+        ours |= {f"{branch}_fc{i}.{kind}": state[f"fc{i}.{kind}"] for branch in ("cls", "reg") for i in (1, 2)}
+        ours[f"reg.{kind}"] = state[f"reg.{kind}"].unflatten(0, (-1, 4)).mean(0)
+    ours |= {"rpn.cls.weight": torch.full((1, CLASS_CHANNELS, 1, 1), part), "rpn.cls.bias": torch.zeros(1)}
+    classes, width = len(about["classes"]), state["fc2.weight"].shape[0]
+    ours |= {"cls.weight": torch.randn(classes + 1, width) * 0.01, "cls.bias": torch.zeros(classes + 1)}
+    return ours, {**about, "method": "mpsr", "sizes": sizes}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot.detectors import faster_rcnn
-from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
+from fewshot.detectors.faster_rcnn import RPN, Convention, Detections, RoIs
 from fewshot.fpn import FPN
 
 ROI_SIZE = 7  # cells per side of a RoI's features
@@ -48,6 +48,8 @@ class TFA(nn.Module):
         width: of the two hidden layers of the box head.
         rois: sampled per training image, of overlap `threshold` or more with a box if positive.
         train_proposals, test_proposals: (kept before NMS per level, kept after).
+        proposal_score: the least that proposals have.
+        convention: of boxes and RoIs, see `faster_rcnn.CONVENTIONS`.
     """
 
     OPTIONS = ("cosine",)  # arguments that `describe` gives beside the sizes
@@ -64,9 +66,12 @@ class TFA(nn.Module):
         rpn_channels: int = 256,
         train_proposals: tuple[int, int] = (2000, 1000),
         test_proposals: tuple[int, int] = (1000, 1000),
+        proposal_score: float = 0.0,
+        convention: Convention = "mmdet",
     ):
         super().__init__()
         self.trunk, self.classes, self.rois, self.threshold = trunk, classes, rois, threshold
+        self.convention = convention
         self.rpn = RPN(
             trunk.out_channels,
             rpn_channels,
@@ -74,6 +79,8 @@ class TFA(nn.Module):
             scales=trunk.anchor_scales,
             train_proposals=train_proposals,
             test_proposals=test_proposals,
+            score_above=proposal_score,
+            convention=convention,
         )
         self.fc1 = nn.Linear(trunk.out_channels * ROI_SIZE**2, width)
         self.fc2 = nn.Linear(width, width)
@@ -89,12 +96,14 @@ class TFA(nn.Module):
     def describe(self) -> dict[str, Any]:
         """What `build.rebuilt` makes this detector anew from, for json."""
         sizes = {"rois": self.rois, "width": self.fc2.out_features, "threshold": self.threshold, **self.rpn.sizes()}
+        sizes |= {"proposal_score": self.rpn.score_above, "convention": self.convention}
         return {**self.trunk.describe(), "sizes": sizes, "cosine": isinstance(self.cls, CosineClassifier)}
 
     def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Maps (RoIs of all images, channels, 7, 7) of boxes, each from the level that fits its size."""
-        levels = self.trunk.roi_levels
-        return faster_rcnn.pyramid_align(features[:levels], boxes, ROI_SIZE, self.trunk.strides[:levels])
+        levels, how = self.trunk.roi_levels, self.rpn.conventions
+        options = {"sampling": how.sampling, "aligned": how.aligned}
+        return faster_rcnn.pyramid_align(features[:levels], boxes, ROI_SIZE, self.trunk.strides[:levels], **options)
 
     def roi_vectors(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Vectors (RoIs of all images, width) of boxes: RoIAlign and two hidden layers."""
@@ -138,7 +147,7 @@ class TFA(nn.Module):
         proposals = self.rpn.propose(features, sizes)
         vectors = self.roi_vectors(features, proposals).split([len(p) for p in proposals])
         return [
-            faster_rcnn.detections(*self.head(vector), proposal, size)
+            faster_rcnn.detections(*self.head(vector), proposal, size, convention=self.convention)
             for vector, proposal, size in zip(vectors, proposals, sizes, strict=True)
         ]
 

@@ -1,0 +1,60 @@
+"""A state dict of torchvision's Faster R-CNN as a base model, for `--base` of TFA, FSCE, MPSR, and for `fewshot.load`.
+
+    python scripts/convert_torchvision.py fasterrcnn_resnet50_fpn_coco-258fb6c6.pth --out coco.safetensors
+    python scripts/convert_torchvision.py mine.pth --out mine.safetensors --names kettle teapot
+
+It is of `fasterrcnn_resnet50_fpn` or `fasterrcnn_mobilenet_v3_large_320_fpn`, with any number of classes.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from fewshot import InputError, torchvision_base, trunks, weights
+
+
+@dataclass
+class Args:
+    state: tyro.conf.Positional[Path]  # file of the model's state_dict(), .pth or .safetensors
+    out: Path | None = None  # file to write; by default the other's name with .safetensors
+    names: tuple[str, ...] = ()  # of the classes in label order, from label 1 on; by default COCO's, where they fit
+    classes: Path | None = None  # file with these names, one per line
+    eps: float | None = None  # of its batch norms; by default 1e-5, but 0 for a ResNet's frozen ones, as COCO's have
+
+
+def main(args: Args) -> None:
+    state = trunks.read_state(args.state)
+    out = args.out or args.state.with_suffix(".safetensors")
+    if out == args.state:
+        raise InputError(f"{out} would replace what it is made of: give another --out")
+    eps = torchvision_base.default_eps(state) if args.eps is None else args.eps
+    state, about = torchvision_base.converted(state, _categories(args, state), args.state.name, eps=eps)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    weights.save_state(out, state, about | {"commit": weights.commit()})
+    print(f"{about['args']['backbone']}, batch norms with eps {eps:g} (--eps says another)")
+    print(f"{len(about['classes'])} classes: {', '.join(about['classes'])}\nwritten to {out}")
+
+
+def _categories(args: Args, state: dict) -> list[str]:
+    """A name for each row of the head."""
+    if args.names and args.classes:
+        raise InputError("the classes' names are given twice: leave out --names or --classes")
+    names = list(args.names)
+    if args.classes:
+        if not args.classes.is_file():
+            raise InputError(f"{args.classes}: no such file of class names")
+        names = [line.strip() for line in args.classes.read_text().splitlines() if line.strip()]
+    coco = torchvision_base.categories()
+    head = state.get("roi_heads.box_predictor.cls_score.bias", ())
+    if not names and len(head) not in (0, len(coco)):
+        raise InputError(f"{args.state} does not name its {len(head) - 1} classes: give --names or --classes")
+    return [torchvision_base.BACKGROUND, *names] if names else coco
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except InputError as error:
+        sys.exit(f"error: {error}")
