@@ -260,6 +260,46 @@ def _best_pairs(iou: np.ndarray) -> np.ndarray:
     return best
 
 
+def confusion(
+    found: Mapping[str, Detections], dataset: DetectionSet, score: float = 0.3, iou: float = 0.5
+) -> np.ndarray:
+    """What objects are taken for: counts (classes + 1, classes + 1), int64.
+
+    Rows are what is there, the last one background; columns what is found, the last one nothing: [a, b] objects of a
+    were found as b, [a, -1] missed, and [-1, b] times b was found where nothing is, or a second time.
+
+    In each picture the detections of at least `score`, the surest first, each take the object that they overlap most,
+    whatever its class, of those that they overlap by `iou` or more and that none has taken. Difficult objects are not
+    counted, nor is a detection that overlaps none but such; with COCO's crowds the overlap is, as in its AP, the part
+    of the detection that is within.
+
+    Raises:
+        ValueError: as `evaluate_voc`.
+    """
+    _check_complete(found, dataset)
+    one, last = int(dataset.inclusive_pixels), len(dataset.classes)
+    matrix = np.zeros((last + 1, last + 1), np.int64)
+    for record in dataset.records:
+        boxes, scores, labels = (np.asarray(column) for column in found[record.id])
+        sure = np.argsort(-scores, kind="stable")
+        sure = sure[scores[sure] >= score]
+        boxes, objects = boxes[sure].astype(np.float64).reshape(-1, 4) - dataset.offset, record.boxes.astype(np.float64)
+        overlaps, free = _iou(boxes, objects, one), ~record.difficult  # (n, g)
+        if dataset.metric == "coco" and record.difficult.any():
+            within = _shared(boxes, objects[record.difficult], one)
+            overlaps[:, record.difficult] = within / np.maximum(_areas(boxes, one)[:, None], 1e-6)
+        for label, overlap in zip(labels[sure], overlaps):
+            near = overlap >= iou
+            if (free & near).any():
+                taken = np.where(free & near, overlap, 0).argmax()
+                matrix[record.labels[taken], label] += 1
+                free[taken] = False
+            elif not (record.difficult & near).any():
+                matrix[last, label] += 1
+        np.add.at(matrix[:, last], record.labels[free], 1)
+    return matrix
+
+
 def in_original_pixels(batch: Batch, found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Detections]:
     """What a detector found on a batch, (boxes, scores, labels) of each picture in the batch's pixels, to evaluate."""
     result = {}
@@ -329,8 +369,13 @@ def _areas(boxes: np.ndarray, one: int = 0) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0] + one) * (boxes[:, 3] - boxes[:, 1] + one)
 
 
-def _iou(a: np.ndarray, b: np.ndarray, one: int) -> np.ndarray:
-    """Overlaps (n, m) of xyxy boxes (n, 4) and (m, 4), whose sides are `one` longer than the difference of ends."""
+def _shared(a: np.ndarray, b: np.ndarray, one: int) -> np.ndarray:
+    """Areas (n, m) shared by xyxy boxes (n, 4) and (m, 4), whose sides are `one` longer than the difference of ends."""
     low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])  # (n, m, 2)
-    shared = (high - low + one).clip(0).prod(-1)
+    return (high - low + one).clip(0).prod(-1)
+
+
+def _iou(a: np.ndarray, b: np.ndarray, one: int) -> np.ndarray:
+    """Overlaps (n, m) of such boxes."""
+    shared = _shared(a, b, one)
     return shared / np.maximum(_areas(a, one)[:, None] + _areas(b, one) - shared, 1e-6)

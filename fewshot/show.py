@@ -78,25 +78,91 @@ def _with_legend(picture: Image.Image, text: str) -> Image.Image:
 
 
 def shots(dataset: DetectionSet, *, most: int = 10, side: int = 128) -> Image.Image:
-    """The objects of a set as a sheet: a row per class with its first `most`, in squares of `side` pixels.
+    """The objects of a set as a sheet: of each class the first `most`, in squares of `side` pixels under its name.
 
-    An object is shown in its surroundings, a quarter of its longer side on both ends of that; those of novel classes
-    have orange boxes.
+    An object is shown in its surroundings, a quarter of its longer side on both ends of that. Classes with few objects
+    stand side by side. Names and boxes of novel classes are orange.
     """
-    rows = []
-    for label, name in enumerate(dataset.classes):
-        mine = [(i, box) for i, r in enumerate(dataset.records) for box in torch.as_tensor(r.boxes[r.labels == label])]
-        rows.append([])
-        for index, box in mine[:most]:
-            image = dataset.image(index)
-            half = 0.75 * (box[2:] - box[:2]).max()
-            left, top = ((box[:2] + box[2:]) / 2 - half).int().tolist()
-            window = F.crop(image, top, left, int(2 * half), int(2 * half))  # black outside the picture
-            inside = box - torch.tensor([left, top, left, top])
-            rows[-1].append(boxes_on(window, inside[None], [name], colors([name], dataset.novel), side))
-    columns = max(map(len, rows))
-    empty = torch.full((3, side, side), 255, dtype=torch.uint8)
-    return sheet([cell for row in rows for cell in row + [empty] * (columns - len(row))], columns)
+    objects = [
+        [(i, box) for i, r in enumerate(dataset.records) for box in torch.as_tensor(r.boxes[r.labels == label])]
+        for label in range(len(dataset.classes))
+    ]
+    columns = max(1, *(len(mine[:most]) for mine in objects))
+    blocks = []
+    for name, color, mine in zip(dataset.classes, colors(dataset.classes, dataset.novel), objects):
+        cells = [_in_surroundings(dataset.image(index), box, color, side) for index, box in mine[:most]]
+        blank = torch.full((3, side, side), 255, dtype=torch.uint8)
+        row = F.pil_to_tensor(sheet(cells + [blank] * (columns - len(cells)), columns))
+        number = f"{len(mine)}" if len(mine) <= most else f"{most} of {len(mine)}"
+        blocks.append(torch.cat([_heading(f"{name}: {number}", color, row.shape[-1]), row], 1))
+    return sheet(blocks, columns=max(1, 12 // columns))
+
+
+def _in_surroundings(image: Tensor, box: Tensor, color: str, side: int) -> Tensor:
+    """A square of `side` pixels around an object, grey outside the picture."""
+    half = 0.75 * (box[2:] - box[:2]).max().clamp(min=2)
+    left, top = ((box[:2] + box[2:]) / 2 - half).int().tolist()
+    width = int(2 * half)
+    right, bottom = left + width - image.shape[-1], top + width - image.shape[-2]
+    margins = [max(-left, 0), max(-top, 0), max(right, 0), max(bottom, 0)]
+    window = F.crop(F.pad(image, margins, fill=225), top + margins[1], left + margins[0], width, width)
+    inside = box - torch.tensor([left, top, left, top])
+    return boxes_on(window, inside[None], [], [color], side)
+
+
+def _heading(text: str, color: str, width: int) -> Tensor:
+    """A line of text on its colour, uint8 (3, 22, width)."""
+    line, font = Image.new("RGB", (width, 22), "white"), _font(13)
+    text = _fitting(text, font, width - 14)
+    draw = ImageDraw.Draw(line)
+    draw.rectangle((4, 3, 11 + font.getlength(text), 21), fill=color)
+    draw.text((8, 12), text, fill=_readable_on(color), font=font, anchor="lm")
+    return F.pil_to_tensor(line)
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], novel: Sequence[str]) -> Image.Image:
+    """`evaluate.confusion` as a picture: rows what is there, columns what it is found as, colours shares of a row.
+
+    `matrix`: counts (classes + 1, classes + 1). Names are on the colours of base and novel classes, and with at most
+    25 classes the counts can be read.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    n = len(classes)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    cell, size = (0.44, 8) if n <= 25 else (0.2, 7)  # inches and points
+    side = cell * (n + 1) + 2.6
+    figure = Figure(figsize=(side + 0.6, side), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    drawn = axis.imshow(np.sqrt(shares), cmap="Greys", vmin=0, vmax=1)  # the root, so that rare mistakes are seen
+    rows = [f"{name} ({total})" for name, total in zip([*classes, "nothing"], matrix.sum(1))]
+    axis.set_yticks(range(n + 1), rows, fontsize=size)
+    axis.set_xticks(range(n + 1), [*classes, "missed"], fontsize=size, rotation=90)
+    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        for label, color in zip(labels, colors(classes, novel)):
+            label.set(color=_readable_on(color), bbox={"facecolor": color, "edgecolor": "none", "pad": 1.5})
+    axis.tick_params(length=0, pad=4)
+    axis.set_xticks(np.arange(n) + 0.5, minor=True)
+    axis.set_yticks(np.arange(n) + 0.5, minor=True)
+    axis.grid(which="minor", color="gainsboro", linewidth=0.5)
+    axis.tick_params(which="minor", length=0)
+    axis.axhline(n - 0.5, color="black", linewidth=1)
+    axis.axvline(n - 0.5, color="black", linewidth=1)
+    for row, column in np.argwhere(matrix) if n <= 25 else ():
+        light = shares[row, column] < 0.3
+        axis.text(
+            column, row, str(matrix[row, column]), ha="center", va="center", fontsize=size, color="k" if light else "w"
+        )
+    axis.set_ylabel("what is there (number)")
+    axis.set_xlabel("what it is found as")
+    bar = figure.colorbar(drawn, ax=axis, shrink=0.5, pad=0.02)
+    bar.set_ticks(np.sqrt([0, 0.01, 0.1, 0.25, 0.5, 1]), labels=["0", "1", "10", "25", "50", "100"])
+    bar.set_label("% of the row", fontsize=size)
+    bar.ax.tick_params(labelsize=size)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def guesses(images: Sequence[Tensor], probabilities: Sequence[Mapping[str, float]], most: int = 5) -> Figure:
@@ -176,9 +242,13 @@ def boxes_on(image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequenc
         x, y = (free or places)[0]
         taken.append((x, y, x + width, y + height))
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
-        light = np.dot(ImageColor.getrgb(color), (0.299, 0.587, 0.114)) > 128
-        draw.text((x + 2, y + height / 2), name, fill="black" if light else "white", font=font, anchor="lm")
+        draw.text((x + 2, y + height / 2), name, fill=_readable_on(color), font=font, anchor="lm")
     return F.pil_to_tensor(picture)
+
+
+def _readable_on(color: str) -> str:
+    """Black or white."""
+    return "black" if np.dot(ImageColor.getrgb(color), (0.299, 0.587, 0.114)) > 128 else "white"
 
 
 def _fitting(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:

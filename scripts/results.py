@@ -1,22 +1,26 @@
-"""One table of all finished runs, with the seeds of a setting averaged, and a picture of results by shots.
+"""Tables of all finished runs, with the seeds of a setting averaged; two settings compared; results drawn over shots.
 
     python scripts/results.py
     python scripts/results.py runs/tfa runs/meta_rcnn --metric AP75 --plot shots.png
-    python scripts/results.py --markdown
+    python scripts/results.py --compare runs/tfa/glyphs-split1-small runs/fsce/glyphs-split1-small
+    python scripts/results.py --compare runs/proto_net/cub-conv4-seed0 runs/maml/cub-conv4-seed0
 
-Settings are read from the results. Runs belong to one setting if they differ only in --seed (and in what has no part in
-the result, as --workers); a copy of a run counts once, and a --test-only of it in another way is a line of its own. A ±
-after the mean over several seeds is the 95 % interval of that mean by Student's t, which with two or three seeds is
-wide, and rightly so. After a single classifier's accuracy it is the interval over the test tasks.
+The tables are Markdown: one of settings, then one of the single runs and how each came about, as their results tell.
+Runs are averaged only if they differ in nothing but --seed (and in what has no part in the result, as --workers); else
+each has its own row, and a line says in what they differ. A copy of a run counts once; a --test-only of it in another
+way is a row of its own.
+
+--compare takes two folders or result files, and their difference on what both were tested on: one classifier each, run
+with --save-tasks, task by task; otherwise seed by seed, which for detectors means the same shots.
 """
 
 import json
 import re
-import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +28,76 @@ import tyro
 from matplotlib.figure import Figure
 
 from fewshot import InputError
+from fewshot.intervals import mean_interval
 
 GROUPS = ("base", "novel", "all")
-# 97.5 % quantiles of Student's t for 1, 2, 3, ... degrees of freedom; for more than these the normal one is close
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
-NORMAL = 1.96
 TEST = re.compile(r"test-[0-9a-f]{8}\.json")  # what --test-only leaves
+# What two runs must have in common for the difference of their results to be one of methods or settings.
+ALIKE = ("dataset", "data_root", "novel_classes", "novel", "split", "shot_lists", "stage", "trained_on")
+ALIKE += ("test_pictures", "test_objects", "ways", "queries", "tasks")
 
 
 @dataclass
 class Args:
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # where to look, at any depth
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # where to look, at any depth; or result files
     metric: str = "AP50"  # of detectors; COCO has AP, AP50, AP75, APs, ..., the others AP50, AP75, AP, AP50s, ...
-    markdown: bool = False  # print a table that Markdown shows
-    json: Path | None = None  # also write the rows to this file
+    compare: bool = False  # the difference of two folders or result files instead, with its interval
+    details: bool = True  # also the table of single runs
+    json: Path | None = None  # also write all rows to this file
     plot: Path | None = None  # also draw novel classes' results, or accuracies, against the number of shots
 
 
 @dataclass
 class Run:
-    """A finished run: `values` by column, each (percent, half its interval or None)."""
+    """A finished run: `values` by column, each (percent, half its 95 % interval or None)."""
 
-    method: str
-    args: dict[str, Any]  # those that have a part in the result, without the seed
+    path: Path
+    where: dict[str, str]  # the first columns of its row; runs that agree in these may have other `args`
+    args: dict[str, Any]  # all else that has a part in the result, but the seed
     seed: int
-    data: str
-    what: str  # base training, 10 shots, 5-way tasks
     values: dict[str, tuple[float, float | None]]
+    test: str  # how much it was tested on
     id: str  # the same in every copy of a run, and in a test that repeats its own
+    about: dict[str, Any]  # how the result came about
+    tasks: dict[str, list[float]] | None  # accuracies of single tasks, by shots
 
     @property
-    def setting(self) -> tuple[str, str, str, str]:
-        return self.method, self.data, self.what, json.dumps(self.args, sort_keys=True)
+    def classifies(self) -> bool:
+        return "ways" in self.where
+
+    @property
+    def setting(self) -> str:
+        return json.dumps([self.where, self.args], sort_keys=True)
+
+    @property
+    def family(self) -> str:
+        """The same in all runs of a method and data, whatever the shots; base training is one of its own."""
+        shots = self.where.get("shots") == "base"
+        return json.dumps({**self.where, "shots": shots}, sort_keys=True)
+
+    @property
+    def digits(self) -> int:
+        return 2 if self.classifies else 1
+
+
+@dataclass
+class Row:
+    """Runs that differ in their seed alone."""
+
+    runs: list[Run]
+    apart: dict[str, Any]  # what tells it from rows of the same method and data
+
+    @property
+    def values(self) -> dict[str, tuple[float, float | None]]:
+        if len(self.runs) == 1:
+            return self.runs[0].values
+        columns = [c for c in self.runs[0].values if all(c in run.values for run in self.runs)]
+        return {c: mean_interval([run.values[c][0] for run in self.runs]) for c in columns}
+
+    @property
+    def over(self) -> str:
+        """What its intervals are over."""
+        return "seeds" if len(self.runs) > 1 else "tasks" if self.runs[0].classifies else "-"
 
 
 def read(path: Path, metric: str) -> Run | None:
@@ -68,118 +110,321 @@ def read(path: Path, metric: str) -> Run | None:
         raise InputError(
             f"{path}: not a result with its settings ({error!r}); test its run again, or leave it out"
         ) from None
-    kept = {**trained, **tested}
-    method, seed = settings["method"], settings["seed"]
-    id = str((str(settings["id"]).partition("-")[0], json.dumps(tested, sort_keys=True)))
+    about, args, identity = settings.get("run", {}), {**trained, **tested}, str(settings["id"]).partition("-")[0]
+    if "base" in about:  # a file may move, or be made anew: what is in it counts
+        args["base"] = about["base"] and about["base"][:8]
+    if "precision" in about:
+        args["precision"] = about["precision"]
+    identity = str(path) if identity == "None" else str((identity, json.dumps(tested, sort_keys=True)))
+    where = {"method": settings["method"], "data": Path(trained["dataset"]).name or trained["dataset"]}
+    tasks = None
     if "shots" in metrics:
-        kept.pop("shots", None)
+        where |= {"ways": str(metrics["ways"])}
+        args |= {"tasks": metrics["tasks"]}
         values = {f"{k}-shot": (v["accuracy"], v["ci95"]) for k, v in metrics["shots"].items()}
-        return Run(method, kept, seed, trained["dataset"], f"{metrics['ways']}-way tasks", values, id)
-    if not metrics.get(metric):
+        test = f"{metrics['tasks']} tasks"
+        file = path.with_name("tasks.json" if path.name == "metrics.json" else f"{path.stem}-tasks.json")
+        tasks = json.loads(file.read_text()) if file.exists() else None
+    elif metrics.get(metric):
+        protocol, shots = metrics["protocol"], args.pop("shots")
+        shots = "base" if protocol["stage"] == "base" else str(shots)
+        where |= {"split": str(protocol["split"] or "-"), "shots": shots}
+        args |= {name: value for name, value in protocol.items() if name not in ("dataset", "shots")}  # tells the seed
+        values = {group: (value, None) for group, value in metrics[metric].items()}
+        test = f"{protocol['test_pictures']} pictures" if "test_pictures" in protocol else "-"
+        test += f", {protocol['test_objects']} objects" if "test_objects" in protocol else ""
+    else:
         return None
-    protocol, shots = metrics["protocol"], kept.pop("shots")
-    kept |= {"proposals": protocol["proposals"]} if "proposals" in protocol else {}
-    data = Path(trained["dataset"]).stem + (f", split {protocol['split']}" if protocol["split"] else "")
-    novel = ", novel classes" if protocol["trained_on"] == "novel classes" else ""
-    what = "base training" if protocol["stage"] == "base" else f"{shots} shots{novel}"
-    return Run(method, kept, seed, data, what, {group: (v, None) for group, v in metrics[metric].items()}, id)
+    return Run(path, where, args, settings["seed"], values, test, identity, about, tasks)
 
 
-def averaged(runs: list[Run]) -> dict[str, tuple[float, float | None]]:
-    """Mean and half its 95 % interval, column by column, over the seeds of a setting."""
-    if len(runs) == 1:
-        return runs[0].values
-    table = {}
-    for column in runs[0].values:
-        numbers = [run.values[column][0] for run in runs if column in run.values]
-        n = len(numbers)
-        if n == 1:
-            table[column] = (numbers[0], None)
-            continue
-        t = STUDENT[n - 2] if n - 2 < len(STUDENT) else NORMAL
-        table[column] = (statistics.mean(numbers), t * statistics.stdev(numbers) / n**0.5)
-    return table
+def collect(folders: Iterable[Path], metric: str) -> list[Run]:
+    """Every run below these folders, or in these files, once."""
+    runs: dict[str, Run] = {}
+    for folder in folders:
+        found = [p for p in folder.rglob("*.json") if p.name == "metrics.json" or TEST.fullmatch(p.name)]
+        places = [folder] if folder.is_file() else sorted(found)
+        if not places:
+            raise InputError(f"{folder}: no finished run in there; give a folder that a recipe wrote, such as runs")
+        for run in filter(None, (read(place, metric) for place in places)):
+            kept = runs.setdefault(run.id, run)
+            kept.tasks = kept.tasks or run.tasks
+    if not runs:
+        raise InputError(f"none of these runs has {metric}: give another --metric")
+    return list(runs.values())
 
 
-def rows(runs: list[Run]) -> Iterator[tuple[Run, int, str, dict[str, tuple[float, float | None]]]]:
-    """(a run of the setting, number of seeds, what sets it apart from similar settings, averages), sorted."""
-    settings: dict[tuple, list[Run]] = defaultdict(list)
-    for run in runs:
+def differing(many: Sequence[dict[str, Any]]) -> list[str]:
+    """Names whose values are not the same in all."""
+    names = dict.fromkeys(name for one in many for name in one)
+    return [name for name in names if any(one.get(name) != many[0].get(name) for one in many)]
+
+
+def told(names: Iterable[str], many: Sequence[dict[str, Any]]) -> str:
+    """These names, each with all its values."""
+    values = {name: list(dict.fromkeys(_short(one.get(name)) for one in many)) for name in names}
+    return ", ".join(f"{name} ({' / '.join(value)})" for name, value in values.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return "default" if value is None else str(value)
+
+
+def rows(runs: list[Run]) -> list[Row]:
+    """Runs by setting, sorted. A seed that was run twice makes a second row: it does not count double."""
+    settings, times = defaultdict(list), Counter()
+    for run in sorted(runs, key=lambda run: (run.seed, run.path)):
+        times[once := (run.setting, run.seed)] += 1
+        if times[once] > 1:
+            run.args["repetition"] = times[once]
         settings[run.setting].append(run)
-    similar: dict[tuple, list[dict]] = defaultdict(list)
-    for (*where, _), same in settings.items():
-        similar[tuple(where)].append(same[0].args)
-    for (*where, _), same in sorted(settings.items(), key=lambda item: _order(item[1][0])):
-        others, mine = similar[tuple(where)], same[0].args
-        names = [name for name in mine if any(other.get(name) != mine[name] for other in others)]
-        apart = ", ".join(f"{name} {mine[name]}" for name in names if mine[name] is not None)
-        yield same[0], len({run.seed for run in same}), apart, averaged(same)
+    families: dict[str, list[list[Run]]] = defaultdict(list)
+    for same in settings.values():
+        families[same[0].family].append(same)
+    found = []
+    for family in families.values():
+        names = differing([same[0].args for same in family])
+        found += [Row(same, {n: v for n in names if (v := same[0].args.get(n)) is not None}) for same in family]
+    return sorted(found, key=_order)
 
 
-def _order(run: Run) -> tuple:
-    first = run.what.split()[0]
-    return run.method, run.data, int(first) if first.isdigit() else 0, run.what, json.dumps(run.args, sort_keys=True)
+def _order(row: Row) -> tuple:
+    where = row.runs[0].where
+    names = where["method"], where["data"], where.get("split", "")
+    return row.runs[0].classifies, *names, _number(where), -len(row.runs), str(row.apart)
 
 
-def table(lines: list[list[str]], markdown: bool) -> str:
-    """Lines of cells as text; the first is the head."""
-    if markdown:
-        lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+def _number(where: dict[str, str]) -> int:
+    """Ways or shots, to sort by."""
+    shots = where.get("shots", "")
+    return int(where.get("ways") or {"base": 0, "all": 10**6}.get(shots, shots))
 
 
-def draw(found: list[tuple[Run, int, str, dict]], path: Path, metric: str) -> None:
-    """Results against shots, a line per method, data and setting, with intervals; `path` gives the format."""
-    lines: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
-    for run, _, apart, values in found:
-        name = ", ".join(filter(None, (run.method, run.data, apart)))
-        if run.what.endswith("tasks"):
-            points = [(int(column.split("-")[0]), *value) for column, value in values.items()]
+def not_averaged(found: list[Row]) -> list[str]:
+    """A line for each method, data and shots that has several rows: why."""
+    places: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        places[_place(row.runs[0].where)].append(row.runs[0].args)
+    return [
+        f"Not averaged: {place} has {len(many)} rows, which differ in {told(differing(many), many)}."
+        for place, many in places.items()
+        if len(many) > 1
+    ]
+
+
+def _place(where: dict[str, str]) -> str:
+    named = [f"{name} {value}" if name in ("split", "shots", "ways") else value for name, value in where.items()]
+    return ", ".join(text for text in named if text != "split -")
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first being the head, as Markdown that can be read as it is, without empty columns."""
+    columns = [column for column in zip(*lines) if set(column[1:]) - {"", "-"}]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in zip(*columns)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |" for line in lines)
+
+
+def number(value: tuple[float, float | None] | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value[0]:.{digits}f}" + ("" if value[1] is None else f" ± {value[1]:.{digits}f}")
+
+
+def main_table(found: list[Row], metric: str) -> str:
+    """Settings with their means, a row each, of detectors or of classifiers."""
+    first = found[0].runs[0]
+    columns = list(dict.fromkeys(column for row in found for column in row.values))
+    columns.sort(key=lambda c: GROUPS.index(c) if c in GROUPS else int(c.split("-")[0]))
+    names = [f"{metric} {column}" if column in GROUPS else column for column in columns]
+    lines = [[*first.where, "seeds", *names, "± over", "tested on", "differing in"]]
+    for row in found:
+        seeds = f"{len(row.runs)}: {', '.join(str(run.seed) for run in row.runs)}"
+        numbers = [number(row.values.get(column), first.digits) for column in columns]
+        apart = ", ".join(f"{name} {_short(value)}" for name, value in row.apart.items())
+        lines.append([*row.runs[0].where.values(), seeds, *numbers, row.over, row.runs[0].test, apart])
+    return markdown(lines)
+
+
+def details(found: list[Row]) -> str:
+    """Single runs: their results, and how these came about."""
+    head = "run seed result base commit hardware processes precision time memory command"
+    lines = [head.split()]
+    for run in (run for row in found for run in row.runs):
+        about = {name: "-" if value is None else str(value) for name, value in run.about.items()}
+        result = ", ".join(f"{column} {number(value, run.digits)}" for column, value in run.values.items())
+        place = run.path.parent if run.path.name == "metrics.json" else run.path
+        time = str(timedelta(seconds=round(run.about["seconds"]))) if "seconds" in about else "-"
+        memory = f"{about['peak_memory_gb']} GB" if "peak_memory_gb" in about else "-"
+        command = f"`{about['command']}`" if "command" in about else "-"
+        commit = about.get("commit", "-")
+        cells = [about.get("base", "-")[:8], commit[:10] + "+" * (len(commit) > 10 and commit.endswith("+"))]
+        cells += [about.get(name, "-") for name in ("hardware", "processes", "precision")]
+        lines.append([str(place), str(run.seed), result, *cells, time, memory, command])
+    return markdown(lines)
+
+
+def legend(found: list[Row]) -> str:
+    """What ± stands for in these rows."""
+    over = {row.over for row in found}
+    kinds = {"seeds": "over seeds by Student's t", "tasks": "over the test tasks of the one run"}
+    said = " or ".join(text for name, text in kinds.items() if name in over)
+    return f"All in percent. ± is half the 95 % interval of the mean, {said}." if said else "All in percent."
+
+
+def draw(found: list[Row], metric: str) -> Figure:
+    """Results against shots, a line per method, data and setting, with intervals; "all" stands at the end."""
+    detectors = [r for r in found if not r.runs[0].classifies and r.runs[0].where["shots"] != "base"]
+    panels = [
+        (f"{metric} of novel classes, %", _lines(r for r in detectors if "novel" in r.values)),
+        ("accuracy, %", _lines(r for r in found if r.runs[0].classifies)),
+    ]
+    panels = [(label, lines) for label, lines in panels if lines]
+    if not panels:
+        raise InputError("--plot: none of these runs has novel classes or shots")
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axis, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        numbers = sorted({int(shots) for points in lines.values() for shots in points if shots != "all"})
+        at = {str(n): n for n in numbers} | {"all": 2 * numbers[-1] if numbers else 1}
+        shown = [shots for shots in at if any(shots in points for points in lines.values())]
+        for name, points in lines.items():
+            shots = sorted(points, key=at.get)
+            value, half = zip(*(points[k] for k in shots))
+            half = [h or 0 for h in half]
+            style = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1}
+            axis.errorbar([at[k] for k in shots], value, half, label=name, **style)
+        axis.set_xscale("log")
+        axis.set_xticks([at[k] for k in shown], shown)
+        axis.minorticks_off()
+        axis.set_xlabel("shots")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _lines(found: Iterable[Row]) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """Points (value, half interval) by name of the line and shots."""
+    lines: dict[str, dict[str, tuple[float, float | None]]] = defaultdict(dict)
+    for row in found:
+        where = {name: value for name, value in row.runs[0].where.items() if name != "shots"}
+        name = ", ".join([_place(where), *(f"{name} {_short(value)}" for name, value in row.apart.items())])
+        if "ways" in where:
+            lines[name] |= {column.split("-")[0]: value for column, value in row.values.items()}
         else:
-            points = [(int(run.what.split()[0]), *values["novel"])] if "novel" in values else []
-        lines[name] += [(shots, value, ci or 0.0) for shots, value, ci in points]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for name, points in lines.items():
-        if points:
-            shots, value, ci = zip(*sorted(points))
-            axis.errorbar(shots, value, ci, label=name, marker="o", markersize=4, capsize=3, linewidth=1)
-    axis.set_xlabel("shots")
-    axis.set_ylabel(f"{metric} of novel classes, or accuracy, %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+            lines[name][row.runs[0].where["shots"]] = row.values["novel"]
+    return lines
+
+
+def compare(a: Path, b: Path, metric: str) -> list[dict[str, Any]]:
+    """Differences A - B of all that both have, paired by task or by seed; base training only if nothing else.
+
+    Raises:
+        InputError: they have nothing in common, several settings, other tasks or seeds, or were not tested alike.
+    """
+    sides: list[dict[str, list[Run]]] = []
+    for folder in (a, b):
+        sides.append(defaultdict(list))
+        for run in sorted(collect([folder], metric), key=lambda run: (_number(run.where), run.seed)):
+            sides[-1][_place({name: value for name, value in run.where.items() if name != "method"})].append(run)
+    common = [place for place in sides[0] if place in sides[1]]
+    few = [place for place in common if sides[0][place][0].where.get("shots") != "base"]
+    differences = []
+    for place in few or common:
+        left, right = sides[0][place], sides[1][place]
+        over, pairs = _paired(place, (a, left), (b, right))
+        for column, values in pairs.items():
+            mean, half = mean_interval([x - y for x, y in zip(*values, strict=True)])
+            row = {"setting": place, "result": f"{metric} {column}" if column in GROUPS else column}
+            row |= {"a": mean_interval(values[0])[0], "b": mean_interval(values[1])[0], "difference": mean}
+            differences.append({**row, "half": half, "pairs": len(values[0]), "over": over})
+    if not differences:
+        has = [[f"{place}: {', '.join(runs[0].values)}" for place, runs in side.items()] for side in sides]
+        raise InputError(f"nothing to compare: {a} has {'; '.join(has[0])}, and {b} has {'; '.join(has[1])}")
+    for folder, mine in ((a, sides[0]), (b, sides[1])):
+        if alone := [place for place in mine if place not in common]:
+            print(f"Only in {folder}, not compared: {'; '.join(alone)}.\n")
+    return differences
+
+
+def _paired(
+    place: str, a: tuple[Path, list[Run]], b: tuple[Path, list[Run]]
+) -> tuple[str, dict[str, tuple[list[float], list[float]]]]:
+    """(what pairs are over, their values in A and in B by column)."""
+    for folder, side in (a, b):
+        many = [run.args | {"method": run.where["method"]} for run in side]
+        if names := differing(many):
+            raise InputError(
+                f"{folder}: its runs of {place} differ in {told(names, many)}; name a folder or result file of one"
+            )
+        if len({run.seed for run in side}) < len(side):
+            raise InputError(f"{folder}: a seed was run twice for {place}; name a folder with one run of each")
+    (a, left), (b, right) = a, b
+    alike = [{name: side[0].args[name] for name in ALIKE if name in side[0].args} for side in (left, right)]
+    if names := differing(alike):
+        raise InputError(f"{a} and {b} were not tested alike for {place}: {told(names, alike)}")
+    if left[0].classifies and len(left) == len(right) == 1:
+        for folder, (run,) in ((a, left), (b, right)):
+            if run.tasks is None:
+                raise InputError(f"{folder} has no tasks.json with every task's accuracy: --test-only --save-tasks")
+        x, y = left[0].tasks, right[0].tasks
+        return "tasks", {f"{k}-shot": (x[k], y[k]) for k in x if k in y}
+    seeds = [", ".join(str(run.seed) for run in side) for side in (left, right)]
+    if seeds[0] != seeds[1]:
+        raise InputError(f"{a} has seeds {seeds[0]} and {b} {seeds[1]} for {place}: give the same seeds of both")
+    columns = [column for column in left[0].values if column in right[0].values]
+    x, y = ({c: [run.values[c][0] for run in side] for c in columns} for side in (left, right))
+    return "seeds", {c: (x[c], y[c]) for c in columns}
+
+
+def comparison(a: Path, b: Path, differences: list[dict[str, Any]]) -> str:
+    """Differences as a table."""
+    lines = [["setting", "result", "A", "B", "A - B", "95 % interval", "includes 0", "pairs"]]
+    for row in differences:
+        mean, half, interval, zero = row["difference"], row["half"], "-", "-"
+        if half is not None:
+            interval = f"{mean - half:.2f} to {mean + half:.2f}"
+            zero = "yes" if abs(mean) <= half else "no"
+        pairs = f"{row['pairs']} {row['over']}" if row["pairs"] > 1 else "1 seed: no interval"
+        numbers = [f"{row['a']:.2f}", f"{row['b']:.2f}", f"{mean:+.2f}"]
+        lines.append([row["setting"], row["result"], *numbers, interval, zero, pairs])
+    return f"A: {a}\nB: {b}\n\n{markdown(lines)}\n\nAll in percent; intervals by Student's t over the pairs."
 
 
 def main(args: Args) -> None:
-    runs = []
-    for folder in args.folders:
-        places = sorted(p for p in folder.rglob("*.json") if p.name == "metrics.json" or TEST.fullmatch(p.name))
-        if not places:
-            raise InputError(f"{folder}: no finished run in there; give a folder that a recipe wrote, such as runs")
-        runs += [run for place in places if (run := read(place, args.metric))]
-    runs = list({run.id: run for run in runs}.values())
-    if not runs:
-        raise InputError(f"none of these runs has {args.metric}: give another --metric")
-    found = list(rows(runs))
-    columns = list(dict.fromkeys([*GROUPS, *(column for *_, values in found for column in values)]))
-    columns = [column for column in columns if any(column in values for *_, values in found)]
-    lines = [["method", "data", "what", "seeds", *columns, "differing in"]]
-    for run, seeds, apart, values in found:
-        cells = (values.get(column) for column in columns)
-        numbers = ["-" if c is None else f"{c[0]:.1f}" + (f" ± {c[1]:.1f}" if c[1] is not None else "") for c in cells]
-        lines.append([run.method, run.data, run.what, str(seeds), *numbers, apart])
-    print(table(lines, args.markdown))
+    if args.compare:
+        if len(args.folders) != 2:
+            raise InputError("--compare needs two folders or result files: --compare A B")
+        if args.plot:
+            raise InputError("--plot draws runs over shots, not a difference: leave one of the two out")
+        content = compare(*args.folders, args.metric)
+        print(comparison(*args.folders, content))
+    else:
+        found = rows(collect(args.folders, args.metric))
+        kinds = [[r for r in found if r.runs[0].classifies == classifiers] for classifiers in (False, True)]
+        parts = [main_table(kind, args.metric) for kind in kinds if kind]
+        parts += ["\n".join([legend(found), *not_averaged(found)])]
+        print("\n\n".join(parts + ([details(found)] if args.details else [])))
+        content = [_content(row) for row in found]
+        if args.plot:
+            try:
+                draw(found, args.metric).savefig(args.plot, dpi=150)
+            except ValueError as error:  # matplotlib's, of a suffix that it does not know
+                raise InputError(f"--plot {args.plot}: {error}") from None
     if args.json:
-        content = [
-            {"method": r.method, "data": r.data, "what": r.what, "seeds": n, "args": r.args, "values": values}
-            for r, n, _, values in found
-        ]
         args.json.write_text(json.dumps(content, indent=1) + "\n")
-    if args.plot:
-        draw(found, args.plot, args.metric)
+
+
+def _content(row: Row) -> dict[str, Any]:
+    runs = [
+        {"path": str(run.path), "seed": run.seed, "values": {c: v for c, (v, _) in run.values.items()}, **run.about}
+        for run in row.runs
+    ]
+    first = row.runs[0]
+    return {**first.where, "args": first.args, "values": row.values, "over": row.over, "test": first.test, "runs": runs}
 
 
 if __name__ == "__main__":

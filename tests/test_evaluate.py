@@ -363,7 +363,7 @@ def test_coco_json_has_the_ids_of_the_users_json(tmp_path):
             labels = np.where(rng.random(len(boxes)) < 0.8, record.labels.repeat(3), 0)
             found[record.id] = Detections(boxes, rng.random(len(boxes)).astype(np.float32), labels)
         items = json.loads(json.dumps(evaluate.coco_json(found, dataset)))
-        assert [i["image_id"] for i in items[:: len(items) // 3]] == ids
+        assert {i["image_id"] for i in items} == set(ids)
         assert {(i["category_id"], i["category"]) for i in items} == {(90, "ant"), (3, "cat"), (17, "bee")}
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(tmp_path / "own.json"))
@@ -375,3 +375,59 @@ def test_coco_json_has_the_ids_of_the_users_json(tmp_path):
         mine = evaluate_coco(found, dataset)
         assert mine["AP"]["all"] == pytest.approx(100 * plain.stats[0], abs=1e-6) and mine["AP"]["all"] > 10
         assert mine["AR1000"]["all"] == pytest.approx(100 * plain.stats[8], abs=1e-6)
+
+
+def test_confusion_by_hand():
+    """Classes a, b, c: every kind of cell once."""
+    truth = [((0, 0, 40, 40), 0, False), ((100, 0, 140, 40), 1, False), ((200, 0, 240, 40), 2, False)]
+    truth += [((0, 100, 40, 140), 1, True)]
+    dataset = DetectionSet("x", "test", ["a", "b", "c"], ["c"], [make_record("p", "", 300, 300, truth)], "coco")
+    rows = [  # box, score, label
+        ((2, 0, 42, 40), 0.9, 0),  # a found as a
+        ((0, 0, 40, 40), 0.8, 1),  # it is taken, though this fits better: b where nothing is
+        ((100, 2, 140, 42), 0.7, 2),  # b found as c
+        ((100, 0, 140, 40), 0.6, 1),  # too late
+        ((0, 100, 40, 140), 0.5, 0),  # on what does not count: nowhere
+        ((200, 100, 240, 140), 0.4, 2),  # on nothing
+        ((200, 0, 240, 40), 0.2, 2),  # not sure enough: c is missed
+    ]
+
+    def found(rows):
+        return {"p": Detections(*(np.array([row[i] for row in rows]) for i in range(3)))}
+
+    expected = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 2, 1, 0]])
+    matrix = evaluate.confusion(found(rows), dataset)
+    assert matrix.dtype == np.int64 and np.array_equal(matrix, expected)
+    assert np.array_equal(evaluate.confusion(found(rows[::-1]), dataset), expected)
+    sure = evaluate.confusion(found(rows), dataset, score=0.2)
+    assert np.array_equal(sure - expected, np.array([[0] * 4, [0] * 4, [0, 0, 1, -1], [0] * 4]))
+    # with IoU above 38 / 42 the first two of the shifted ones miss, and the later ones take their objects
+    strict = np.array([[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 2, 0]])
+    assert np.array_equal(evaluate.confusion(found(rows), dataset, iou=0.95), strict)
+    # rows of classes count the ordinary objects, whatever was found
+    nothing = {"p": Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))}
+    assert evaluate.confusion(nothing, dataset)[:, -1].tolist() == [1, 1, 1, 0]
+    assert evaluate.confusion(nothing, dataset).sum() == 3
+    empty = dataset.with_records([make_record("p", "", 300, 300, [])])
+    assert evaluate.confusion(found(rows), empty)[-1].tolist() == [2, 2, 2, 0]
+    with pytest.raises(ValueError, match="labels outside"):
+        evaluate.confusion(found([((0, 0, 9, 9), 0.9, 3)]), dataset)
+
+
+def test_confusion_chooses_the_object_that_is_covered_best():
+    truth = [((0, 0, 40, 40), 0, False), ((10, 0, 50, 40), 1, False), ((100, 0, 300, 200), 0, True)]
+    records = [make_record("p", "", 300, 300, truth)]
+    dataset = DetectionSet("x", "test", ["a", "b"], [], records, "voc", offset=(1, 1, 1, 1))
+    boxes = np.array([[9, 1, 49, 41], [1, 1, 41, 41], [101, 1, 201, 101]])
+    found = {"p": Detections(boxes, np.array([0.9, 0.8, 0.7]), np.array([0, 0, 1]))}
+    # the first, 8 beside a and 2 beside b, is b's; so a is left for the second; the third covers a quarter of a crowd
+    assert evaluate.confusion(found, dataset).tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
+    coco = replace(dataset, metric="coco")  # within which everything is excused
+    assert evaluate.confusion(found, coco).tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_confusion_agrees_with_the_finds_of_a_perfect_detector():
+    dataset, _ = reference_set()
+    perfect = {r.id: Detections(r.boxes, np.ones(len(r.labels)), r.labels) for r in dataset.records}
+    counts = np.bincount(np.concatenate([r.labels[~r.difficult] for r in dataset.records]), minlength=3)
+    assert np.array_equal(evaluate.confusion(perfect, dataset), np.diag([*counts, 0])) and counts.min() > 0

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from fewshot import curves, show
-from fewshot.data.detection import open_detection
+from fewshot.data.annotations import make_record
+from fewshot.data.detection import DetectionSet, open_detection
 from fewshot.evaluate import Detections
 
 GREY = torch.full((3, 100, 150), 128, dtype=torch.uint8)
@@ -67,12 +68,56 @@ def test_detections_show_novel_classes_first():
 
 
 def test_sheets_and_figures():
-    dataset = open_detection("glyphs", "", part="train")
-    few = dataset.with_records(dataset.records[:30])
-    assert show.shots(few, most=2, side=64).width >= 128
     results = [(torch.tensor([[5.0, 5, 50, 50]]), torch.tensor([0.9]), ["a"])] * 2
     assert len(show.found([GREY] * 2, results, ["a"]).axes) == 2
     assert show.guesses([GREY], [{"a": 0.7, "b": 0.3}]).axes and show.captioned([GREY], ["a 70 %"]).width > 128
+
+
+def places(picture: Image.Image, color: tuple[int, int, int]) -> np.ndarray:
+    """Where a picture has exactly this colour, (n, 2) rows and columns."""
+    return np.argwhere((np.asarray(picture) == color).all(-1))
+
+
+def test_shots_stand_by_class_in_their_surroundings():
+    black = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    black[:, 20:40, 60:90] = torch.tensor([10, 200, 30], dtype=torch.uint8)[:, None, None]  # the object, at the edge
+    objects = [((60.0, 20, 90, 40), 1, False)] * 2
+    records = [make_record("p", "", 90, 60, [*objects, ((0.0, 0, 9, 9), 0, False)])]
+
+    class Drawn(DetectionSet):
+        def image(self, index: int) -> torch.Tensor:
+            return black
+
+    dataset = Drawn("x", "train", ["cat", "emu", "gnu"], ["emu"], records, "coco")
+    picture = show.shots(dataset, side=90)
+    block = 22 + 98  # of a class: its name and a row of two
+    assert picture.size == (3 * (192 + 4) + 4, block + 8)
+    orange, blue = places(picture, (255, 165, 0)), places(picture, (65, 105, 225))
+    assert orange[:, 1].min() > 196 and orange[:, 1].max() < 2 * 196, "emu's alone"
+    assert ((blue[:, 1] < 196) | (blue[:, 1] > 2 * 196)).all() and (blue[:, 1] > 2 * 196).any(), "gnu has its name too"
+    # the window is 45 pixels wide, shown twice as large, and reaches 7 pixels beyond the picture, which is grey
+    green = places(picture, (10, 200, 30))
+    assert 2 * 20 * 2 * 30 * 2 * 0.7 < len(green) < 2 * 20 * 2 * 30 * 2, "two objects, without their boxes' lines"
+    assert len(places(picture, (225, 225, 225))) > 2 * 14 * 90
+    assert show.shots(dataset, most=1, side=90).width == 3 * 94 + 4
+
+
+def test_confusion_can_be_read():
+    rng = np.random.default_rng(0)
+    names = [f"class {i}" for i in range(80)]
+    for n in (1, 5, 25, 26, 80):
+        matrix = rng.poisson(0.2, (n + 1, n + 1))
+        matrix[0, 0], matrix[0, 1:] = 30, 0
+        picture = show.confusion(matrix, names[:n], names[n - 1 : n])
+        assert picture.width < 2000 and 0.8 < picture.width / picture.height < 1.3
+        # the novel class's name is twice on orange, and the others on blue: at the left and at the bottom
+        orange, blue = places(picture, (255, 165, 0)), places(picture, (65, 105, 225))
+        assert len(orange) > 100 and len(blue) >= 100 * (n - 1) and (n > 1 or not len(blue))
+        assert np.ptp(orange[:, 1]) > 0.2 * picture.width / n
+        # all of the first class is found, so its cell is black but for a number that only few classes leave room for
+        left = places(picture, (0, 0, 0))
+        assert len(left) > (100 if n > 25 else 400)
+    assert show.confusion(np.zeros((4, 4), int), names[:3], []).width > 300
 
 
 def test_curves(tmp_path):
