@@ -1,20 +1,90 @@
 """Run a detector over a test set, every picture once by any number of processes, and report how good it is."""
 
-from collections.abc import Callable, Mapping
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from fewshot import launch, run
-from fewshot.data.detection import PUBLISHED_SPLITS, DetectionSet
+from fewshot import InputError, bases, launch, run
+from fewshot.data import check
+from fewshot.data.detection import PUBLISHED, PUBLISHED_SPLITS, DetectionSet, DetectionSplit
 from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
 from fewshot.data.transforms import Normalisation
-from fewshot.evaluate import Detections, coco_json, evaluate, in_original_pixels, table
+from fewshot.evaluate import Detections, coco_json, confusion, evaluate, in_original_pixels, table
 from fewshot.fold import folded
+from fewshot.intervals import mean_interval
+from fewshot.schedule import Schedule
+
+LARGE = 800 * 1333  # pixels of a picture that published detectors look for objects in
+
+
+def stages(accelerator: Accelerator, method: str, args: Any, backbone: str) -> Iterator[tuple[str, Any, str]]:
+    """(stage, its arguments, its folder) of what `--stage`, `--seeds` and `--test-only` ask for and is not there yet.
+
+    The base model is trained first, unless it is there or `--base` is another; then follow the fine-tunings, one for
+    each seed, whose mean result is printed at the end. With `--test-only` the stage is "test". Folders lie in `--out`,
+    by default named by data, split, and the backbone (by default `backbone`) or what is fine-tuned.
+    """
+    split = f"split{args.split}" if args.dataset in PUBLISHED_SPLITS else None
+    begin = args.backbone or (bases.label(args.base) if args.base else backbone)
+    args.out = args.out or run.default_folder(method, args.dataset, split, begin)
+    if not (args.base or args.test_only):
+        args.backbone = begin
+    base, folders = f"{args.out}/base", []
+    wanted = args.stage == "base" or (args.stage == "all" and not args.base and not args.test_only)
+    if wanted and run.due(accelerator, method, args, base, shared=args.stage == "all"):
+        yield "test" if args.test_only else "base", args, base
+    if args.stage == "base":
+        return
+    stage, named = ("finetune", "") if args.stage == "all" else (args.stage, "-novel" * (args.stage == "novel"))
+    args.base = args.base or f"{base}/model.safetensors"
+    for each in run.each_seed(args):
+        folders.append(f"{args.out}/{args.shots}shot-seed{each.seed}{named}")
+        if run.due(accelerator, method, each, folders[-1]):
+            yield "test" if args.test_only else stage, each, folders[-1]
+    _over_seeds(accelerator, args, folders)
+
+
+def announce(
+    accelerator: Accelerator, train: DetectionSet, test: DetectionSet, pictures: Pipeline, schedule: Schedule
+) -> None:
+    """Say what the user should hear of the data, and what is about to be done with them.
+
+    Raises:
+        InputError: own data would end or spoil the run (`check.quick`).
+    """
+    notes = list(train.notes)
+    if train.name not in PUBLISHED:
+        notes += launch.on_main(accelerator, lambda: check.quick(DetectionSplit(train, test, [], []), "all"))
+    objects, passes = sum(len(r.labels) for r in train.records), schedule.steps * schedule.batch / max(len(train), 1)
+    sizes = sorted((r.height * r.width, r.height, r.width) for r in train.records) or [(0, 0, 0)]
+    _, height, width = sizes[len(sizes) // 2]
+    new = pictures.resized(height, width)
+    size = (
+        f"as they are, {width} x {height}" if new == (height, width) else f"{width} x {height} -> {new[1]} x {new[0]}"
+    )
+    accelerator.print(
+        *notes,
+        f"{len(train)} pictures ({size}) with {objects} objects of {len(train.classes)} classes; "
+        f"{schedule.steps} steps of {schedule.batch} pictures: {passes:.2g} passes",
+        sep="\n",
+    )
+
+
+def fitting_proposals(pictures: Pipeline, dataset: DetectionSet, most: int = 1000) -> tuple[int, int]:
+    """Proposals for tests on pictures of any size, before and after NMS: published numbers are for large pictures.
+
+    After NMS `most`, cut in proportion to the median picture's area as the network gets it, but at least 100.
+    """
+    areas = [float(np.prod(pictures.resized(r.height, r.width))) for r in dataset.records]
+    return 1000, min(max(round(most * float(np.median(areas)) / LARGE), 100), most)
 
 
 @torch.no_grad()
@@ -50,55 +120,65 @@ def detect(
 def test(
     record: run.Record,
     dataset: DetectionSet,
-    protocol: Mapping[str, str] | None = None,
-    *,
-    workers: int = 0,
-    classwise: bool = False,
-    scramble: bool = False,
+    args: Any,
+    train: DetectionSet | None = None,
+    protocol: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> None:
     """Test the run's saved model on `dataset`, the test part, and `report` how good it is.
 
     Args:
+        args: a recipe's: `--test-proposals` replaces the model's own number of proposals, `--scramble-supports` tests
+            also with every class given the next class's supports (`exchange_supports` of the detector).
+        train: what it was trained on; if these are shots, a picture shows them.
         protocol: what else to say of how it was tested.
-        workers: data-loading processes.
-        classwise: print the result of every class too.
-        scramble: test also with every class given the next class's supports (`exchange_supports` of the detector).
         options: of the detector's `detect`.
     """
     detector = folded(record.best())
+    if (kept := args.test_proposals) is not None:
+        if kept < 1:
+            raise InputError(f"--test-proposals {kept}: must be one or more")
+        detector.rpn.test_proposals = (max(detector.rpn.test_proposals[0], kept), kept)
     pictures, normalisation = Pipeline(**record.about["pictures"]), detector.trunk.normalisation
 
     def look() -> dict[str, Detections]:
         search = partial(detector.detect, **options)
-        return detect(record.accelerator, search, dataset, pictures, normalisation, workers=workers)
+        return detect(record.accelerator, search, dataset, pictures, normalisation, workers=args.workers)
 
+    began = time.perf_counter()
     found, scrambled = look(), None
-    if scramble:
+    speed = len(dataset) / (time.perf_counter() - began)
+    if getattr(args, "scramble_supports", False):
         detector.exchange_supports()
         scrambled = look()
-    report(record, found, dataset, protocol, classwise=classwise, scrambled=scrambled)
+    protocol = {"test_proposals": detector.rpn.test_proposals[1], **(protocol or {})}
+    report(record, found, dataset, train, protocol, classwise=args.classwise, scrambled=scrambled, speed=speed)
 
 
 def report(
     record: run.Record,
     found: dict[str, Detections],
     dataset: DetectionSet,
-    more: Mapping[str, str] | None = None,
+    train: DetectionSet | None = None,
+    more: Mapping[str, Any] | None = None,
     *,
     classwise: bool = False,
     scrambled: dict[str, Detections] | None = None,
+    speed: float | None = None,
 ) -> None:
     """Print how good the detections are and by what protocol, and finish the run.
 
-    Writes the result, detections.json (COCO's format for results) and detections.png.
+    Writes the result, detections.json (COCO's format for results), and as pictures the detections, the confusion
+    between classes, and the shots.
 
     Args:
         record: whose model says what it was trained on.
         found: what `detect` gave for `dataset`, the test part.
+        train: what it was trained on.
         more: to say of the protocol.
         classwise: print the result of every class too.
         scrambled: the same with every class given the next class's supports: how much the supports matter.
+        speed: pictures per second of the test.
     """
     about, args = record.about, record.about["args"]
     novel_only, both = set(about["classes"]) <= set(dataset.novel), set(about["classes"]) > set(dataset.novel)
@@ -111,6 +191,7 @@ def report(
         "trained_on": "novel classes" if novel_only else "base and novel classes" if tuned and both else "base classes",
         "shots": f"{args['shots']} of each class, {drawn}" if tuned else None,
         "test_pictures": len(dataset),
+        "test_objects": int(sum((~r.difficult).sum() for r in dataset.records)),
         "test_time_augmentation": "none",
         **(more or {}),
     }
@@ -122,8 +203,23 @@ def report(
         from fewshot import show  # here: drawing is not needed to train
 
         files = {"detections.json": coco_json(found, dataset), "detections.png": show.detections(dataset, found)}
+        files["confusion.png"] = show.confusion(confusion(found, dataset), dataset.classes, dataset.novel)
+        files |= {"shots.png": show.shots(train)} if train is not None and train.cut_to_shots else {}
     if scrambled is not None:
         exchanged: Mapping[str, Any] = evaluate(scrambled, dataset)
         record.accelerator.print(f"with every class given the next class's supports:\n{table(exchanged, classwise)}")
         result["scrambled_supports"] = {key: value for key, value in exchanged.items() if key != "per_class"}
-    record.finish({**result, "protocol": protocol}, files)
+    took = {"pictures_per_second": round(speed, 3)} if speed else {}
+    record.finish({**result, "protocol": protocol}, files, took)
+
+
+def _over_seeds(accelerator: Accelerator, args: Any, folders: Sequence[str]) -> None:
+    """Print the mean result of `--seeds`, whose runs are in `folders`, with its 95 % interval by Student's t."""
+    if len(folders) > 1:
+        results = [json.loads(run.result_file(args, folder).read_text()) for folder in folders]
+        for name in [name for name in ("AP50", "AP") if name in results[0]]:
+            for group in results[0][name]:
+                values = [result[name][group] for result in results]
+                mean, half = mean_interval(values)
+                single = ", ".join(f"{value:.1f}" for value in values)
+                accelerator.print(f"{name} {group}: {mean:.1f} ± {half:.1f} over {len(values)} seeds ({single})")

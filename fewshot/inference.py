@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
-from fewshot import InputError, methods, show, weights
+from fewshot import InputError, heads, methods, show, weights
 from fewshot.data import pictures as files
 from fewshot.data.pipeline import Pipeline, collate_images
 from fewshot.data.query_aware import support_crop
@@ -36,14 +36,22 @@ if TYPE_CHECKING:
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Size = Literal["keep"] | None  # None: as in the method's tests
+NO_SUPPORTS = "no supports yet: call support with a few pictures of every class first"
+REJECT, NONE = 0.95, "none of these"  # share of the classes' own pictures that are kept; what the others are called
 
 
 class Guess(NamedTuple):
-    """What a picture shows: the likeliest class, its probability, and every class's."""
+    """What a picture shows: the likeliest class, its probability, and every class's.
+
+    After `Classifier.calibrate` also how far it is from the nearest class, and whether that is beyond the threshold:
+    then it is `rejected`, as none of the classes, whichever is likeliest among them.
+    """
 
     name: str
     probability: float
     probabilities: dict[str, float]
+    rejected: bool = False
+    distance: float | None = None
 
 
 class Found(NamedTuple):
@@ -146,17 +154,28 @@ class Model(HubModel):
 
 
 class Classifier(Model):
-    """A classifier of pictures into the classes of its supports; see `Model`."""
+    """A classifier of pictures into the classes of its supports; see `Model`.
+
+    Attributes:
+        threshold: distance beyond which a picture is none of the classes; None before `calibrate`.
+    """
 
     def __init__(self, network: nn.Module, state: dict[str, Tensor], about: dict[str, Any], device: Any = "cpu"):
         super().__init__(network, state, about, device)
         self.adapts = hasattr(network, "predict")  # all of itself: it has no features apart from a task
         self._supports: tuple[Tensor, methods.Groups] | None = None
         self._logits: methods.Adapted | None = None  # of features; of images where it adapts
+        self.threshold: float | None = None
 
     @torch.no_grad()
     def support(
-        self, images: Picture | Sequence[Picture], labels: str | Sequence[str], *, size: Size = None, seed: int = 0
+        self,
+        images: Picture | Sequence[Picture],
+        labels: str | Sequence[str],
+        *,
+        size: Size = None,
+        seed: int = 0,
+        reject: float | None = None,
     ) -> None:
         """Learn classes from supports, instead of those learnt before.
 
@@ -166,9 +185,10 @@ class Classifier(Model):
 
         Args:
             images: one or more of every class. labels: the class of each.
+            reject: also `calibrate` by this share.
 
         Raises:
-            InputError: no support, as many labels as images, or more or fewer classes than MAML was trained for.
+            InputError: no support, not as many labels as images, or more or fewer classes than MAML was trained for.
         """
         check_size(size)
         pictures, _ = listed(images)
@@ -181,12 +201,11 @@ class Classifier(Model):
         if self.adapts and len(names) != (ways := getattr(self.network, "ways", len(names))):
             raise InputError(f"{len(names)} classes of supports: this {self.method} was trained for {ways}")
         x = self.transformed(pictures, size)
-        self.adapt(
-            x if self.adapts else self.extracted(x),
-            [[i for i, label in enumerate(labels) if label == name] for name in names],
-            seed,
-        )
-        self.classes = names
+        support = x if self.adapts else self.extracted(x)
+        groups = [[i for i, label in enumerate(labels) if label == name] for name in names]
+        threshold = None if reject is None else self._threshold(support, groups, reject)
+        self.adapt(support, groups, seed)
+        self.classes, self.threshold = names, threshold
 
     def adapt(self, support: Tensor, groups: methods.Groups, seed: int = 0) -> None:
         """Learn classes from supports' features (n, ...), or images where it adapts; `groups` has each class's rows."""
@@ -202,7 +221,35 @@ class Classifier(Model):
                     return compare(repeated, query[None], len(groups))[0]
 
             self._logits = logits
-        self._supports = support, groups
+        self._supports, self.threshold = (support, groups), None
+
+    @torch.no_grad()
+    def calibrate(self, reject: float = REJECT) -> float:
+        """From now on tell apart what is none of the classes; returns the threshold.
+
+        A picture's distance is 1 - cosine of its features to the nearest class mean, whatever the method compares. The
+        threshold is the `reject` quantile of the supports' distances to the mean of their class's others, so that about
+        this share of the classes' own pictures is kept. A class of one support has no others: the rest stand for it.
+
+        Raises:
+            InputError: there are no supports yet, no class has two, the share is not between 0 and 1, or the method
+                has no features apart from a task (MAML).
+        """
+        if self._supports is None:
+            raise InputError(NO_SUPPORTS)
+        self.threshold = self._threshold(*self._supports, reject)
+        return self.threshold
+
+    def _threshold(self, support: Tensor, groups: methods.Groups, reject: float) -> float:
+        if not 0 < reject <= 1:
+            raise InputError(f"reject {reject}: give the share of the classes' own pictures to keep, say {REJECT}")
+        if self.adapts:
+            raise InputError(f"{self.method} adapts all of itself to a task: it has no features to reject pictures by")
+        several = [support[rows] for rows in groups if len(rows) > 1]
+        if not several:
+            raise InputError("to tell apart what is none of the classes, one of them at least needs two supports")
+        left_out = [_distances(x, (x.sum(0) - x) / (len(x) - 1)).diagonal() for x in several]
+        return float(torch.cat(left_out).quantile(reject))
 
     @contextmanager
     def _drawing(self, seed: int) -> Iterator[None]:
@@ -220,16 +267,17 @@ class Classifier(Model):
         check_size(size)
         pictures, alone = listed(images)
         guesses = []
-        for row in self.probabilities(self.transformed(pictures, size)).cpu() if pictures else []:
-            best = int(row.argmax())
-            table = dict(zip(self.classes, row.tolist()))
-            guesses.append(Guess(self.classes[best], table[self.classes[best]], table))
+        if pictures:
+            x = self.transformed(pictures, size)
+            query = x if self.adapts else self.extracted(x)
+            for row in self.classify(query).softmax(1).cpu():
+                best = int(row.argmax())
+                table = dict(zip(self.classes, row.tolist()))
+                guesses.append(Guess(self.classes[best], table[self.classes[best]], table))
+            if self.threshold is not None:
+                far = _distances(query, methods.class_means(*self._supports)).amin(1).tolist()
+                guesses = [g._replace(rejected=d > self.threshold, distance=d) for g, d in zip(guesses, far)]
         return guesses[0] if alone else guesses
-
-    @torch.no_grad()
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Probabilities (n, classes) of normalised images (n, 3, H, W)."""
-        return self.classify(x if self.adapts else self.extracted(x)).softmax(1)
 
     def classify(self, query: Tensor) -> Tensor:
         """Logits (n, classes) of features (n, ...), of normalised images where it adapts.
@@ -238,7 +286,7 @@ class Classifier(Model):
             InputError: there are no supports yet.
         """
         if self._logits is None:
-            raise InputError("no supports yet: call support with a few pictures of every class first")
+            raise InputError(NO_SUPPORTS)
         return self._logits(query).float()
 
     def extracted(self, x: Tensor) -> Tensor:
@@ -260,9 +308,13 @@ class Classifier(Model):
         return transform(torch.stack(squares).to(self.device), torch.tensor(aspects, device=self.device))
 
     def show(self, images: Picture | Sequence[Picture], *, size: Size = None) -> Figure:
-        """A matplotlib figure of the pictures with their classes' probabilities."""
+        """A matplotlib figure of the pictures with their classes' probabilities, and which are none of these."""
         pictures, _ = listed(images)
-        return show.guesses(pictures, [guess.probabilities for guess in self.predict(pictures, size=size)])
+        guesses = self.predict(pictures, size=size)
+        figure = show.guesses(pictures, [guess.probabilities for guess in guesses])
+        for axes, guess in zip(figure.axes[::2], guesses):
+            axes.set_title(NONE if guess.rejected else "", fontsize=8)
+        return figure
 
     def exportable(self) -> nn.Module:
         """A module that takes normalised images (n, 3, size, size) to the logits of the supports' classes (n, classes).
@@ -274,8 +326,13 @@ class Classifier(Model):
             names = "proto_net, relation_net and meta_baseline"
             raise InputError(f"{self.method} does not classify by its supports' means: only {names} export")
         if self._supports is None:
-            raise InputError("no supports yet: call support with a few pictures of every class first")
+            raise InputError(NO_SUPPORTS)
         return PrototypeNetwork(self.network, methods.class_means(*self._supports))
+
+
+def _distances(x: Tensor, means: Tensor) -> Tensor:
+    """1 - cosine (n, m) between features (n, ...) and class means (m, ...)."""
+    return 1 - heads.cosines(x.flatten(1), means.flatten(1))
 
 
 class Detector(Model):
@@ -369,12 +426,16 @@ class Detector(Model):
         size: Size = None,
         score_above: float = 0.05,
         share_proposals: bool = False,
+        test_proposals: int | None = None,
+        at_once: int = 8,
     ) -> list[Found] | Found:
         """What is on each picture; on one alone if it is not a list.
 
         Args:
             score_above: leave out what is less sure; the networks do not report below 0.05.
             share_proposals: for Attention-RPN with many classes: quicker, not quite the same (`AttentionRPN.detect`).
+            test_proposals: how many places of a picture are looked at: fewer are quicker. By default the model's own.
+            at_once: most pictures of one size that go through the network together.
 
         Raises:
             InputError: the method needs supports and has none yet, or a picture cannot be read.
@@ -386,19 +447,44 @@ class Detector(Model):
         if share_proposals and not self.any_class:
             raise InputError(f"{self.method} has one set of proposals anyway: share_proposals is for attention_rpn")
         pictures, alone = listed(images)
-        found = []
-        for picture in pictures:  # one by one, since padding would change what is found
-            image, scale = (
-                (picture, torch.ones(2)) if size == "keep" else self.pipeline.resize(picture, self.pipeline.short)
-            )
-            height, width = image.shape[1:]
-            x = self.normalisation(collate_images([image], self.pipeline.multiple).to(self.device))
-            x[..., height:, :], x[..., width:] = 0, 0
-            ((boxes, scores, labels),) = self.network.detect(x, [(height, width)], **options)
-            sure = scores >= score_above
-            names = [self.classes[i] for i in labels[sure].tolist()]
-            found.append(Found(boxes[sure].cpu() / scale.repeat(2), scores[sure].cpu(), names))
+        inputs = [self._resized(picture, size) for picture in pictures]
+        found: list[Found | None] = [None] * len(inputs)
+        with self._proposing(test_proposals):
+            for group in _of_one_size([image for image, _ in inputs], at_once):
+                results = self.network.detect(*self._batch([inputs[i][0] for i in group]), **options)
+                for i, (boxes, scores, labels) in zip(group, results, strict=True):
+                    sure = scores >= score_above
+                    names = [self.classes[label] for label in labels[sure].tolist()]
+                    found[i] = Found(boxes[sure].cpu() / inputs[i][1].repeat(2), scores[sure].cpu(), names)
         return found[0] if alone else found
+
+    @contextmanager
+    def _proposing(self, number: int | None) -> Iterator[None]:
+        """For a while, so many proposals of a picture are looked at instead of the model's own number."""
+        if number is None:
+            yield
+            return
+        if number < 1:
+            raise InputError(f"test_proposals is {number}: must be one or more")
+        before, after = self.network.rpn.test_proposals
+        self.network.rpn.test_proposals = (max(before, number), number)
+        try:
+            yield
+        finally:
+            self.network.rpn.test_proposals = (before, after)
+
+    def _resized(self, picture: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """The picture as the method's tests have it, and by which factors (2,) its x and y were changed."""
+        if size == "keep":
+            return picture, torch.ones(2)
+        return self.pipeline.resize(picture, self.pipeline.short)
+
+    def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Images of one size, normalised and padded, and their (height, width)."""
+        height, width = images[0].shape[1:]
+        x = self.normalisation(collate_images(images, self.pipeline.multiple).to(self.device))
+        x[..., height:, :], x[..., width:] = 0, 0
+        return x, [(height, width)] * len(images)
 
     def show(self, images: Picture | Sequence[Picture], *, size: Size = None, score_above: float = 0.3) -> Figure:
         """A matplotlib figure of the pictures with what was found on them."""
@@ -412,6 +498,15 @@ class Detector(Model):
             InputError: the model is another one.
         """
         return RoIHead(self.network)
+
+
+def _of_one_size(images: Sequence[Tensor], most: int) -> Iterator[list[int]]:
+    """Positions of images that have the same size, up to `most` together; padding would change what is found."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(tuple(image.shape), []).append(i)
+    for group in groups.values():
+        yield from (group[first : first + most] for first in range(0, len(group), most))
 
 
 def _check_box(number: int, box: Tensor, height: int, width: int) -> None:

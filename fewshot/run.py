@@ -11,12 +11,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
+import shlex
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,57 +33,23 @@ from tqdm.auto import tqdm
 from fewshot import InputError, curves, launch, weights
 from fewshot.data.stream import Feed
 from fewshot.launch import on_main
+from fewshot.schedule import Schedule
 
 T = TypeVar("T")
 LOG_EVERY = 10  # steps between lines of log.jsonl; also how often the losses are brought from the device
+TIMED = range(3, 23)  # of a run's steps: what the rest will take is estimated from these; the first ones warm up
 
 # Arguments that change how a run is carried out, not what it computes: a resumed run may change these.
 FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "stage", "save_every"}
-FREE_ARGS |= {"share_proposals", "scramble_supports", "save_tasks", "classwise"}
+FREE_ARGS |= {"share_proposals", "test_proposals", "scramble_supports", "save_tasks", "classwise", "seeds"}
 # What a test may choose; all else is the model's own, and comes from its file.
 TEST_ARGS = {"data_root", "cache", "ways", "shots", "queries", "tasks", "save_tasks", "test_temperature", "test_steps"}
-TEST_ARGS |= {"test_images", "classwise", "share_proposals", "scramble_supports", "at_once", "seed"}
-TEST_ARGS |= {"out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base"}
+TEST_ARGS |= {"test_images", "classwise", "share_proposals", "test_proposals", "scramble_supports", "at_once", "seed"}
+TEST_ARGS |= {"out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base", "seeds"}
+# What two runs of one setting may differ in.
+UNTOLD = (FREE_ARGS | {"seed", "data_root", "cache", "at_once"}) - {"share_proposals", "test_proposals"}
 # What a base model must have in common with what is fine-tuned from it.
 BASE_ARGS = ("dataset", "novel_classes", "split", "backbone", "style", "short", "long", "support_size")
-
-
-class Schedule(NamedTuple):
-    """How long and at what rate SGD or Adam train: steps, peak rate, milestones at which it falls, warm-up steps.
-
-    At 0-based step t the rate is lr * gamma^{#(milestones <= t)}, times 1 - (1 - t / warmup)(1 - ratio) while
-    t < warmup: the two multiply, as in the reference's schedules. `batch` is the global batch that it is meant for.
-    """
-
-    steps: int
-    lr: float
-    milestones: tuple[int, ...] = ()
-    warmup: int = 0
-    gamma: float = 0.1
-    ratio: float = 0.001
-    batch: int = 1
-
-    def scaled(self, args: Any, published: int | None = None) -> Schedule:
-        """The schedule that `args` ask for: `--iters` stretches milestones and warm-up, `--lr` replaces the rate.
-
-        With `published`, the batch that the steps and the rate are for, another `--batch-size` scales the rate by the
-        ratio and the steps by its inverse (the linear rule).
-        """
-        batch = args.batch_size or published or self.batch
-        ratio = batch / published if published else 1
-        steps = args.iters or max(1, round(self.steps / ratio))
-        lr = self.lr * ratio if args.lr is None else args.lr
-        milestones, warmup = tuple(m * steps // self.steps for m in self.milestones), self.warmup * steps // self.steps
-        return self._replace(steps=steps, lr=lr, milestones=milestones, warmup=warmup, batch=batch)
-
-    def of(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        """The scheduler: it multiplies each group's own rate."""
-
-        def factor(t: int) -> float:
-            warm = 1 - (1 - t / self.warmup) * (1 - self.ratio) if t < self.warmup else 1.0
-            return warm * self.gamma ** sum(m <= t for m in self.milestones)
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def default_folder(method: str, dataset: str, *more: Any) -> str:
@@ -147,6 +117,25 @@ def saved(accelerator: Accelerator, args: Any, folder: str | Path) -> dict[str, 
     return about
 
 
+def each_seed(args: T) -> Iterator[T]:
+    """`args` for every one of `--seeds`, or as they are; each begins as a run of that `--seed` alone would."""
+    for one in [replace(args, seed=seed, seeds=()) for seed in args.seeds] or [args]:
+        set_seed(one.seed)
+        yield one
+
+
+def result_file(args: Any, folder: str | Path) -> Path:
+    """Where the result of these arguments is: metrics.json or, of a `--test-only`, a file that tells its settings."""
+    if not args.test_only:
+        return Path(folder) / "metrics.json"
+    digest = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(_tested(args), sort_keys=True, default=str)).hex[:8]
+    return Path(folder) / f"test-{digest}.json"
+
+
+def _tested(args: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(args).items() if k in TEST_ARGS - UNTOLD}
+
+
 def summary(metrics: Mapping[str, Any]) -> str:
     """The main numbers of a result in a line."""
     if "shots" in metrics:
@@ -198,7 +187,7 @@ def _check_same(
     """Raises InputError naming the first argument in which the folder's run differs from this one."""
     if before["method"] != method:
         raise InputError(f"{folder} is a run of {before['method']}, not of {method}; give another --out")
-    names = sorted(set(before) | set(now)) if only is None else only
+    names = sorted(set(before) & set(now)) if only is None else only  # a newer version may have flags of its own
     for name in names:
         if name not in FREE_ARGS | {"method", "id"} and before.get(name) != now.get(name):
             raise InputError(f"{folder} was begun with {name}={before.get(name)}, not {now.get(name)}; {advice}")
@@ -349,6 +338,7 @@ class Record:
                 torch.manual_seed(launch.mix(self.args.seed, step, self.accelerator.process_index))
                 yield step, batch
                 self.step = step
+                self._estimate(step - self.feed.start, total - step)
                 if self._told_to_stop():
                     self._stop()
         finally:
@@ -356,6 +346,17 @@ class Record:
         self._flush()
         if self.step != total:
             raise RuntimeError(f"the data ended after step {self.step} of {total}")
+
+    def _estimate(self, done: int, remaining: int) -> None:
+        """Say once how long the rest takes, if one would go and get a coffee."""
+        if done == TIMED.start:
+            self.timed_from = time.perf_counter()
+        if done != TIMED.stop:
+            return
+        seconds = (time.perf_counter() - self.timed_from) / len(TIMED) * remaining
+        shorter = ": more than a day; fewer steps (--iters), smaller pictures or a GPU make it shorter"
+        if seconds > 60 and self.accelerator.is_main_process:
+            tqdm.write(f"{remaining} more steps take about {_duration(seconds)}{shorter * (seconds > 86400)}")
 
     def _told_to_stop(self) -> bool:
         """Whether any process was: all leave the loop after the same step."""
@@ -475,44 +476,39 @@ class Record:
             self.about["step"] = about.get("step")
         return model.eval()
 
-    def finish(self, metrics: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
+    def finish(
+        self, metrics: Mapping[str, Any], files: Mapping[str, Any] | None = None, took: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the result with the settings it was reached with, and end the run: trackers, lock, memory, seed.
 
         The result is metrics.json, beside curves.png and `files`: json values, or PIL images for names in .png. A test
         of a finished run writes test-ID.json, and its files likewise, ID telling its settings apart. After a training
-        the model's file is told the results, without those of single classes.
+        the model's file is told the results, without those of single classes. `took`: what else to say of the effort.
         """
-        free = (FREE_ARGS | {"seed", "data_root", "cache", "at_once"}) - {"share_proposals"}
-        trained = {k: v for k, v in self.about["args"].items() if k not in free | TEST_ARGS}
-        tested = {k: v for k, v in vars(self.args).items() if k in TEST_ARGS - free}
-        settings = {
-            "method": self.about["method"],
-            "seed": self.about["args"]["seed"],
-            "trained": trained,
-            "tested": tested,
-        }
+        # a folder of class folders has no other name than its place
+        place = {"data_root"} if self.about["args"].get("dataset") == "folder" else set()
+        trained = {k: v for k, v in self.about["args"].items() if k in place or k not in UNTOLD | TEST_ARGS}
+        settings = {"method": self.about["method"], "seed": self.about["args"]["seed"], "trained": trained}
+        settings |= {"tested": _tested(self.args), "run": self._provenance() | dict(took or {})}
         settings |= {"stage": self.about["stage"]} if "stage" in self.about else {}
-        name, prefix = "metrics", ""
+        path = result_file(self.args, self.folder)
         if self.test_only:
-            digest = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(tested, sort_keys=True, default=str)).hex[:8]
-            name = f"test-{digest}"
-            prefix = f"{name}-"
-            settings["id"] = f"{self.about.get('id')}-{digest}"
+            settings["id"] = f"{self.about.get('id')}-{path.stem.removeprefix('test-')}"
         else:
             settings["id"] = self.id
             results = {key: value for key, value in metrics.items() if key != "per_class"}
             self.save_model(results=results, id=self.id)
         if self.accelerator.is_main_process:
             for file, content in (files or {}).items():
-                path = self.folder / f"{prefix}{file}"
-                content.save(path) if path.suffix == ".png" else write_json(path, content)
+                place = self.folder / (f"{path.stem}-{file}" if self.test_only else file)
+                content.save(place) if place.suffix == ".png" else write_json(place, content)
             if not self.test_only:
                 curves.plot(self.folder / "log.jsonl", self.folder / "curves.png")
-            write_json(self.folder / f"{name}.json", {**metrics, "settings": settings})
+            write_json(path, {**metrics, "settings": settings})
         self.accelerator.wait_for_everyone()
         self.accelerator.log(_flat(metrics), step=self.step)
         self._log_pictures({k: v for k, v in (files or {}).items() if k.endswith(".png")})
-        self.accelerator.print(f"written to {self.folder}/{name}.json")
+        self.accelerator.print(f"written to {path}")
         # the next stage starts as if it came alone: with its own tracker, no model of this one, and from the seed
         launch.end_trackers(self.accelerator)
         self.accelerator.free_memory()
@@ -520,10 +516,43 @@ class Record:
             self.lock.release()
         set_seed(self.args.seed)
 
+    def _provenance(self) -> dict[str, Any]:
+        """How the numbers came about: the command, the code, the machine, and what it took."""
+        device, base = self.accelerator.device, getattr(self.args, "base", None)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        name = f"{_processor()}, threads: {torch.get_num_threads()}"
+        if device.type == "cuda":
+            peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+        return {
+            "command": shlex.join(sys.argv),
+            "commit": weights.commit(),
+            "hardware": name,
+            "processes": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+            "seconds": round(time.time() - self.began, 1),
+            "peak_memory_gb": round(peak / 1e9, 2),
+            "base": weights.digest(base) if base and Path(base).exists() else base,
+        }
+
     def _log_pictures(self, pictures: Mapping[str, Any]) -> None:
         if pictures and self.accelerator.trackers and self.accelerator.is_main_process:
             images = {Path(name).stem: [np.asarray(picture)] for name, picture in pictures.items()}
             self.accelerator.get_tracker("wandb").log_images(images, step=self.step)
+
+
+def _processor() -> str:
+    """What the CPU calls itself, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Models in and out: one self-describing safetensors file each."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -109,6 +110,12 @@ def fill_part(module: nn.Module, path: str | Path, prefix: str, without: Sequenc
     if not part:
         raise InputError(f"{path} has no tensor {prefix}*: it is a model of another kind")
     fill(module, part, path, fresh=without)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a model's file, or of the one in a run's folder: which base model a result comes from."""
+    path = Path(path)
+    return hashlib.sha256((path / "model.safetensors" if path.is_dir() else path).read_bytes()).hexdigest()
 
 
 def commit() -> str:

@@ -16,20 +16,20 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import InputError, detect, launch, run, trunks, weights
+from fewshot import bases, detect, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.pipeline import Pipeline
 from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.build import rebuilt
 from fewshot.pretrain import name_objects
-from fewshot.run import Schedule
+from fewshot.schedule import Passes, Schedule, choose
 
 METHOD = "attention_rpn"  # names runs and models; a copy of this recipe needs a name of its own
 
 # steps, rate, milestones, warm-up for a global batch of BATCH pictures (base training, fine-tuning): as published, but
 # for the embedded glyphs quick
-BATCH = {"glyphs": (8, 8), "voc": (16, 8), "coco": (8, 4)}
+BATCH = {"glyphs": (8, 8), "voc": (16, 8), "coco": (8, 4), "own": (4, 4)}
 RATIO = 0.1  # the share of the rate that a warm-up begins with
 # fmt: off
 SCHEDULE = {
@@ -47,42 +47,47 @@ SCHEDULE = {
         "base": Schedule(120_000, 0.004, (112_000,), 1000),
         10: Schedule(3000, 0.001, (2000,), 200), 30: Schedule(6000, 0.001, (3000, 5000), 400),
     },
+    "own": {"base": Passes(12, 0.001, 500, 20_000), "few": Passes(20, 0.001, 100, 2000)},
 }
 # fmt: on
-HEAD_LR = {"glyphs": 0.5, "voc": 2.0, "coco": 2.0}  # times the rate of the others, where these train too
-SHOTS = {"glyphs": 2, "voc": 10, "coco": 10}  # supports per class and picture in base training
-SMALLEST = {"glyphs": 0, "voc": 1024, "coco": 1024}  # base training leaves out pictures with an object of less area
+HEAD_LR = {"glyphs": 0.5, "voc": 2.0, "coco": 2.0, "own": 2.0}  # times the rate of the others, where these train too
+SHOTS = {"glyphs": 2, "voc": 10, "coco": 10, "own": 5}  # supports per class and picture in base training
+SMALLEST = {"glyphs": 0, "voc": 1024, "coco": 1024, "own": 0}  # base training: no pictures with an object of less area
 OBJECTS = 300  # steps of naming objects, if --weights says so; --iters can only shorten them
-TABLE = {"glyphs": 30, "voc": 100, "coco": 10}  # supports per class that a base model is tested with
+TABLE = {"glyphs": 30, "voc": 100, "coco": 10, "own": 30}  # supports per class that a base model is tested with
 # shorter side (one of these in training), longer side of the pictures to search; side and context of supports
 SHORT = (440, 472, 504, 536, 568, 600)
 PICTURES = {"glyphs": (None, None, 80, 4), "voc": (SHORT, 1000, 320, 16), "coco": (SHORT, 1000, 320, 16)}
+PICTURES |= {"own": (600, 1000, 320, 16)}
 # RoIs per pair in training, hidden channels of RPN and patch relation, proposals before and after NMS
 QUICK = {"rois": 32, "rpn_channels": 64, "relation_channels": 64, "shared_proposals": 50}
 QUICK |= {"train_proposals": (500, 100), "test_proposals": (500, 50)}
 PUBLISHED = {"rois": 128, "rpn_channels": 1024, "relation_channels": 512, "shared_proposals": 100}
 PUBLISHED |= {"train_proposals": (12000, 2000), "test_proposals": (6000, 100)}
-SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
-BACKBONE = {"glyphs": "small", "voc": "resnet50", "coco": "resnet50"}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED}
+BACKBONE = {"glyphs": "small", "voc": "resnet50", "coco": "resnet50", "own": "resnet50"}
 
 
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
-    shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
+    shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
     shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     support_size: int | None = None  # side of the supports in pixels; by default the published size
-    test_images: int | None = None  # test on only the first so many pictures
+    test_images: int | None = None  # test on only so many pictures
+    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
     stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
-    base: str | None = None  # base model to fine-tune; by default this recipe's own in --out
+    base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default this recipe's own in --out
+    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
     batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
@@ -97,6 +102,7 @@ class Args:
     # run
     out: str | None = None  # where everything goes; by default runs/attention_rpn/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
@@ -106,75 +112,71 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
     @property
-    def published(self) -> str:  # whose settings are taken: own data train as VOC does
-        return self.dataset if self.dataset in SCHEDULE else "voc"
+    def published(self) -> str:  # whose settings are taken
+        return self.dataset if self.dataset in SCHEDULE else "own"
+
+    @property
+    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
+        return self.published != "own" or self.short is not None
 
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        if args.shots not in SCHEDULE[args.published]:
-            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-        args.backbone = args.backbone or BACKBONE[args.published]
-        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
-        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
-        if args.test_only:
-            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
-        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
-        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
-            train_base(args, accelerator, base)
-        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
-            finetune(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
+        todo = {"base": train_base, "finetune": finetune, "test": test_saved}
+        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+            todo[stage](each, accelerator, folder)
 
 
 def open_data(args: Args) -> detection.DetectionSplit:
     choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, test_images=args.test_images)
+    return detection.open_split(*choice, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All of the detector but the trunk's first stages, on every object of the base classes."""
     data = open_data(args)
     train, test = without_small(data.train.restrict(data.base), SMALLEST[args.published]), data.test.restrict(data.base)
-    source = args.weights or ("none" if args.init else "objects" if args.backbone == "small" else None)
-    trunk = trunks.begin(args.backbone, "none" if source == "objects" else source, style=args.style)
+    named = args.weights == "objects"
+    source = "none" if named or (args.init and not args.weights) else args.weights
+    trunk = trunks.begin(args.backbone, source, style=args.style)
     if args.init:
         weights.fill_part(trunk, args.init, "trunk.", without=("meta_conv.",))
+    named |= not (args.weights or args.init or trunk.architecture["pretrained"])
     trunk.freeze_pretrained(2)
     episodes = searching(args, train, SHOTS[args.published])
-    if source == "objects" and not run.resumes(args, folder):
+    if named and not run.resumes(args, folder):
         steps = min(args.iters or OBJECTS, OBJECTS)
         name_objects(accelerator, trunk, train, episodes.pipeline, seed=args.seed, steps=steps, workers=args.workers)
     sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})
-    model, schedule = AttentionRPN(trunk, len(train.classes), **sizes), SCHEDULE[args.published]["base"]
-    schedule = schedule.scaled(args, BATCH[args.published][0])
-    fit(args, accelerator, folder, "base", schedule, model, train, test, episodes, TABLE[args.published])
+    model, batch = AttentionRPN(trunk, len(train.classes), **sizes), BATCH[args.published][0]
+    fit(args, accelerator, folder, "base", model, train, test, episodes, batch, TABLE[args.published])
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The head alone on K objects of every class; on COCO also RPN and stage 4, and of the novel classes alone."""
-    data = open_data(args)
-    classes = data.novel if args.dataset == "coco" else data.train.classes
-    train = k_shot.choose_shots(data.train.restrict(classes), args.shots, args.seed, args.shot_lists)
-    state, about = weights.load_of(data.base, base)
-    model = rebuilt(AttentionRPN, about, len(train.classes), rois=args.rois)
-    weights.fill(model, state, base, fresh=("kernels", "maps", "known"))
+    base = bases.load(args, open_data(args), METHOD, AttentionRPN)
+    classes = base.data.novel if args.dataset == "coco" else base.data.train.classes
+    train = k_shot.choose_shots(base.data.train.restrict(classes), args.shots, args.seed, args.shot_lists)
+    model = rebuilt(AttentionRPN, base.about, len(train.classes), rois=args.rois)
+    weights.fill(model, base.state, args.base, fresh=("kernels", "maps", "known"))
     model.trunk.freeze(3)
     torch.nn.ModuleList([] if args.dataset == "coco" else [model.trunk, model.rpn]).requires_grad_(False)
     # one shot is to be found, the others show what to look for
-    episodes = searching(args, train, min(max(args.shots - 1, 1), 10))
-    schedule = SCHEDULE[args.published][args.shots].scaled(args, BATCH[args.published][1])
-    fit(args, accelerator, folder, "finetune", schedule, model, train, data.test.restrict(classes), episodes, None)
+    shots = min(max(max(k_shot.counts(train)) - 1, 1), 10)
+    episodes, batch = searching(args, train, shots), BATCH[args.published][1]
+    fit(args, accelerator, folder, "finetune", model, train, base.data.test.restrict(classes), episodes, batch, None)
 
 
 def searching(args: Args, train: detection.DetectionSet, shots: int) -> QueryAware:
     short, long, size, context = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long)
+    pictures = Pipeline(args.short or short, args.long or long, enlarge=args.enlarge)
     return QueryAware(train, pictures, ways=2, shots=shots, size=args.support_size or size, context=context)
 
 
-def fit(args, accelerator, folder, stage, schedule, model, train, test, episodes, most) -> None:
+def fit(args, accelerator, folder, stage, model, train, test, episodes, batch, most) -> None:
     """One stage: the loop, then the test, with at most so many supports of a class."""
-    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
+    schedule = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch).scaled(args, batch)
+    detect.announce(accelerator, train, test, episodes.pipeline, schedule)
     normalisation, trained = model.trunk.normalisation, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     head, others = ([p for n, p in trained if n.startswith("relation.") == wanted] for wanted in (True, False))
     groups = [{"params": others}, {"params": head, "lr": schedule.lr * (HEAD_LR[args.published] if others else 1)}]
@@ -202,20 +204,19 @@ def fit(args, accelerator, folder, stage, schedule, model, train, test, episodes
     with torch.no_grad(), accelerator.autocast():
         detector.set_prototypes((*detector.support_features(s.images, s.boxes), s.labels) for s in table)
     record.save_model()
-    look(args, record, test)
+    look(args, record, test, train)
 
 
 def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The model that is there, as it is."""
     about = run.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, rebuilt(AttentionRPN, about), None, None, about)
-    look(args, record, open_data(args).test.restrict(about["classes"]))
+    look(args, record, open_data(args).test.with_novel(about["novel"]).restrict(about["classes"]))
 
 
-def look(args: Args, record: run.Record, test: detection.DetectionSet) -> None:
-    options = {"workers": args.workers, "classwise": args.classwise, "scramble": args.scramble_supports}
+def look(args: Args, record: run.Record, test: detection.DetectionSet, train=None) -> None:
     protocol = {"proposals": "shared by all classes" if args.share_proposals else "of each class"}
-    detect.test(record, test, protocol, **options, share=args.share_proposals)
+    detect.test(record, test, args, train, protocol, share=args.share_proposals)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,19 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import InputError, detect, fpn, launch, run, trunks, weights
+from fewshot import bases, detect, fpn, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.pipeline import Pipeline, train_loader
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.tfa import grow
-from fewshot.run import Schedule
+from fewshot.schedule import Passes, Schedule, choose
 
 METHOD = "fsce"  # names runs and models; a copy of this recipe needs a name of its own
 
 # steps, rate, milestones, warm-up, the factor at milestones for a global batch of BATCH pictures: as published, but for
 # the embedded glyphs quick
-BATCH = {"glyphs": 8, "voc": 16, "coco": 16}
+BATCH = {"glyphs": 8, "voc": 16, "coco": 16, "own": 4}
 # fmt: off
 SCHEDULE = {
     "glyphs": {
@@ -51,6 +51,7 @@ SCHEDULE = {
         "base": Schedule(110_000, 0.02, (85_000, 100_000), 1000),
         10: Schedule(30_000, 0.001, (20_000,), 200, 0.3), 30: Schedule(40_000, 0.001, (30_000,), 200, 0.3),
     },
+    "own": {"base": Passes(12, 0.01, 500, 20_000), "few": Passes(30, 0.005, 200, 2000)},
 }
 # fmt: on
 # the contrastive loss by shots: weight, least overlap of a RoI, and the steps after each of which the weight is halved
@@ -58,40 +59,46 @@ CONTRAST = {
     "glyphs": dict.fromkeys((1, 2, 3, 5, 10), (0.2, 0.7, (100,))),
     "voc": {3: (0.2, 0.6, (3000, 6000)), 5: (0.5, 0.7, (4000, 7000)), 10: (0.5, 0.8, (6000, 10_000))},
     "coco": {},  # published without
+    "own": {},
 }
 # shorter side (one of these in training), longer side, flip; glyphs are characters: never mirrored
 SHORT = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True), "coco": (SHORT[5:], 1333, True)}
+PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True)}
+PICTURES |= {"coco": (SHORT[5:], 1333, True), "own": (800, 1333, True)}
 # RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS
 QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 200), "test_proposals": (500, 100)}
 PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
 PUBLISHED |= {"train_proposals": (2000, 1000), "test_proposals": (1000, 1000)}
-SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
-BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101"}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED | {"rois": 128}}
+BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101", "own": "resnet50"}
 # what fine-tuning changes: half the RoIs, of twice the proposals, with looser positives
 FINETUNE = {
     "glyphs": {"rois": 32, "train_proposals": (500, 400), "threshold": 0.4},
     "voc": {"rois": 256, "train_proposals": (2000, 2000), "threshold": 0.4},
     "coco": {"rois": 256, "train_proposals": (2000, 2000), "threshold": 0.5},
+    "own": {"rois": 128, "train_proposals": (2000, 2000), "threshold": 0.4},
 }
 
 
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
-    shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
+    shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
     shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
-    test_images: int | None = None  # test on only the first so many pictures
+    test_images: int | None = None  # test on only so many pictures
+    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
     stage: Literal["all", "base", "finetune"] = "all"  # all: the base model unless it is there, then fine-tune
-    base: str | None = None  # base model to fine-tune, TFA's too; by default this recipe's own in --out
+    base: str | None = None  # model to fine-tune, TFA's too: coco, coco_mobile, a file, a run, a hub id
+    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
     contrastive: Literal["published", "on", "off"] = "published"  # as published for the data set and shots
     batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
@@ -106,6 +113,7 @@ class Args:
     # run
     out: str | None = None  # where everything goes; by default runs/fsce/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
@@ -113,33 +121,24 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
     @property
-    def published(self) -> str:  # whose settings are taken: own data train as VOC does
-        return self.dataset if self.dataset in SCHEDULE else "voc"
+    def published(self) -> str:  # whose settings are taken
+        return self.dataset if self.dataset in SCHEDULE else "own"
 
     @property
-    def few(self) -> int | tuple[int, int]:  # key of the fine-tuning's schedule
-        return (self.split, self.shots) if self.published == "voc" else self.shots
+    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
+        return self.published != "own" or self.short is not None
 
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        if args.few not in SCHEDULE[args.published]:
-            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-        args.backbone = args.backbone or BACKBONE[args.published]
-        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
-        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
-        if args.test_only:
-            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
-        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
-        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
-            train_base(args, accelerator, base)
-        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
-            finetune(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
+        todo = {"base": train_base, "finetune": finetune, "test": test_saved}
+        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+            todo[stage](each, accelerator, folder)
 
 
 def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
     choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, difficult=difficult, test_images=args.test_images)
+    return detection.open_split(*choice, difficult=difficult, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
@@ -150,33 +149,38 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     trunk.freeze_pretrained(1)
     sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})
     model = FSCE(trunk, len(train.classes), dimensions=0, **sizes)
-    fit(args, accelerator, folder, "base", SCHEDULE[args.published]["base"], model, train, test)
+    fit(args, accelerator, folder, "base", model, train, test)
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All but the trunk (VOC's first two shots: less), on K objects of every class, with the contrastive loss."""
-    data = open_data(args)
-    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists)
-    state, about = weights.load_of(data.base, base)
+    base = bases.load(args, open_data(args), METHOD, FSCE)
+    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     contrast = CONTRAST[args.published].get(args.shots)
     wanted = args.contrastive == "on" or (args.contrastive == "published" and contrast is not None)
     contrast = contrast or (0.2, 0.6, (3000, 6000))
     changes = FINETUNE[args.published] | ({"rois": args.rois} if args.rois else {})
     dimensions = 128 if wanted else 0
-    model = rebuilt(FSCE, about, len(train.classes), cosine=True, dimensions=dimensions, above=contrast[1], **changes)
-    weights.fill(model, grow(state, data.base, train.classes), base, fresh=("contrast.",))
+    model = rebuilt(
+        FSCE, base.about, len(train.classes), cosine=True, dimensions=dimensions, above=contrast[1], **changes
+    )
+    weights.fill(model, grow(base.state, base.kept, train.classes), args.base, fresh=("contrast.",))
     model.trunk.freeze(len(model.trunk.stages))
-    for part in (model.trunk, model.rpn, model.fc1) if args.published == "voc" and args.shots < 3 else ():
+    for part in (model.trunk, model.rpn, model.fc1) if args.published == "voc" and args.shots in (1, 2) else ():
         part.requires_grad_(False)
-    fit(args, accelerator, folder, "finetune", SCHEDULE[args.published][args.few], model, train, data.test, contrast)
+    fit(args, accelerator, folder, "finetune", model, train, base.data.test, contrast)
 
 
-def fit(args, accelerator, folder, stage, schedule, model, train, test, contrast=(0.0, 0.0, ())) -> None:
+def fit(args, accelerator, folder, stage, model, train, test, contrast=(0.0, 0.0, ())) -> None:
     """One stage: the loop, then the test."""
-    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
     short, long, flip = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long, flip, multiple=32)
-    published, schedule = schedule.steps, schedule.scaled(args, BATCH[args.published])
+    pictures = Pipeline(args.short or short, args.long or long, flip, multiple=32, enlarge=args.enlarge)
+    batch = BATCH[args.published]
+    published = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch)
+    schedule = published.scaled(args, batch)
+    detect.announce(accelerator, train, test, pictures, schedule)
+    if args.published == "own":
+        model.rpn.test_proposals = detect.fitting_proposals(pictures, train)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
@@ -187,7 +191,7 @@ def fit(args, accelerator, folder, stage, schedule, model, train, test, contrast
     options = {"batch_size": schedule.batch, "group": args.group_aspect}
     loader = train_loader(train, pictures, record.feed, model.trunk.normalisation, **options)
     for step, batch in record.steps(loader):
-        model.strength = strength * 0.5 ** sum(step > h * schedule.steps / published for h in halvings)
+        model.strength = strength * 0.5 ** sum(step > h * schedule.steps / published.steps for h in halvings)
         losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels)
         accelerator.backward(sum(losses.values()))
         record.optimizer.step()
@@ -198,15 +202,15 @@ def fit(args, accelerator, folder, stage, schedule, model, train, test, contrast
             record.save(step)
 
     # test
-    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+    detect.test(record, test, args, train)
 
 
 def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The model that is there, as it is."""
     about = run.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, rebuilt(FSCE, about), None, None, about)
-    test = open_data(args).test.restrict(about["classes"])
-    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
+    detect.test(record, test, args)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,18 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import InputError, detect, launch, run, trunks, weights
+from fewshot import bases, detect, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.pipeline import Pipeline, train_loader
 from fewshot.data.support import NWayKShot
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsdetview import FSDetView
-from fewshot.run import Schedule
+from fewshot.schedule import Passes, Schedule, choose
 
 METHOD = "fsdetview"  # names runs and models; a copy of this recipe needs a name of its own
 
 # steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the embedded glyphs quick
-BATCH = {"glyphs": 8, "voc": 32, "coco": 32}
+BATCH = {"glyphs": 8, "voc": 32, "coco": 32, "own": 4}
 # fmt: off
 SCHEDULE = {
     "glyphs": {
@@ -43,39 +43,44 @@ SCHEDULE = {
         (1, 10): Schedule(1000, 0.005), (2, 10): Schedule(1000, 0.001), (3, 10): Schedule(1000, 0.001),
     },
     "coco": {"base": Schedule(80_000, 0.01, (), 1000), 10: Schedule(5000, 0.001), 30: Schedule(8000, 0.001)},
+    "own": {"base": Passes(12, 0.005, 500, 20_000), "few": Passes(30, 0.005, 100, 2000)},
 }
 # fmt: on
-BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet50"}
+BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet50", "own": "resnet50"}
 # shorter side, longer side, flip of query pictures (glyphs are characters: never mirrored), then the side of supports
 # and how many a base class has at most
 PICTURES = {
     "glyphs": (None, None, False, 80, 30),
     "voc": (600, 1000, True, 224, 200),
     "coco": (600, 1000, True, 224, 200),
+    "own": (600, 1000, True, 224, 200),
 }
 # RoIs per training picture, hidden channels of the RPN, proposals before and after NMS
 QUICK = {"rois": 32, "rpn_channels": 128, "train_proposals": (1000, 100), "test_proposals": (1000, 100)}
 PUBLISHED = {"rois": 128, "rpn_channels": 512, "train_proposals": (12000, 2000), "test_proposals": (6000, 300)}
-SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED}
 
 
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
-    shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
+    shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
     shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     support_size: int | None = None  # side of the supports in pixels; by default the published size
-    test_images: int | None = None  # test on only the first so many pictures
+    test_images: int | None = None  # test on only so many pictures
+    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
     stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
-    base: str | None = None  # base model to fine-tune; by default this recipe's own in --out
+    base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default this recipe's own in --out
+    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
     batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
@@ -89,6 +94,7 @@ class Args:
     # run
     out: str | None = None  # where everything goes; by default runs/fsdetview/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
@@ -97,33 +103,24 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
     @property
-    def published(self) -> str:  # whose settings are taken: own data train as VOC does
-        return self.dataset if self.dataset in SCHEDULE else "voc"
+    def published(self) -> str:  # whose settings are taken
+        return self.dataset if self.dataset in SCHEDULE else "own"
 
     @property
-    def few(self) -> int | tuple[int, int]:  # key of the fine-tuning's schedule; own data train as VOC's split 2
-        return (self.split if self.dataset == "voc" else 2, self.shots) if self.published == "voc" else self.shots
+    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
+        return self.published != "own" or self.short is not None
 
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        if args.few not in SCHEDULE[args.published]:
-            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-        args.backbone = args.backbone or BACKBONE[args.published]
-        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
-        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
-        if args.test_only:
-            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
-        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
-        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
-            train_base(args, accelerator, base)
-        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
-            finetune(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
+        todo = {"base": train_base, "finetune": finetune, "test": test_saved}
+        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+            todo[stage](each, accelerator, folder)
 
 
 def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
     choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, difficult=difficult, test_images=args.test_images)
+    return detection.open_split(*choice, difficult=difficult, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
@@ -135,31 +132,33 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     model = FSDetView(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
     *_, size, used = PICTURES[args.published]
     supports = NWayKShot(train, 1, used=used, one_per_image=True, size=args.support_size or size)
-    fit(args, accelerator, folder, "base", SCHEDULE[args.published]["base"], model, train, test, supports)
+    fit(args, accelerator, folder, "base", model, train, test, supports)
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The last layers alone, on K objects of every class, from the base model."""
-    data = open_data(args)
-    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists)
-    state, about = weights.load_of(data.base, base)
-    model = rebuilt(FSDetView, about, len(train.classes), rois=args.rois)
-    weights.fill(model, state, base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
+    base = bases.load(args, open_data(args), METHOD, FSDetView)
+    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
+    model = rebuilt(FSDetView, base.about, len(train.classes), rois=args.rois)
+    weights.fill(model, base.state, args.base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
     model.trunk.requires_grad_(False)
     model.rpn.requires_grad_(False)
     model.product.requires_grad_(False)  # their batch norms go on to count, as published
     model.difference.requires_grad_(False)
     supports = NWayKShot(train, 1, used=30, size=args.support_size or PICTURES[args.published][3])
-    schedule, multiple = SCHEDULE[args.published][args.few], 32  # padded so as published
-    fit(args, accelerator, folder, "finetune", schedule, model, train, data.test, supports, multiple)
+    # padded as published
+    fit(args, accelerator, folder, "finetune", model, train, base.data.test, supports, multiple=32)
 
 
-def fit(args, accelerator, folder, stage, schedule, model, train, test, supports, multiple=1) -> None:
+def fit(args, accelerator, folder, stage, model, train, test, supports, multiple=1) -> None:
     """One stage: the loop, then the test."""
-    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
     short, long, flip, *_ = PICTURES[args.published]
-    pictures, normalisation = Pipeline(args.short or short, args.long or long, flip), model.trunk.normalisation
-    schedule = schedule.scaled(args, BATCH[args.published])
+    pictures = Pipeline(args.short or short, args.long or long, flip, enlarge=args.enlarge)
+    batch, normalisation = BATCH[args.published], model.trunk.normalisation
+    schedule = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch).scaled(args, batch)
+    detect.announce(accelerator, train, test, pictures, schedule)
+    if args.published == "own":
+        model.rpn.test_proposals = detect.fitting_proposals(pictures, train, most=PUBLISHED["test_proposals"][1])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()}
@@ -185,15 +184,15 @@ def fit(args, accelerator, folder, stage, schedule, model, train, test, supports
         table = [(detector.support_vectors(s.images), s.labels) for s in supports.table(record.feed, normalisation)]
     detector.set_prototypes(*(torch.cat(part) for part in zip(*table)))
     record.save_model()
-    detect.test(record, test, workers=args.workers, classwise=args.classwise, scramble=args.scramble_supports)
+    detect.test(record, test, args, train)
 
 
 def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The model that is there, as it is."""
     about = run.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, rebuilt(FSDetView, about), None, None, about)
-    test = open_data(args).test.restrict(about["classes"])
-    detect.test(record, test, workers=args.workers, classwise=args.classwise, scramble=args.scramble_supports)
+    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
+    detect.test(record, test, args)
 
 
 if __name__ == "__main__":

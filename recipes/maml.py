@@ -9,6 +9,7 @@ queries after those steps, and its gradient goes through them.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -16,24 +17,27 @@ import tyro
 
 from fewshot import backbones, launch, run
 from fewshot.data import episodes, transforms
-from fewshot.data.classification import DatasetName, open_dataset
+from fewshot.data.classification import DatasetName, open_splits
 from fewshot.maml import MAML
 from fewshot.meta_test import meta_test_images, report
-from fewshot.run import Schedule
+from fewshot.plan import planned
+from fewshot.schedule import Passes, Schedule
 
 METHOD = "maml"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate and episodes per step, then the inner rate and test tasks: as published, but for glyphs and Omniglot quick
+# steps and rate, then episodes per step, the inner rate and test tasks: as published, but for glyphs and Omniglot quick
 # on a CPU
-QUICK, PUBLISHED = (Schedule(120, 3e-3, batch=2), 0.05, 300), (Schedule(12_500, 1e-3, batch=8), 0.01, 2000)
-SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {"glyphs": QUICK, "omniglot": QUICK}
+QUICK, PUBLISHED = (Schedule(120, 3e-3), 2, 0.05, 300), (Schedule(12_500, 1e-3), 8, 0.01, 2000)
+OWN = (Passes(100, 1e-3, 120, 12_500), 2, 0.01, 300)  # passes, rate, least and most steps; then likewise
+SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {"glyphs": QUICK, "omniglot": QUICK, "folder": OWN}
 
 
 @dataclass
 class Args:
     # data
-    dataset: DatasetName = "glyphs"  # what to learn on
+    dataset: DatasetName | str = "glyphs"  # what to learn on; or the path of your own folder of class folders
     data_root: str = "data"  # folder that holds the data set
+    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a task, in training too
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
@@ -46,7 +50,7 @@ class Args:
     batch_size: int | None = None  # episodes per step, over all processes; by default as published, like the next two
     iters: int | None = None  # steps
     lr: float | None = None  # Adam's learning rate
-    eval_every: int = 250  # steps between validations, each of which also saves
+    eval_every: int = 250  # steps between validations, each of which also saves; shorter own trainings have ten
     val_tasks: int = 100  # validation tasks
     # model
     backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
@@ -67,24 +71,25 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or run.default_folder(METHOD, args.dataset, args.backbone, f"seed{args.seed}")
+        novel = args.novel and Path(args.novel).stem
+        args.out = args.out or run.default_folder(METHOD, args.dataset, novel, args.backbone, f"seed{args.seed}")
         if run.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 
 def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
-    schedule, inner_lr, tasks = SCHEDULE[args.dataset]
-    schedule, tasks = schedule.scaled(args), args.tasks or tasks
-    inner_lr = inner_lr if args.inner_lr is None else args.inner_lr
-
     # data
     with accelerator.local_main_process_first():  # one process fills the cache
-        train_set, val_set, test_set = (
-            open_dataset(args.dataset, args.data_root, split, cache=args.cache) for split in ("train", "val", "test")
-        )
-    episodes.check(train_set, args.ways, args.train_shots, args.train_queries)
+        train_set, val_set, test_set = sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache)
+    episodes.check(
+        train_set, args.ways, args.train_shots, args.train_queries, ("--ways", "--train-shots", "--train-queries")
+    )
     for split in (val_set, test_set):
         episodes.check(split, args.ways, max(args.shots), args.queries)
+    row, batch, inner_lr, tasks = SCHEDULE[train_set.name]
+    each = args.ways * (args.train_shots + args.train_queries)  # pictures of an episode
+    schedule, eval_every = planned(accelerator, args, row, sets, pictures=each, batch=batch)
+    inner_lr, tasks = inner_lr if args.inner_lr is None else args.inner_lr, args.tasks or tasks
 
     # model
     model = MAML(
@@ -115,7 +120,7 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         record.optimizer.zero_grad()
         record.log(step, {"loss": loss}, ids=episode.indices)
 
-        if step % args.eval_every == 0 or step == schedule.steps:
+        if step % eval_every == 0 or step == schedule.steps:
             result = meta_test_images(
                 accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test
             )

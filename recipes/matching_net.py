@@ -8,6 +8,7 @@ A query attends to every support by the softmax of their cosine; a class is as p
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from fewshot import backbones, heads, launch, run
 from fewshot.data import episodes, transforms
-from fewshot.data.classification import DatasetName, open_dataset
+from fewshot.data.classification import DatasetName, open_splits
 from fewshot.meta_test import meta_test, report
-from fewshot.run import Schedule
+from fewshot.plan import planned
+from fewshot.schedule import Passes, Schedule
 
 METHOD = "matching_net"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -27,6 +29,7 @@ METHOD = "matching_net"  # names runs and models; a copy of this recipe needs a 
 SCHEDULE = dict.fromkeys(get_args(DatasetName), Schedule(100_000, 1e-3)) | {
     "glyphs": Schedule(600, 1e-3),
     "omniglot": Schedule(500, 1e-3),
+    "folder": Passes(100, 1e-3, 600, 100_000),  # passes, rate, least and most steps
 }
 EPISODE = dict.fromkeys(get_args(DatasetName), (5, 5, 16)) | {"omniglot": (60, 1, 5)}
 
@@ -34,8 +37,9 @@ EPISODE = dict.fromkeys(get_args(DatasetName), (5, 5, 16)) | {"omniglot": (60, 1
 @dataclass
 class Args:
     # data
-    dataset: DatasetName = "glyphs"  # what to learn on
+    dataset: DatasetName | str = "glyphs"  # what to learn on; or the path of your own folder of class folders
     data_root: str = "data"  # folder that holds the data set
+    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
@@ -47,9 +51,9 @@ class Args:
     train_shots: int | None = None  # support images per class in a training episode
     train_queries: int | None = None  # query images per class in a training episode
     batch_size: int = 1  # episodes per step, over all processes
-    iters: int | None = None  # steps; by default the data set's published schedule
+    iters: int | None = None  # steps; by default as published, of own data by their number of pictures
     lr: float = 1e-3  # Adam's learning rate
-    eval_every: int = 2000  # steps between validations, each of which also saves
+    eval_every: int = 2000  # steps between validations, each of which also saves; shorter own trainings have ten
     val_tasks: int = 500  # validation tasks
     # model
     backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
@@ -81,23 +85,22 @@ class MatchingNet(nn.Module):
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or run.default_folder(METHOD, args.dataset, args.backbone, f"seed{args.seed}")
+        novel = args.novel and Path(args.novel).stem
+        args.out = args.out or run.default_folder(METHOD, args.dataset, novel, args.backbone, f"seed{args.seed}")
         if run.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 
 def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
-    schedule, (ways, shots, queries) = SCHEDULE[args.dataset].scaled(args), EPISODE[args.dataset]
-    ways, shots, queries = args.train_ways or ways, args.train_shots or shots, args.train_queries or queries
-
     # data
     with accelerator.local_main_process_first():  # one process fills the cache
-        train_set, val_set, test_set = (
-            open_dataset(args.dataset, args.data_root, split, cache=args.cache) for split in ("train", "val", "test")
-        )
-    episodes.check(train_set, ways, shots, queries)
+        train_set, val_set, test_set = sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache)
+    ways, shots, queries = EPISODE[train_set.name]
+    ways, shots, queries = args.train_ways or ways, args.train_shots or shots, args.train_queries or queries
+    episodes.check(train_set, ways, shots, queries, episodes.TRAIN_FLAGS)
     for split in (val_set, test_set):
         episodes.check(split, args.ways, max(args.shots), args.queries)
+    schedule, eval_every = planned(accelerator, args, SCHEDULE[train_set.name], sets, pictures=ways * (shots + queries))
 
     # model
     model = MatchingNet(backbones.build(args.backbone, train_set.size), args.temperature)
@@ -117,7 +120,7 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         record.optimizer.zero_grad()
         record.log(step, {"loss": loss}, ids=episode.indices)
 
-        if step % args.eval_every == 0 or step == schedule.steps:
+        if step % eval_every == 0 or step == schedule.steps:
             result = meta_test(accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
             record.save(step, score=result[args.shots[0]].accuracy)
 

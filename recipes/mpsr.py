@@ -15,14 +15,14 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import InputError, detect, fpn, launch, run, trunks, weights
+from fewshot import bases, detect, fpn, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.object_crops import ObjectCrops
 from fewshot.data.pipeline import Pipeline, train_loader
 from fewshot.data.transforms import CAFFE_MPSR
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.mpsr import MPSR
-from fewshot.run import Schedule
+from fewshot.schedule import Passes, Schedule, choose
 
 METHOD = "mpsr"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -44,36 +44,41 @@ SCHEDULE = {
         "base": Schedule(80_000, 0.005, (56_000, 70_000), 500),
         **dict.fromkeys((10, 30), Schedule(4000, 0.005, (2800, 3500), 500)),
     },
+    "own": {"base": Passes(12, 0.005, 500, 20_000), "few": Passes(30, 0.005, 200, 2000)},
 }
 # fmt: on
 VOC_OFFSET = (-1.0, -1.0, -1.0, -1.0)  # of VOC's pixels, which count from 1; the published models take it off all sides
 # shorter side, longer side, flip (glyphs are characters: never mirrored); objects of a smaller side are not cut out
 PICTURES = {"glyphs": (None, None, False, 2), "voc": (800, 1333, True, 2), "coco": (800, 1333, True, 8)}
+PICTURES |= {"own": (800, 1333, True, 2)}
 # RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS (in
 # training after it for a process's batch together)
 QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 400), "test_proposals": (500, 100)}
 PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
 PUBLISHED |= {"train_proposals": (2000, 2000), "test_proposals": (1000, 1000)}
-SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
-BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101"}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED | {"rois": 128}}
+BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101", "own": "resnet50"}
 
 
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
-    shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
+    shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
     shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
-    test_images: int | None = None  # test on only the first so many pictures
+    test_images: int | None = None  # test on only so many pictures
+    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
     stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
-    base: str | None = None  # base model to fine-tune; by default this recipe's own in --out
+    base: str | None = None  # model to fine-tune: coco, coco_mobile, a file, a run, a hub id; by default in --out
+    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
     batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
@@ -87,6 +92,7 @@ class Args:
     # run
     out: str | None = None  # where everything goes; by default runs/mpsr/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
@@ -94,30 +100,25 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
     @property
-    def published(self) -> str:  # whose settings are taken: own data train as VOC does
-        return self.dataset if self.dataset in SCHEDULE else "voc"
+    def published(self) -> str:  # whose settings are taken
+        return self.dataset if self.dataset in SCHEDULE else "own"
+
+    @property
+    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
+        return self.published != "own" or self.short is not None
 
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        if args.shots not in SCHEDULE[args.published]:
-            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-        args.backbone = args.backbone or BACKBONE[args.published]
-        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
-        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
-        if args.test_only:
-            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
-        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
-        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
-            train_base(args, accelerator, base)
-        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
-            finetune(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
+        todo = {"base": train_base, "finetune": finetune, "test": test_saved}
+        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+            todo[stage](each, accelerator, folder)
 
 
 def open_data(args: Args) -> detection.DetectionSplit:
     choice = (args.dataset, args.data_root, args.split, args.novel_classes)
     offset = VOC_OFFSET if args.dataset == "voc" else None
-    return detection.open_split(*choice, offset=offset, test_images=args.test_images)
+    return detection.open_split(*choice, offset=offset, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
@@ -129,29 +130,31 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     if args.style == "caffe":
         trunk.normalisation = CAFFE_MPSR
     model = MPSR(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
-    fit(args, accelerator, folder, "base", SCHEDULE[args.published]["base"], model, train, test, train)
+    fit(args, accelerator, folder, "base", model, train, test, train)
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The same parts, with a new last layer, on K objects of every class."""
-    data = open_data(args)
-    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists)
-    state, about = weights.load_of(data.base, base)
-    model = rebuilt(MPSR, about, len(train.classes), rois=args.rois)
+    base = bases.load(args, open_data(args), METHOD, MPSR)
+    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
+    model = rebuilt(MPSR, base.about, len(train.classes), rois=args.rois)
     model.trunk.freeze_pretrained(1)
     torch.nn.init.normal_(model.cls.weight, std=0.001)
-    weights.fill(model, state, base, fresh=("cls.",))
+    weights.fill(model, base.state, args.base, fresh=("cls.",))
     shown = balanced(train) if args.dataset == "voc" else train
-    schedule = SCHEDULE[args.published][args.shots]
-    fit(args, accelerator, folder, "finetune", schedule, model, train, data.test, shown)
+    fit(args, accelerator, folder, "finetune", model, train, base.data.test, shown)
 
 
-def fit(args, accelerator, folder, stage, schedule, model, train, test, shown) -> None:
+def fit(args, accelerator, folder, stage, model, train, test, shown) -> None:
     """One stage: the loop, on the pictures of `shown` and the objects of `train`, then the test."""
-    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
     short, long, flip, smallest = PICTURES[args.published]
-    pictures, normalisation = Pipeline(args.short or short, args.long or long, flip), model.trunk.normalisation
+    pictures = Pipeline(args.short or short, args.long or long, flip, enlarge=args.enlarge)
+    normalisation = model.trunk.normalisation
+    schedule = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=BATCH)
     schedule = schedule.scaled(args, BATCH)._replace(ratio=RATIO)
+    detect.announce(accelerator, train, test, pictures, schedule)
+    if args.published == "own":
+        model.rpn.test_proposals = detect.fitting_proposals(pictures, train)
     groups = parameter_groups(model, schedule.lr, args.published)
     optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
@@ -172,15 +175,15 @@ def fit(args, accelerator, folder, stage, schedule, model, train, test, shown) -
             record.save(step)
 
     # test
-    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+    detect.test(record, test, args, train)
 
 
 def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The model that is there, as it is."""
     about = run.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, rebuilt(MPSR, about), None, None, about)
-    test = open_data(args).test.restrict(about["classes"])
-    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
+    detect.test(record, test, args)
 
 
 def parameter_groups(model: torch.nn.Module, lr: float, dataset: str) -> list[dict]:

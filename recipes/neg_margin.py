@@ -8,6 +8,7 @@ Cosine classifiers whose target gets a margin *below* zero in training: classes 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from fewshot import backbones, heads, launch, run, task_heads
 from fewshot.data import episodes, transforms
-from fewshot.data.classification import DatasetName, open_dataset
+from fewshot.data.classification import DatasetName, open_splits
 from fewshot.meta_test import meta_test, report
-from fewshot.run import Schedule
+from fewshot.plan import planned
+from fewshot.schedule import Passes, Schedule
 
 METHOD = "neg_margin"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -31,6 +33,7 @@ SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {
     "omniglot": QUICK,
     "cub": Schedule(18_400, 0.05, (5_520, 11_040), 3000, ratio=0.25),
     "tiered_imagenet": Schedule(701_100, 0.05, (210_330, 420_660), 5000, ratio=0.25),
+    "folder": Passes(100, 0.05, 500, 120_000),  # passes, rate, least and most steps
 }
 # else -0.005; tiered-ImageNet with another backbone than conv4: -0.01
 MARGIN = {"cub": -0.01, "tiered_imagenet": -0.02}
@@ -39,8 +42,9 @@ MARGIN = {"cub": -0.01, "tiered_imagenet": -0.02}
 @dataclass
 class Args:
     # data
-    dataset: DatasetName = "glyphs"  # what to learn on
+    dataset: DatasetName | str = "glyphs"  # what to learn on; or the path of your own folder of class folders
     data_root: str = "data"  # folder that holds the data set
+    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
@@ -49,9 +53,9 @@ class Args:
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
     batch_size: int = 64  # images per step, over all processes
-    iters: int | None = None  # steps; by default the data set's published schedule
+    iters: int | None = None  # steps; by default as published, of own data by their number of pictures
     lr: float = 0.05  # SGD's learning rate, after the warm-up
-    eval_every: int = 2000  # steps between validations, each of which also saves
+    eval_every: int = 2000  # steps between validations, each of which also saves; shorter own trainings have ten
     val_tasks: int = 100  # validation tasks
     # model
     backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
@@ -88,27 +92,24 @@ class NegMargin(nn.Module):
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or run.default_folder(METHOD, args.dataset, args.backbone, f"seed{args.seed}")
+        novel = args.novel and Path(args.novel).stem
+        args.out = args.out or run.default_folder(METHOD, args.dataset, novel, args.backbone, f"seed{args.seed}")
         if run.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 
 def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
-    schedule = SCHEDULE[args.dataset].scaled(args)
-
     # data
     with accelerator.local_main_process_first():  # one process fills the cache
-        train_set, val_set, test_set = (
-            open_dataset(args.dataset, args.data_root, split, cache=args.cache) for split in ("train", "val", "test")
-        )
+        train_set, val_set, test_set = sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache)
     for split in (val_set, test_set):
         episodes.check(split, args.ways, max(args.shots), args.queries)
+    schedule, eval_every = planned(accelerator, args, SCHEDULE[train_set.name], sets)
 
     # model
-    margin = MARGIN.get(args.dataset, -0.005)
-    if args.dataset == "tiered_imagenet" and args.backbone != "conv4":
+    margin = MARGIN.get(train_set.name, -0.005) if args.margin is None else args.margin
+    if args.margin is None and train_set.name == "tiered_imagenet" and args.backbone != "conv4":
         margin = -0.01
-    margin = margin if args.margin is None else args.margin
     backbone = backbones.build(args.backbone, train_set.size)
     model = NegMargin(backbone, len(train_set.classes), margin, args.temperature, args.test_temperature)
     optimizer = torch.optim.SGD(model.parameters(), lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
@@ -126,7 +127,7 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         record.optimizer.zero_grad()
         record.log(step, {"loss": loss}, ids=indices)
 
-        if step % args.eval_every == 0 or step == schedule.steps:
+        if step % eval_every == 0 or step == schedule.steps:
             result = meta_test(accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
             record.save(step, score=result[args.shots[0]].accuracy)
 

@@ -5,6 +5,7 @@ classifier that compares directions, not lengths, so that classes of few example
 
     accelerate launch recipes/tfa.py --shots 10
     accelerate launch recipes/tfa.py --dataset voc --data-root data --split 1 --shots 10
+    accelerate launch recipes/tfa.py --dataset MY_PICTURES --base coco --shots 10
     accelerate launch recipes/tfa.py --stage novel --shots 5
     accelerate launch recipes/tfa.py --stage finetune --shots 5 --novel NOVEL.safetensors
 """
@@ -15,17 +16,17 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import InputError, detect, fpn, launch, run, trunks, weights
+from fewshot import bases, detect, fpn, launch, run, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.pipeline import Pipeline, train_loader
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.tfa import TFA, grow
-from fewshot.run import Schedule
+from fewshot.schedule import Passes, Schedule, choose
 
 METHOD = "tfa"  # names runs and models; a copy of this recipe needs a name of its own
 
 # steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the embedded glyphs quick
-BATCH = {"glyphs": 8, "voc": 16, "coco": 16}
+BATCH = {"glyphs": 8, "voc": 16, "coco": 16, "own": 4}
 # fmt: off
 SCHEDULE = {
     "glyphs": {
@@ -37,44 +38,48 @@ SCHEDULE = {
         "base": Schedule(18_000, 0.02, (12_000, 16_000), 100),
         1: Schedule(4000, 0.001, (3000,)), 2: Schedule(8000, 0.001, (7000,)), 3: Schedule(12_000, 0.001, (11_000,), 10),
         5: Schedule(20_000, 0.001, (18_000,), 10), 10: Schedule(40_000, 0.001, (36_000,), 10),
+        (2, 1): Schedule(4000, 0.005, (3000,)), (2, 2): Schedule(8000, 0.005, (7000,)),
+        (2, 3): Schedule(12_000, 0.005, (11_000,), 10), (2, 5): Schedule(20_000, 0.005, (18_000,), 10),
+        (2, 10): Schedule(40_000, 0.005, (36_000,), 10),  # of split 2
     },
     "coco": {
         "base": Schedule(110_000, 0.02, (85_000, 100_000), 1000),
         10: Schedule(160_000, 0.001, (144_000,), 10), 30: Schedule(240_000, 0.001, (216_000,), 10),
     },
-}
-VOC_SPLIT_2 = {
-    1: Schedule(4000, 0.005, (3000,)), 2: Schedule(8000, 0.005, (7000,)), 3: Schedule(12_000, 0.005, (11_000,), 10),
-    5: Schedule(20_000, 0.005, (18_000,), 10), 10: Schedule(40_000, 0.005, (36_000,), 10),
+    "own": {"base": Passes(12, 0.01, 500, 20_000), "few": Passes(30, 0.01, 200, 2000)},
 }
 # fmt: on
 # shorter side (one of these in training), longer side, flip; glyphs are characters: never mirrored
 SHORT = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True), "coco": (SHORT[5:], 1333, True)}
+PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True)}
+PICTURES |= {"coco": (SHORT[5:], 1333, True), "own": (800, 1333, True)}
 # RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS
 QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 200), "test_proposals": (500, 100)}
 PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
 PUBLISHED |= {"train_proposals": (2000, 1000), "test_proposals": (1000, 1000)}
-SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED}
-BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101"}
+SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED | {"rois": 128}}
+BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101", "own": "resnet50"}
 
 
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or your own in COCO's format: a folder with train.json and test.json
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
+    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
-    shots: Literal[1, 2, 3, 5, 10, 30] = 10  # boxes per class to fine-tune on; COCO's are 10 and 30
+    shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
     shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
-    test_images: int | None = None  # test on only the first so many pictures
+    test_images: int | None = None  # test on only so many pictures
+    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
     stage: Literal["all", "base", "novel", "finetune"] = "all"  # all: the base model unless it is there, then fine-tune
-    base: str | None = None  # base model to fine-tune; by default this recipe's own in --out
+    base: str | None = None  # model to fine-tune: coco, coco_mobile, a file, a run, a hub id; by default in --out
+    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
     novel: str | None = None  # start novel classes from this model of --stage novel; by default at random
     batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
@@ -89,6 +94,7 @@ class Args:
     # run
     out: str | None = None  # where everything goes; by default runs/tfa/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
@@ -96,35 +102,24 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
     @property
-    def published(self) -> str:  # whose settings are taken: own data train as VOC does
-        return self.dataset if self.dataset in SCHEDULE else "voc"
+    def published(self) -> str:  # whose settings are taken
+        return self.dataset if self.dataset in SCHEDULE else "own"
 
     @property
-    def few(self) -> Schedule:  # of fine-tuning
-        return (VOC_SPLIT_2 if (self.dataset, self.split) == ("voc", 2) else SCHEDULE[self.published])[self.shots]
+    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
+        return self.published != "own" or self.short is not None
 
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        if args.shots not in SCHEDULE[args.published]:
-            raise InputError(f"no schedule for {args.shots} shots of {args.dataset}: add one to SCHEDULE")
-        args.backbone = args.backbone or BACKBONE[args.published]
-        args.out = args.out or run.default_folder(METHOD, args.dataset, f"split{args.split}", args.backbone)
-        base, tuned = f"{args.out}/base", f"{args.out}/{args.shots}shot-seed{args.seed}"
-        tuned += "-novel" * (args.stage == "novel")
-        if args.test_only:
-            return test_saved(args, accelerator, base if args.stage == "base" else tuned)
-        to_train = args.stage == "base" or (args.stage == "all" and not args.base)
-        if to_train and run.due(accelerator, METHOD, args, base, shared=args.stage == "all"):
-            train_base(args, accelerator, base)
-        if args.stage != "base" and run.due(accelerator, METHOD, args, tuned):
-            last_layers = train_novel if args.stage == "novel" else finetune
-            last_layers(args, accelerator, tuned, args.base or f"{base}/model.safetensors")
+        todo = {"base": train_base, "novel": train_novel, "finetune": finetune, "test": test_saved}
+        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+            todo[stage](each, accelerator, folder)
 
 
 def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
     choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, difficult=difficult, test_images=args.test_images)
+    return detection.open_split(*choice, difficult=difficult, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
@@ -134,30 +129,28 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     trunk = fpn.begin(args.backbone, args.weights, style=args.style)
     trunk.freeze_pretrained(1)
     model = TFA(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
-    fit(args, accelerator, folder, "base", SCHEDULE[args.published]["base"], model, train, test)
+    fit(args, accelerator, folder, "base", model, train, test)
 
 
-def train_novel(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """New last layers alone, on K objects of every novel class: they can start `finetune`, with --novel."""
-    data = open_data(args)
-    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists).restrict(data.novel)
-    state, about = weights.load_of(data.base, base)
-    model = rebuilt(TFA, about, len(train.classes), cosine=True, rois=args.rois)
-    weights.fill(model, state, base, fresh=("cls.", "reg."))
+    base = bases.load(args, open_data(args), METHOD, TFA)
+    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists).restrict(base.data.novel)
+    model = rebuilt(TFA, base.about, len(train.classes), cosine=True, rois=args.rois)
+    weights.fill(model, base.state, args.base, fresh=("cls.", "reg."))
     freeze_all_but_last(model)
-    fit(args, accelerator, folder, "novel", args.few, model, train, data.test.restrict(data.novel))
+    fit(args, accelerator, folder, "novel", model, train, base.data.test.restrict(base.data.novel))
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str, base: str) -> None:
+def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The last layers alone, on K objects of every class, those of base classes from the base model."""
-    data = open_data(args)
-    train = k_shot.choose_shots(data.train, args.shots, args.seed, args.shot_lists)
-    state, about = weights.load_of(data.base, base)
-    model = rebuilt(TFA, about, len(train.classes), cosine=True, rois=args.rois)
-    novel = weights.load_of(data.novel, args.novel)[0] if args.novel else None
-    weights.fill(model, grow(state, data.base, train.classes, novel, data.novel), base)
+    base = bases.load(args, open_data(args), METHOD, TFA)
+    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
+    model = rebuilt(TFA, base.about, len(train.classes), cosine=True, rois=args.rois)
+    novel = weights.load_of(base.data.novel, args.novel)[0] if args.novel else None
+    weights.fill(model, grow(base.state, base.kept, train.classes, novel, base.data.novel), args.base)
     freeze_all_but_last(model)
-    fit(args, accelerator, folder, "finetune", args.few, model, train, data.test)
+    fit(args, accelerator, folder, "finetune", model, train, base.data.test)
 
 
 def freeze_all_but_last(model: TFA) -> None:
@@ -166,12 +159,15 @@ def freeze_all_but_last(model: TFA) -> None:
     model.reg.requires_grad_(True)
 
 
-def fit(args, accelerator, folder, stage, schedule, model, train, test) -> None:
+def fit(args, accelerator, folder, stage, model, train, test) -> None:
     """One stage: the loop, then the test."""
-    accelerator.print(*train.notes, sep="\n", end="\n" * bool(train.notes))
     short, long, flip = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long, flip, multiple=32)
-    schedule = schedule.scaled(args, BATCH[args.published])
+    pictures = Pipeline(args.short or short, args.long or long, flip, multiple=32, enlarge=args.enlarge)
+    batch = BATCH[args.published]
+    schedule = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch).scaled(args, batch)
+    detect.announce(accelerator, train, test, pictures, schedule)
+    if args.published == "own":
+        model.rpn.test_proposals = detect.fitting_proposals(pictures, train)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
@@ -191,15 +187,15 @@ def fit(args, accelerator, folder, stage, schedule, model, train, test) -> None:
             record.save(step)
 
     # test
-    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+    detect.test(record, test, args, train)
 
 
 def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The model that is there, as it is."""
     about = run.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, rebuilt(TFA, about), None, None, about)
-    test = open_data(args).test.restrict(about["classes"])
-    detect.test(record, test, workers=args.workers, classwise=args.classwise)
+    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
+    detect.test(record, test, args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 
 `--support` holds a folder per class; a new class needs only its folder. For detection a support's object is where
 `name.xml` beside the picture (VOC) or a json file in `--support` (COCO's format) has a box, else the whole picture.
+A classifier rejects, as none of these, what is farther from every class than 95 % of the supports are from the others
+of their class: `--reject` sets that share, fewer are rejected with a larger one.
 """
 
 import json
@@ -25,9 +27,10 @@ import fewshot
 from fewshot import InputError, show
 from fewshot.data import annotations
 from fewshot.data.pictures import SUFFIXES
-from fewshot.inference import Classifier, decoded
+from fewshot.inference import NONE, Classifier, decoded
 
 SIDE = 480  # pixels: height of annotated pictures
+AT_ONCE = 64  # pictures that a detector is given together, of which those of one size share its forward passes
 
 
 @dataclass
@@ -36,7 +39,9 @@ class Args:
     query: tuple[Path, ...]  # pictures, or folders of pictures, to look at
     support: Path | None = None  # folder of class folders; a detector may know its classes already
     out: Path = Path("predictions")  # folder for predictions.json and pictures
+    reject: float | None = None  # classifiers: share of the classes' own pictures to keep; by default 0.95 if it can be
     score_above: float = 0.3  # of detections: leave out what is less sure
+    test_proposals: int | None = None  # detectors: places of a picture to look at; fewer are quicker
     share_proposals: bool = False  # Attention-RPN with many classes: quicker, not quite the same
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
 
@@ -99,6 +104,8 @@ def _xml_boxes(path: Path) -> list[tuple[str, Tensor]]:
         objects = ElementTree.parse(path).getroot().findall("object")
         corners = ("xmin", "ymin", "xmax", "ymax")
         boxes = [torch.tensor([float(o.findtext(f"bndbox/{c}", "")) for c in corners]) for o in objects]
+        if not all(box.isfinite().all() for box in boxes):
+            raise ValueError("a coordinate is not finite")
     except (ElementTree.ParseError, ValueError) as error:
         raise InputError(f"{path}: not a VOC annotation ({error}); correct it or take it out") from None
     offset = torch.tensor([1.0, 1.0, 0.0, 0.0])  # VOC counts pixels from 1
@@ -117,13 +124,28 @@ def queries(places: Sequence[Path]) -> list[Path]:
     return found
 
 
+def _calibrate(model: Classifier) -> None:
+    """Let it reject by the default share, or say why it cannot."""
+    try:
+        model.calibrate()
+    except InputError as error:
+        print(f"every picture is taken for one of these classes: {error}")
+
+
 def main(args: Args) -> None:
     model = fewshot.load(args.model, args.device)
+    classifies = isinstance(model, Classifier)
+    if args.reject is not None and not (classifies and args.support):
+        raise InputError("--reject is for classifiers and their --support: leave it out")
+    if classifies and (args.share_proposals or args.test_proposals is not None):
+        raise InputError("--share-proposals and --test-proposals are for detectors: leave them out")
     paths = queries(args.query)
     if args.support:
         supports, pictures, labels = read_supports(args.support)
-        if isinstance(model, Classifier):
-            model.support(pictures, labels)
+        if classifies:
+            model.support(pictures, labels, reject=args.reject)
+            if args.reject is None:
+                _calibrate(model)
         else:
             model.support(pictures, read_boxes(args.support, supports, pictures, labels), labels)
         counts = ", ".join(f"{name} {labels.count(name)}" for name in dict.fromkeys(labels))
@@ -140,17 +162,24 @@ def main(args: Args) -> None:
         readable.append(path)
     if not images:
         raise InputError("none of the pictures can be read")
-    if isinstance(model, Classifier):
+    if classifies:
         guesses = model.predict(images)  # together: MAML's norms see them all
         results = [
             {"picture": str(p), "class": g.name, "probabilities": g.probabilities} for p, g in zip(readable, guesses)
         ]
-        captions = [f"{guess.name} {100 * guess.probability:.0f} %" for guess in guesses]
+        if model.threshold is not None:
+            for result, guess in zip(results, guesses):
+                result |= {"rejected": guess.rejected, "distance": guess.distance, "threshold": model.threshold}
+        captions = [NONE if g.rejected else f"{g.name} {100 * g.probability:.0f} %" for g in guesses]
         drawings = {"sheet.png": show.captioned(images, captions)}
     else:
-        results, drawings, options = [], {}, {"score_above": args.score_above, "share_proposals": args.share_proposals}
-        for number, (path, image) in enumerate(zip(tqdm(readable, unit="picture"), images)):
-            found = model.predict(image, **options)
+        results, drawings, objects_on = [], {}, []
+        options = {name: getattr(args, name) for name in ("score_above", "share_proposals", "test_proposals")}
+        with tqdm(total=len(images), unit="picture") as bar:
+            for first in range(0, len(images), AT_ONCE):
+                objects_on += model.predict(images[first : first + AT_ONCE], **options)
+                bar.update(len(objects_on) - first)
+        for number, (path, image, found) in enumerate(zip(readable, images, objects_on, strict=True)):
             columns = zip(found.boxes.tolist(), found.scores.tolist(), found.names)
             objects = [
                 {"box": [round(v, 2) for v in box], "score": score, "class": name} for box, score, name in columns

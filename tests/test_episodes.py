@@ -139,19 +139,20 @@ def test_reference_training_episodes_are_mmfewshots():
 def test_impossible_episodes_are_refused():
     dataset = numbered(classes=4, images=10)
     episodes.check(dataset, 4, 5, 5)
-    with pytest.raises(InputError, match=r"^5 ways: numbered train has 4 classes"):
+    with pytest.raises(InputError, match=r"^--ways 5: numbered train has 4 classes; ask for fewer"):
         episodes.check(dataset, 5, 1, 1)
-    with pytest.raises(
-        InputError, match=r"^class class0 of numbered train: has 10 images, 5 shots and 6 queries take 11"
-    ):
+    words = r"^class class0 of numbered train: has 10 pictures, --train-shots 5 and --train-queries 6 take 11; "
+    with pytest.raises(InputError, match=f"{words}give at most --train-queries 5, or add pictures"):
         load(dataset, 2, 5, 6)
-    with pytest.raises(InputError, match=r"^0 shots"):
+    with pytest.raises(InputError, match=r"^--shots 0: an episode needs at least 1"):
         episodes.check(dataset, 2, 0, 5)
     short = [np.arange(10), np.arange(3)]
     episodes.draw(short[:1], 1, 2, 2, 0, 0)
-    with pytest.raises(InputError, match=r"^class 1: has 3 images"):
+    with pytest.raises(InputError, match=r"^class 1 of the data set: has 3 pictures, .* give at most --queries 1"):
         episodes.draw(short, 2, 2, 2, 0, 0)
-    with pytest.raises(InputError, match=r"^seed -1"):
+    with pytest.raises(InputError, match=r"^class 1 of the data set: has 3 pictures"):
+        episodes.check(short, 2, 2, 2)
+    with pytest.raises(InputError, match=r"^--seed -1"):
         episodes.draw(dataset, 2, 1, 1, -1, 0)
     with pytest.raises(InputError, match=r"^3 episodes a step cannot be divided among 2 processes: use a multiple"):
         load(dataset, tasks=3, world=2)

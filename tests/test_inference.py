@@ -522,7 +522,7 @@ def test_what_recipes_save_is_loaded(tmp_path):
         run_here(recipe, f"{QUICK[recipe]} {stage} --out {tmp_path / recipe}")
     about = weights.load(tmp_path / "meta_rcnn" / "base" / "model.safetensors")[1]
     assert about["results"]["AP50"].keys() == {"base", "all"} and "per_class" not in about["results"]
-    assert about["pictures"] == {"short": None, "long": None, "multiple": 1} and about["step"] == 6
+    assert about["pictures"] == {"short": None, "long": None, "multiple": 1, "enlarge": True} and about["step"] == 6
     assert load_file(tmp_path / "meta_rcnn" / "base" / "model.safetensors")["known"].all()
     assert fewshot.load(tmp_path / "meta_rcnn" / "base").predict(scenes(1)[0]).boxes.shape[1] == 4
     with pytest.raises(InputError, match=r"meta_rcnn holds no model\.safetensors: give one of base in it"):

@@ -139,7 +139,7 @@ def test_copies_stay_in_line(recipe):
     common += ["resume", "overwrite", "test_only", "wandb"]
     assert not [name for name in common if name not in fields]
     schedule = load(recipe).SCHEDULE
-    names = ("glyphs", "voc", "coco") if recipe in DETECTORS else get_args(DatasetName)
+    names = ("glyphs", "voc", "coco", "own") if recipe in DETECTORS else get_args(DatasetName)
     assert set(schedule) == set(names), "a data set without a schedule"
     for name in fields:  # every flag is explained in --help
         assert re.search(rf"^    {name}: .*  # .+", source, re.M), f"{name} has no comment"
@@ -272,7 +272,7 @@ def test_a_base_model_serves_many_fine_tunings(tmp_path):
     run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --seed 1")
     assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == stamp
     assert (tmp_path / "1shot-seed1" / "metrics.json").exists()
-    with pytest.raises(SystemExit, match="knows glyph-00"):
+    with pytest.raises(SystemExit, match="was trained on glyph-10, which is novel here"):
         run_here("meta_rcnn", f"{QUICK['meta_rcnn']} --out {tmp_path} --stage finetune --split 2")
     for flags, words in (("--split 2", "split=1, not 2"), ("--short 100", "short=None, not 100")):
         with pytest.raises(SystemExit, match=words):

@@ -1,7 +1,8 @@
 """Image classification data sets: one `ImageSet` per split, whatever lies on the disk.
 
-`open_dataset` reads CUB-200-2011, mini- and tiered-ImageNet, CIFAR-FS, FC100, Omniglot, any folder of class folders,
-and the embedded glyphs. Classes come in the order in which mmfewshot numbers them, where it has the data set.
+`open_dataset` reads CUB-200-2011, mini- and tiered-ImageNet, CIFAR-FS, FC100, Omniglot, any folder of class folders
+(own_classes.py says how it is divided), and the embedded glyphs. Classes come in the order in which mmfewshot numbers
+them, where it has the data set.
 """
 
 import codecs
@@ -25,6 +26,7 @@ from fewshot.data.annotations import inside, read_text
 from fewshot.data.glyphs import glyph
 from fewshot.data.image_set import ImageSet, Source, Split
 from fewshot.data.label_orders import CIFAR_FS, FC100, MINI_ORDER, TIERED_ORDER
+from fewshot.data.own_classes import class_folders, subfolders
 from fewshot.data.pictures import SUFFIXES
 
 DatasetName = Literal["glyphs", "omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "folder"]
@@ -37,25 +39,56 @@ GLYPHS_PER_CLASS = 600
 
 OMNIGLOT_PARTS = "images_background", "images_evaluation"
 OMNIGLOT_CHARACTERS, OMNIGLOT_DRAWINGS = 1623, 20  # in both parts; of each character
+OMNIGLOT_SIDE = 105  # of the drawings, in pixels
 # The published split of 1200 and 423 characters is by chance, as is ours; 172 of the 1200 validate (Snell et al. 2017).
 OMNIGLOT_SPLITS = {"train": slice(0, 1028), "val": slice(1028, 1200), "test": slice(1200, 1623)}
 OMNIGLOT_SEED = 0
 
 
+def open_splits(
+    name: str, root: str | os.PathLike, novel: str | os.PathLike | None = None, **options: Any
+) -> tuple[ImageSet, ImageSet, ImageSet]:
+    """What trains, what validates and what tests: `open_dataset` of every split, with its options and errors."""
+    train_set, val_set, test_set = (
+        open_dataset(name, root, split, novel=novel, **options) for split in get_args(Split)
+    )
+    return train_set, val_set, test_set
+
+
+def open_domain(name: str, root: str | os.PathLike, like: ImageSet, *, cache: bool = False) -> ImageSet:
+    """What another data set tests on, for a model that learnt on `like`: of the same size and normalisation.
+
+    That is its test split or, of a folder of class folders that is not divided, all classes: none was learnt on.
+    See `open_dataset` for the other arguments and errors.
+    """
+    place = _folder(name, Path(root))
+    if place is None or any((place / part).is_dir() for part in get_args(Split)):
+        return open_dataset(name, root, "test", size=like.size, normalisation=like.normalisation, cache=cache)
+    opened = _open_class_folders("folder", "test", subfolders(place), like.size)
+    opened.origin, opened.normalisation = str(place), like.normalisation
+    return opened.cached(place / CACHE_FOLDER) if cache else opened
+
+
 def open_dataset(
-    name: DatasetName,
+    name: str,
     root: str | os.PathLike,
     split: Split,
     *,
+    novel: str | os.PathLike | None = None,
     size: int | None = None,
+    normalisation: transforms.Normalisation | None = None,
     seed: int = 0,
     cache: bool = False,
 ) -> ImageSet:
     """The pictures of one split of a data set.
 
     Args:
+        name: a `DatasetName`, or the path, also one in `root`, of a folder of class folders; that set's name is
+            "folder".
         root: the data set's folder, or one that holds it under its usual name. Glyphs need none but for the cache.
+        novel: file that divides the classes of a folder, see `own_classes.listed`.
         size: side in pixels of what networks see; by default 28 for Omniglot, 32 for glyphs and CIFAR, 84 for the rest.
+        normalisation: by default ImageNet's, but from -1 to 1 for glyphs and Omniglot.
         seed: of the pictures of glyphs, and of the class split of a folder without train, val and test folders. The
             other data sets have one fixed split.
         cache: keep decoded pictures in a memory map in `root`/.fewshot_cache, as `ImageSet.cached` does.
@@ -65,11 +98,28 @@ def open_dataset(
     if split not in get_args(Split):
         raise InputError(f"split {split!r}: must be one of {', '.join(get_args(Split))}")
     root = Path(root)
-    opened = _open(name, root, split, size, seed)
+    place = _folder(name, root)
+    if place is not None:
+        name, root = "folder", place
+    if novel is not None and name != "folder":
+        raise InputError(f"{novel}: {name} has a published split; leave --novel out, or give --dataset a folder")
+    opened = _open(name, root, split, size, seed, novel and Path(novel))
+    opened.normalisation = normalisation or opened.normalisation
     return opened.cached(root / CACHE_FOLDER) if cache else opened
 
 
-def _open(name: DatasetName, root: Path, split: Split, size: int | None, seed: int) -> ImageSet:
+def _folder(name: str, root: Path) -> Path | None:
+    """The folder of class folders that `name` means; None if it is a data set's own name."""
+    if name in get_args(DatasetName):
+        return root if name == "folder" else None
+    for place in (root / name, Path(name)):
+        if place.is_dir():
+            return place
+    known = ", ".join(get_args(DatasetName))
+    raise InputError(f"data set {name!r}: must be one of {known}, or a folder of class folders")
+
+
+def _open(name: DatasetName, root: Path, split: Split, size: int | None, seed: int, novel: Path | None) -> ImageSet:
     match name:
         case "glyphs":
             return _open_glyphs(split, size or 32, seed)
@@ -84,8 +134,9 @@ def _open(name: DatasetName, root: Path, split: Split, size: int | None, seed: i
         case "tiered_imagenet":
             return _open_tiered_imagenet(root, split, size or SIDE)
         case "folder":
-            return _open_folder(root, split, size or SIDE, seed)
-    raise InputError(f"data set {name!r}: must be one of {', '.join(get_args(DatasetName))}")
+            opened = _open_class_folders("folder", split, class_folders(root, split, novel, seed), size or SIDE)
+            opened.origin = f"{root} {split}" + (f" (as {novel} divides it)" if novel else "")
+            return opened
 
 
 @dataclass(frozen=True)
@@ -140,7 +191,7 @@ class _Glyphs:
 
 @dataclass(frozen=True)
 class _Drawings:
-    """Omniglot's drawings (characters, drawings, size, size) uint8 with four classes per character, one per turn."""
+    """Omniglot's drawings (characters, drawings, S, S) uint8 with four classes per character, one per turn."""
 
     ink: np.ndarray
 
@@ -171,13 +222,15 @@ def _open_glyphs(split: Split, size: int, seed: int) -> ImageSet:
     labels = np.arange(len(numbers)).repeat(GLYPHS_PER_CLASS)
     names = [f"glyph{number:03d}" for number in numbers]
     source = _Glyphs(numbers[0], seed, size)
-    return _drawn("glyphs", split, names, labels, source, size)
+    return _drawn("glyphs", split, names, labels, source, size, size)
 
 
-def _drawn(name: str, split: Split, classes: list[str], labels: np.ndarray, source: Source, size: int) -> ImageSet:
-    """An image set of characters, which come at the network's size and are not augmented."""
+def _drawn(
+    name: str, split: Split, classes: list[str], labels: np.ndarray, source: Source, size: int, stored: int
+) -> ImageSet:
+    """An image set of characters, which are not augmented."""
     return ImageSet(
-        name, split, classes, labels, source, size=size, stored=size, normalisation=transforms.HALF, augment=False
+        name, split, classes, labels, source, size=size, stored=stored, normalisation=transforms.HALF, augment=False
     )
 
 
@@ -224,10 +277,11 @@ def _open_omniglot(root: Path, split: Split, size: int) -> ImageSet:
 
     shuffled = np.random.default_rng(OMNIGLOT_SEED).permutation(sorted(characters)).tolist()
     chosen = shuffled[OMNIGLOT_SPLITS[split]]
-    ink = np.stack([[_ink(encoded, file, size) for file, encoded in sorted(characters[name])] for name in chosen])
+    stored = min(size, OMNIGLOT_SIDE)
+    ink = np.stack([[_ink(encoded, file, stored) for file, encoded in sorted(characters[name])] for name in chosen])
     classes = [f"{name}/rot{90 * turns:03d}" for name in chosen for turns in range(4)]
     labels = np.arange(len(classes)).repeat(OMNIGLOT_DRAWINGS)
-    return _drawn("omniglot", split, classes, labels, _Drawings(ink), size)
+    return _drawn("omniglot", split, classes, labels, _Drawings(ink), size, stored)
 
 
 def _omniglot_drawings(home: Path, part: str) -> list[tuple[str, bytes]]:
@@ -268,25 +322,12 @@ def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, si
 
 def _open_cub(root: Path, split: Split, size: int) -> ImageSet:
     images = _find(root, "cub", ("CUB_200_2011",), ("images",)) / "images"
-    folders = {int(path.name[:3]): path for path in _subfolders(images) if re.match(r"\d{3}\.", path.name)}
+    folders = {int(path.name[:3]): path for path in subfolders(images) if re.match(r"\d{3}\.", path.name)}
     for number in range(1, 201):
         if number not in folders:
             raise InputError(f"{images}: the folder of class {number:03d} is missing; unpack CUB_200_2011.tgz again")
     first, step = {"train": (1, 2), "val": (2, 4), "test": (4, 4)}[split]
     return _open_class_folders("cub", split, [folders[number] for number in range(first, 201, step)], size)
-
-
-def _open_folder(root: Path, split: Split, size: int, seed: int) -> ImageSet:
-    if not any((root / name).is_dir() for name in get_args(Split)):
-        folders = _subfolders(root)
-        n = len(folders)
-        cuts = {"train": (0, 0.64), "val": (0.64, 0.8), "test": (0.8, 1)}[split]
-        low, high = (round(cut * n) for cut in cuts)
-        if low == high:
-            raise InputError(f"{root}: {n} class folders are too few to set some aside for {split}; add classes")
-        chosen = np.random.default_rng(seed).permutation(n)[low:high]
-        return _open_class_folders("folder", split, [folders[i] for i in sorted(chosen)], size)
-    return _open_class_folders("folder", split, _subfolders(root / split), size)
 
 
 def _open_class_folders(name: str, split: Split, folders: list[Path], size: int) -> ImageSet:
@@ -295,16 +336,6 @@ def _open_class_folders(name: str, split: Split, folders: list[Path], size: int)
     labels = np.arange(len(folders)).repeat([len(f) for f in files])
     source = _Files([path for paths in files for path in paths])
     return _open_photographs(name, split, [folder.name for folder in folders], labels, source, size)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted by name."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one folder of pictures per class in it")
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not found:
-        raise InputError(f"{folder}: has no sub-folders; expected one folder of pictures per class in it")
-    return found
 
 
 def _pictures(folder: Path) -> list[str]:
@@ -440,10 +471,10 @@ def _unpickle(path: Path, *keys: str) -> Any:
         raise InputError(f"{path}: not readable ({reason}); get the published archive again") from error
 
 
-def _in_order(names: Collection[str], order: str, where: Path) -> list[str]:
+def _in_order(names: Collection[str], order: str, table: Path) -> list[str]:
     """Class names in label order: `order` says which of the sorted names comes next."""
     ranks = [int(rank) for rank in order.split()]
     if len(names) != len(ranks):
-        raise InputError(f"{where}: {len(names)} classes, this split has {len(ranks)}; get the published one")
+        raise InputError(f"{table}: {len(names)} classes, this split has {len(ranks)}; get the published one")
     ranked = sorted(names)
     return [ranked[rank] for rank in ranks]

@@ -14,6 +14,9 @@ from fewshot.data.image_set import ImageSet
 from fewshot.data.stream import Feed, Word, stream
 from fewshot.data.transforms import Transform
 
+TEST_FLAGS = "--ways", "--shots", "--queries"  # what errors say to change
+TRAIN_FLAGS = "--train-ways", "--train-shots", "--train-queries"
+
 
 @dataclass
 class Episode:
@@ -43,11 +46,20 @@ class Draw(NamedTuple):
     query: np.ndarray
 
 
-def check(dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int) -> None:
-    """Raises InputError if some episode could not be drawn: to be called before an hour of training, not after it."""
-    _check_numbers(dataset, ways, shots, queries)
-    for label in range(len(_by_class(dataset))):
-        _check_class(dataset, label, shots, queries)
+def check(
+    dataset: ImageSet | Sequence[np.ndarray],
+    ways: int,
+    shots: int,
+    queries: int,
+    flags: tuple[str, str, str] = TEST_FLAGS,
+) -> None:
+    """Raises InputError if some episode could not be drawn: to be called before an hour of training, not after it.
+
+    `flags` are those that ways, shots and queries came from.
+    """
+    _check_numbers(dataset, ways, shots, queries, flags)
+    by_class = _by_class(dataset)
+    _check_class(dataset, min(range(len(by_class)), key=lambda label: len(by_class[label])), shots, queries, flags)
 
 
 def draw(dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, seed: int, index: int) -> Draw:
@@ -58,12 +70,12 @@ def draw(dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, querie
 
     `dataset` may also be just the image indices of each class. Raises InputError when there are not enough.
     """
-    _check_numbers(dataset, ways, shots, queries)
+    _check_numbers(dataset, ways, shots, queries, TEST_FLAGS)
     by_class = _by_class(dataset)
     rng = _rng(Word.EPISODE, seed, index)
     classes = rng.permutation(len(by_class))[:ways]
     for label in classes:
-        _check_class(dataset, label, shots, queries)
+        _check_class(dataset, label, shots, queries, TEST_FLAGS)
     images = np.stack([rng.permutation(by_class[label])[: queries + shots] for label in classes])
     return Draw(classes, images[:, queries:], images[:, :queries])
 
@@ -92,14 +104,14 @@ def reference_episodes(
 def episode_loader(
     dataset: ImageSet, ways: int, shots: int, queries: int, feed: Feed, transform: Transform, *, tasks: int
 ) -> Iterator[Episode]:
-    """This process's share of the episodes of the feed's steps, on its device.
+    """This process's share of the training episodes of the feed's steps, on its device.
 
     Step t (from 0) is of episodes t * tasks to (t + 1) * tasks - 1, of which process `rank` of `world` takes every
     world-th. `tasks`, the episodes of a step over all processes, must be a multiple of `world`.
 
     Raises InputError at once for episodes that cannot be drawn, and while loading for a picture that cannot be read.
     """
-    check(dataset, ways, shots, queries)
+    check(dataset, ways, shots, queries, TRAIN_FLAGS)
     feed.check(tasks, "episodes")
     plan = partial(_plan_episodes, dataset, (ways, shots, queries), tasks, feed, transform.draws)
     batches = _load(dataset, plan, range(feed.start, feed.steps), feed, transform)
@@ -214,10 +226,11 @@ def _load(
         yield transform(planned.pixels, planned.aspects, planned.uniforms), planned
 
 
-def _rng(kind: int, seed: int, number: int) -> np.random.Generator:
+def _rng(word: int, seed: int, number: int) -> np.random.Generator:
+    """The generator of one `Word`."""
     if seed < 0:
-        raise InputError(f"seed {seed}: must not be negative")
-    return np.random.default_rng((kind, seed, number))
+        raise InputError(f"--seed {seed}: must not be negative")
+    return np.random.default_rng((word, seed, number))
 
 
 @lru_cache(maxsize=2)
@@ -230,20 +243,30 @@ def _by_class(dataset: ImageSet | Sequence[np.ndarray]) -> Sequence[np.ndarray]:
     return dataset.by_class if isinstance(dataset, ImageSet) else dataset
 
 
-def _check_numbers(dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int) -> None:
-    for number, what in ((ways, "ways"), (shots, "shots"), (queries, "queries")):
+def _origin(dataset: ImageSet | Sequence[np.ndarray]) -> str:
+    return dataset.origin if isinstance(dataset, ImageSet) else "the data set"
+
+
+def _check_numbers(
+    dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, flags: tuple[str, str, str]
+) -> None:
+    for number, flag in zip((ways, shots, queries), flags, strict=True):
         if number < 1:
-            raise InputError(f"{number} {what}: an episode needs at least 1")
-    if ways > len(_by_class(dataset)):
-        where = f"{dataset.name} {dataset.split}" if isinstance(dataset, ImageSet) else "the data set"
-        raise InputError(f"{ways} ways: {where} has {len(_by_class(dataset))} classes; ask for fewer ways")
+            raise InputError(f"{flag} {number}: an episode needs at least 1")
+    if ways > (classes := len(_by_class(dataset))):
+        has = f"{classes} class{'es' * (classes > 1)}"
+        raise InputError(f"{flags[0]} {ways}: {_origin(dataset)} has {has}; ask for fewer, or add classes")
 
 
-def _check_class(dataset: ImageSet | Sequence[np.ndarray], label: int, shots: int, queries: int) -> None:
+def _check_class(
+    dataset: ImageSet | Sequence[np.ndarray], label: int, shots: int, queries: int, flags: tuple[str, str, str]
+) -> None:
     images = len(_by_class(dataset)[label])
     if images < shots + queries:
-        name = f"{dataset.classes[label]} of {dataset.name} {dataset.split}" if isinstance(dataset, ImageSet) else label
+        name = dataset.classes[label] if isinstance(dataset, ImageSet) else label
+        has = f"{images} picture{'s' * (images > 1)}"
+        fewer = f"at most {flags[2]} {images - shots}" if images > shots else f"fewer {flags[1]} and {flags[2]}"
         raise InputError(
-            f"class {name}: has {images} images, {shots} shots and {queries} queries take {shots + queries}; "
-            "ask for fewer"
+            f"class {name} of {_origin(dataset)}: has {has}, {flags[1]} {shots} and {flags[2]} {queries} take "
+            f"{shots + queries}; give {fewer}, or add pictures"
         )

@@ -38,7 +38,8 @@ class ImageSet:
         stored: side S in pixels of the square that a picture is squashed to.
         augment: whether the augmentation of natural images suits these pictures.
 
-    Further attributes: `by_class`, for each class the indices of its pictures, ascending.
+    Further attributes: `by_class`, for each class the indices of its pictures, ascending; `origin`, what errors call
+    the set.
 
     Raises InputError when a class has no picture.
     """
@@ -56,13 +57,13 @@ class ImageSet:
         normalisation: transforms.Normalisation = transforms.IMAGENET,
         augment: bool = True,
     ):
-        self.name, self.split, self.classes = name, split, classes
+        self.name, self.split, self.classes, self.origin = name, split, classes, f"{name} {split}"
         self.source: Source | Squares = source
         self.size, self.stored, self.normalisation, self.augment = size, stored, normalisation, augment
         self.labels = np.asarray(labels, np.int64)
         counts = np.bincount(self.labels, minlength=len(classes))
         if not counts.all():
-            raise InputError(f"{name} {split}: class {classes[counts.argmin()]} has no picture; add some or remove it")
+            raise InputError(f"{self.origin}: class {classes[counts.argmin()]} has no picture; add some or remove it")
         self.by_class = np.split(np.argsort(self.labels, kind="stable"), np.cumsum(counts)[:-1])
         self._aspects = np.full(len(self.labels), np.nan)
 

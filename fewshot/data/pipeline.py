@@ -37,7 +37,7 @@ class Pipeline:
     """How pictures become samples: resized with their aspect ratio kept, and mirrored half the time if `flip`.
 
     The factor is the largest for which the shorter side is at most `short` and the longer one at most `long` pixels;
-    without either, sizes stay. Of several `short` training draws one per sample. Batches are padded to a multiple of
+    without either, sizes stay, and without `enlarge` it is at most 1. Of several `short` training draws one per sample. Batches are padded to a multiple of
     `multiple`. Testing neither flips nor draws: it takes the largest `short`, as all published settings do.
     """
 
@@ -45,17 +45,25 @@ class Pipeline:
     long: int | None = None
     flip: bool = False
     multiple: int = 1
+    enlarge: bool = True
 
-    def describe(self) -> dict[str, int | None]:
+    def describe(self) -> dict[str, int | bool | None]:
         """What a saved model says of the pictures that it is tested on: `Pipeline(**this)` makes such again."""
         short = max(self.short) if isinstance(self.short, tuple) else self.short
-        return {"short": short, "long": self.long, "multiple": self.multiple}
+        return {"short": short, "long": self.long, "multiple": self.multiple, "enlarge": self.enlarge}
+
+    def resized(self, height: int, width: int, short: int | None = None) -> tuple[int, int]:
+        """What pictures of such a height and width become, by default in tests."""
+        short = self.describe()["short"] if short is None else short
+        limits = ((self.long, max(height, width)), (short, min(height, width)))
+        factor = min((limit / side for limit, side in limits if limit is not None), default=1)
+        factor = factor if self.enlarge else min(factor, 1)
+        return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
     def resize(self, image: Tensor, short: int | None) -> tuple[Tensor, Tensor]:
         """uint8 (3, h, w) resized, and the factors (2,) of x and y by which it was."""
         old = image.shape[-2:]
-        factors = [limit / side for limit, side in ((self.long, max(old)), (short, min(old))) if limit is not None]
-        height, width = (max(1, int(side * min(factors, default=1) + 0.5)) for side in old)
+        height, width = self.resized(*old, short)
         if (height, width) != old:
             # Not antialiased, because OpenCV's is not, with which published weights were trained.
             image = F.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=False)
