@@ -383,7 +383,8 @@ def test_wandb_logs_offline_a_run_for_each_stage(tmp_path, monkeypatch):
     for stage in ("base", "1shot-seed0"):
         (log,) = tmp_path.glob(f"{stage}/wandb/offline-run-*/*.wandb")
         ids.add(log.stem)
-        assert list(tmp_path.glob(f"{stage}/wandb/offline-run-*/files/media/images/detections_*.png"))
+        for picture in ("detections", "confusion", *(["shots"] if "shot" in stage else [])):
+            assert list(tmp_path.glob(f"{stage}/wandb/offline-run-*/files/media/images/{picture}_*.png"))
         assert log.stem == f"run-{metrics(tmp_path / stage)['settings']['id']}"
     assert len(ids) == 2
 
