@@ -38,8 +38,8 @@ class Pipeline:
 
     The factor is the largest for which the shorter side is at most `short` and the longer one at most `long` pixels;
     without either, sizes stay, and without `enlarge` it is at most 1. Of several `short` training draws one per sample.
-    Batches are padded to a multiple of `multiple`. Testing neither flips nor draws: it takes the largest `short`, as all
-    published settings do.
+    Batches are padded to a multiple of `multiple`. Testing neither flips nor draws: it takes the largest `short`, as
+    all published settings do.
     """
 
     short: int | tuple[int, ...] | None = None
