@@ -1,5 +1,7 @@
 """Feature extractors for classification: images (n, 3, image_size, image_size) to vectors or maps.
 
+Four are built here, to be trained from random weights; any other comes from torchvision or timm (`pretrained`).
+
 | name       | vector at 84 x 84 | map at 84 x 84 (pooled=False) | parameters |
 |------------|-------------------|-------------------------------|------------|
 | `conv4`    | 1600              | 64 x 19 x 19                  | 0.11 M     |
@@ -11,17 +13,45 @@ Each has three integers, `out_channels`, `map_size` and `out_features` = out_cha
 (n, out_features) or maps (n, out_channels, map_size, map_size).
 """
 
+from __future__ import annotations
+
+import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from fewshot import InputError
+from fewshot import InputError, pretrained, weights
 
 
-class ConvNet(nn.Module):
+class Backbone(nn.Module):
+    """What all have in common: the size of what they give, and that they may be frozen."""
+
+    out_channels: int
+    map_size: int
+    out_features: int
+    frozen = False
+
+    def freeze(self) -> None:
+        """No parameter learns any more, and norms and dropout stay as in tests, also in training."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Backbone:
+        return super().train(mode and not self.frozen)
+
+    def _set_size(self, image_size: int, side: int, pooled: bool = False) -> None:
+        """Note the size of the result, given the side of the last map."""
+        if side < 1:
+            raise InputError(f"images of {image_size} pixels are too small for {type(self).__name__}: use larger ones")
+        self.map_size = 1 if pooled else side
+        self.out_features = self.out_channels * self.map_size**2
+
+
+class ConvNet(Backbone):
     """3 x 3 convolutions of 64 channels with batch norm and ReLU (Vinyals et al., 2016, section 4.1).
 
     Args:
@@ -55,7 +85,7 @@ class ConvNet(nn.Module):
             side -= 0 if i in pad else 2
             side //= 2 if i in pool else 1
         self.blocks = nn.Sequential(*blocks)
-        _set_size(self, image_size, side)
+        self._set_size(image_size, side)
         init_convs(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,7 +103,7 @@ def conv4(image_size: int, pooled: bool = True) -> ConvNet:
     return ConvNet(image_size, pool=(0, 1), pad=(2, 3), flatten=False)
 
 
-class ResNet12(nn.Module):
+class ResNet12(Backbone):
     """ResNet-12 of widths 64, 160, 320, 640 (Lee et al., 2019, https://arxiv.org/abs/1904.03758, section 4.1).
 
     Args:
@@ -98,7 +128,7 @@ class ResNet12(nn.Module):
         squares = (None, None, block_size, block_size)
         widths = (3, 64, 160, 320, 640)
         self.stages = nn.Sequential(*map(ResNet12Block, widths[:-1], widths[1:], [drop_rate] * 4, squares))
-        _set_size(self, image_size, image_size // 16, pooled)
+        self._set_size(image_size, image_size // 16, pooled)
         init_convs(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -150,7 +180,7 @@ def drop_block(x: Tensor, rate: Tensor | float, size: int) -> Tensor:
     return x * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(x.dtype)
 
 
-class WideResNet(nn.Module):
+class WideResNet(Backbone):
     """WRN-`depth`-`widen`, by default WRN-28-10 (Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1605.07146).
 
     Args:
@@ -171,7 +201,7 @@ class WideResNet(nn.Module):
             channels = width
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(channels)
-        _set_size(self, image_size, -(-image_size // 4), pooled)
+        self._set_size(image_size, -(-image_size // 4), pooled)
         init_convs(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -199,7 +229,7 @@ class WideBlock(nn.Module):
         return self.conv2(F.relu(self.norm2(y))) + self.shortcut(x)
 
 
-class ResNet18(nn.Module):
+class ResNet18(Backbone):
     """ResNet-18 for small images: the first convolution is 3 x 3 of stride 1, and no max-pool follows it.
 
     Args:
@@ -214,7 +244,7 @@ class ResNet18(nn.Module):
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = net.bn1
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        _set_size(self, image_size, -(-image_size // 8), pooled)
+        self._set_size(image_size, -(-image_size // 8), pooled)
         init_convs(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -224,31 +254,76 @@ class ResNet18(nn.Module):
         return maps.mean((2, 3)) if self.pooled else maps
 
 
+class Pretrained(Backbone):
+    """A network of torchvision or timm: `pretrained.network`, whose arguments and errors it has."""
+
+    def __init__(self, name: str, image_size: int, pooled: bool = True, source: str = "pretrained"):
+        super().__init__()
+        self.net = pretrained.network(name, image_size, pooled, source).eval()
+        try:
+            with torch.no_grad():
+                shape = self.net(torch.zeros(1, 3, image_size, image_size)).shape
+        except RuntimeError as error:
+            raise InputError(f"{name} cannot take {image_size} pixels ({error}): give another --size") from None
+        self.train()
+        self.out_channels = shape[1]
+        self._set_size(image_size, shape[-1], pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Vectors (n, out_features) or maps (n, out_channels, map_size, map_size)."""
+        if images.device.type == "cpu":  # up to 3 times as fast
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.net(images)
+
+
 BACKBONES = {"conv4": conv4, "resnet12": ResNet12, "wrn28_10": WideResNet, "resnet18": ResNet18}
 
 
-def build(name: str, image_size: int, pooled: bool = True, **options) -> nn.Module:
-    """A freshly initialised classification backbone for images (n, 3, image_size, image_size).
+def build(name: str, image_size: int, pooled: bool = True, source: str = "none", **options: Any) -> Backbone:
+    """A classification backbone for images (n, 3, image_size, image_size).
 
     Args:
-        name: one of `BACKBONES`.
+        name: one of `BACKBONES`, or "torchvision/..." or "timm/...".
         pooled: give one vector per image; else a map, as Relation Networks need.
+        source: of the weights: "none" for random ones, "pretrained", or a file; for one of `BACKBONES` that is a
+            model's file of this project, whose backbone is taken.
         options: further arguments of that backbone's class, for instance `drop_rate`.
 
     Raises:
-        InputError: there is no such backbone, or the images are too small for it.
+        InputError: there is no such backbone, the images do not suit it, or there are no such weights for it.
     """
+    if "/" in name:
+        return Pretrained(name, image_size, pooled, source)
     if name not in BACKBONES:
-        raise InputError(f"no backbone is called {name!r}: choose one of {', '.join(BACKBONES)}")
-    return BACKBONES[name](image_size, pooled, **options)
+        near = difflib.get_close_matches(name, pretrained.torchvision_names(), 2)
+        others = ", ".join(f"torchvision/{other}" for other in near) or "torchvision/NAME"
+        raise InputError(f"no backbone is called {name!r}: choose {', '.join(BACKBONES)}, {others} or timm/NAME")
+    net = BACKBONES[name](image_size, pooled, **options)
+    if source == "pretrained":
+        raise InputError(f"{name} has no pretrained weights: give --weights a model's file, or leave it out")
+    if source != "none":
+        weights.fill_part(net, source, "features.")
+    return net
 
 
-def _set_size(net: nn.Module, image_size: int, side: int, pooled: bool = False) -> None:
-    """Note the size of the network's result, given the side of its last map."""
-    if side < 1:
-        raise InputError(f"images of {image_size} pixels are too small for {type(net).__name__}: use larger ones")
-    net.map_size = 1 if pooled else side
-    net.out_features = net.out_channels * net.map_size**2
+def of(args: Any, image_size: int, pooled: bool = True) -> Backbone:
+    """The backbone that a recipe's `--backbone`, `--weights` and `--freeze` ask for. Raises InputError as `build` does.
+
+    In `--test-only` its weights are left to the model's file.
+    """
+    source = "none" if args.test_only else args.weights or ("pretrained" if "/" in args.backbone else "none")
+    net = build(args.backbone, image_size, pooled, source)
+    if getattr(args, "freeze", False):  # MAML has no such flag: it adapts all of itself
+        net.freeze()
+    return net
+
+
+def inputs(args: Any) -> dict[str, Any]:
+    """What `open_splits` should know of the pictures that `--backbone` and `--size` ask for: size and normalisation."""
+    if "/" not in args.backbone:
+        return {"size": args.size}
+    size, normalisation = pretrained.inputs(args.backbone)
+    return {"size": args.size or size, "normalisation": normalisation}
 
 
 def init_convs(net: nn.Module) -> None:

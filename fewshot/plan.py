@@ -1,14 +1,42 @@
-"""What a classifier's training will take: known from its data, and said before its first step."""
+"""What a classifier's run works on and how long it will take: opened, checked and said before its first step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from fewshot import backbones, run
+from fewshot.data import episodes
+from fewshot.data.classification import open_domain, open_splits
 from fewshot.data.image_set import ImageSet
 from fewshot.schedule import Passes, Schedule
+
+
+def folder(method: str, args: Any) -> str:
+    """Where a classifier's run goes by default: runs/METHOD/DATASET-NOVEL-BACKBONE-SEED."""
+    novel = args.novel and Path(args.novel).stem
+    return run.default_folder(method, args.dataset, novel, args.backbone, f"seed{args.seed}")
+
+
+def opened(accelerator: Accelerator, args: Any) -> tuple[ImageSet, ImageSet, ImageSet]:
+    """What trains, validates and tests: the splits of `--dataset`, their pictures as `--backbone` and `--size` ask.
+
+    With `--test-dataset` that one tests instead, its test split or all its class folders.
+
+    Raises:
+        InputError: a data set cannot be opened (`open_dataset`), or has too little for the tasks.
+    """
+    with accelerator.local_main_process_first():  # one process fills the cache
+        sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache, **backbones.inputs(args))
+        if args.test_dataset:
+            root = args.test_root or args.data_root
+            sets = (*sets[:2], open_domain(args.test_dataset, root, sets[0], cache=args.cache))
+    for split in sets[1:]:
+        episodes.check(split, args.ways, max(args.shots), args.queries)
+    return sets
 
 
 def planned(
@@ -37,6 +65,8 @@ def planned(
     schedule = (row.over(len(train_set), shown) if own else row).scaled(args)._replace(batch=batch)
     if own and every > schedule.steps:
         every = max(1, schedule.steps // 10)
+    if args.test_dataset:
+        accelerator.print(f"tested on {sets[2].origin}: {len(sets[2])} pictures of {len(sets[2].classes)} classes")
     if not args.test_only:
         classes = ", ".join(f"{len(part.classes)} to {verb}" for part, verb in zip(sets, ("train", "validate", "test")))
         accelerator.print(

@@ -44,10 +44,20 @@ FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "sta
 FREE_ARGS |= {"share_proposals", "test_proposals", "scramble_supports", "save_tasks", "classwise", "seeds"}
 # What a test may choose; all else is the model's own, and comes from its file.
 TEST_ARGS = {"data_root", "cache", "ways", "shots", "queries", "tasks", "save_tasks", "test_temperature", "test_steps"}
-TEST_ARGS |= {"test_images", "classwise", "share_proposals", "test_proposals", "scramble_supports", "at_once", "seed"}
+TEST_ARGS |= {
+    "test_dataset",
+    "test_root",
+    "test_images",
+    "classwise",
+    "share_proposals",
+    "test_proposals",
+    "scramble_supports",
+    "at_once",
+    "seed",
+}
 TEST_ARGS |= {"out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base", "seeds"}
 # What two runs of one setting may differ in.
-UNTOLD = (FREE_ARGS | {"seed", "data_root", "cache", "at_once"}) - {"share_proposals", "test_proposals"}
+UNTOLD = (FREE_ARGS | {"seed", "data_root", "test_root", "cache", "at_once"}) - {"share_proposals", "test_proposals"}
 # What a base model must have in common with what is fine-tuned from it.
 BASE_ARGS = ("dataset", "novel_classes", "split", "backbone", "style", "short", "long", "support_size")
 
@@ -55,10 +65,10 @@ BASE_ARGS = ("dataset", "novel_classes", "split", "backbone", "style", "short", 
 def default_folder(method: str, dataset: str, *more: Any) -> str:
     """runs/METHOD/DATASET-MORE-...: one folder for one run, so that what differs in these does not meet.
 
-    A data set that is a path gives all its parts, without the root.
+    A data set that is a path gives all its parts, without the root, and so does a backbone's library/name.
     """
     parts = [part for part in Path(dataset).parts if part not in ("/", "..", ".")]
-    return f"runs/{method}/{'-'.join([*parts, *(str(part) for part in more if part is not None)])}"
+    return f"runs/{method}/{'-'.join([*parts, *(str(part).replace('/', '-') for part in more if part is not None)])}"
 
 
 def due(accelerator: Accelerator, method: str, args: Any, folder: str | Path, shared: bool = False) -> bool:
@@ -115,6 +125,16 @@ def saved(accelerator: Accelerator, args: Any, folder: str | Path) -> dict[str, 
                 raise InputError(f"the model in {folder} was made with {name}={value}, not {mine}: leave that flag out")
             setattr(args, name, value)
     return about
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn. Raises InputError if `--freeze` has left none."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError(
+            "--freeze leaves nothing to train: leave it out, or test the backbone by recipes/simple_shot.py"
+        )
+    return parameters
 
 
 def each_seed(args: T) -> Iterator[T]:

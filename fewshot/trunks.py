@@ -4,7 +4,6 @@
 `mobilenet_v2`, `mobilenet_v3_large`, and `small` for small pictures on a CPU. Feature pyramids on them are in `fpn.py`.
 """
 
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,8 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -23,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from fewshot import InputError
 from fewshot.backbones import init_convs
 from fewshot.data.transforms import CAFFE, HALF, IMAGENET, Normalisation
-from fewshot.weights import fill
+from fewshot.weights import fill, read_state
 
 Name = Literal["small", "mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101"]
 Style = Literal["torchvision", "caffe"]  # of a ResNet
@@ -375,25 +372,3 @@ def _imagenet_state(architecture: dict) -> dict[str, Tensor]:
         return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(check_hash=True)
     except OSError as error:
         raise InputError(f"{name}'s ImageNet weights cannot be downloaded ({error}): give a file's path") from error
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or PyTorch file, which may have them under `state_dict` or `model`.
-
-    Raises:
-        InputError: it cannot be read, or holds other objects, whose code is not run.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict") or state.get("model") or state
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise AttributeError("it has no state dict of tensors alone")
-        return state
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        pickled = isinstance(error, pickle.UnpicklingError)
-        reason = "it is no file of tensors alone" if pickled else str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be read as weights ({reason}): give a .safetensors or .pth file") from error

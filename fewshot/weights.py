@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewshot import InputError
@@ -66,6 +67,28 @@ def describe_file(path: str | Path) -> dict[str, Any]:
             f"{path}: written by a newer version (format {about['fewshot_format']}, this one reads {FORMAT})"
         )
     return about
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors or PyTorch file, which may have them under `state_dict` or `model`.
+
+    Raises:
+        InputError: it cannot be read, or holds other objects, whose code is not run.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict") or state.get("model") or state
+        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise AttributeError("it has no state dict of tensors alone")
+        return state
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = "it is no file of tensors alone" if pickled else str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be read as weights ({reason}): give a .safetensors or .pth file") from error
 
 
 def load_of(classes: Sequence[str], path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -9,18 +9,17 @@ queries after those steps, and its gradient goes through them.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import tyro
 
 from fewshot import backbones, launch, run
 from fewshot.data import episodes, transforms
-from fewshot.data.classification import DatasetName, open_splits
+from fewshot.data.classification import DatasetName
 from fewshot.maml import MAML
 from fewshot.meta_test import meta_test_images, report
-from fewshot.plan import planned
+from fewshot.plan import folder, opened, planned
 from fewshot.schedule import Passes, Schedule
 
 METHOD = "maml"  # names runs and models; a copy of this recipe needs a name of its own
@@ -42,6 +41,8 @@ class Args:
     ways: int = 5  # classes in a task, in training too
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
+    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int | None = None  # test tasks; by default 2000, but for glyphs and Omniglot 300
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
@@ -53,7 +54,9 @@ class Args:
     eval_every: int = 250  # steps between validations, each of which also saves; shorter own trainings have ten
     val_tasks: int = 100  # validation tasks
     # model
-    backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
+    backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
+    weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
+    size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
     inner_steps: int = 2  # steps on a training episode's supports
     inner_lr: float | None = None  # learning rate of these steps; by default as published
     test_steps: int = 5  # steps on a test task's supports
@@ -71,21 +74,17 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        novel = args.novel and Path(args.novel).stem
-        args.out = args.out or run.default_folder(METHOD, args.dataset, novel, args.backbone, f"seed{args.seed}")
+        args.out = args.out or folder(METHOD, args)
         if run.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 
 def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     # data
-    with accelerator.local_main_process_first():  # one process fills the cache
-        train_set, val_set, test_set = sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache)
+    train_set, val_set, test_set = sets = opened(accelerator, args)
     episodes.check(
         train_set, args.ways, args.train_shots, args.train_queries, ("--ways", "--train-shots", "--train-queries")
     )
-    for split in (val_set, test_set):
-        episodes.check(split, args.ways, max(args.shots), args.queries)
     row, batch, inner_lr, tasks = SCHEDULE[train_set.name]
     each = args.ways * (args.train_shots + args.train_queries)  # pictures of an episode
     schedule, eval_every = planned(accelerator, args, row, sets, pictures=each, batch=batch)
@@ -93,7 +92,7 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
 
     # model
     model = MAML(
-        backbones.build(args.backbone, train_set.size),
+        backbones.of(args, train_set.size),
         args.ways,
         steps=args.inner_steps,
         lr=inner_lr,
@@ -101,7 +100,7 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         first_order=args.first_order,
         at_once=args.at_once,
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr)
+    optimizer = torch.optim.Adam(run.trainable(model), lr=schedule.lr)
     about = train_set.describe() | {"inner_lr": inner_lr}
     record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, about)
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}

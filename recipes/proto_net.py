@@ -8,8 +8,7 @@ A class is the mean of its support features, and a query belongs to the class wh
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from fewshot import backbones, heads, launch, run, weights
 from fewshot.data import episodes, transforms
-from fewshot.data.classification import DatasetName, open_splits
+from fewshot.data.classification import DatasetName
 from fewshot.meta_test import meta_test, report
-from fewshot.plan import planned
+from fewshot.plan import folder, opened, planned
 from fewshot.schedule import Passes, Schedule
 
 METHOD = "proto_net"  # names runs and models; a copy of this recipe needs a name of its own
@@ -44,6 +43,8 @@ class Args:
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
+    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
@@ -57,7 +58,10 @@ class Args:
     eval_every: int = 2000  # steps between validations, each of which also saves; shorter own trainings have ten
     val_tasks: int = 500  # validation tasks
     # model
-    backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
+    backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
+    weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
+    size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
+    freeze: bool = False  # train only what is not the backbone
     distance: heads.Distance = "scaled"  # squared: the paper's; scaled: over the root of D; euclidean: mmfewshot's
     init: str | None = None  # start from the backbone of this model file, say a trained baseline
     # run
@@ -87,29 +91,25 @@ class ProtoNet(nn.Module):
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        novel = args.novel and Path(args.novel).stem
-        args.out = args.out or run.default_folder(METHOD, args.dataset, novel, args.backbone, f"seed{args.seed}")
+        args.out = args.out or folder(METHOD, args)
         if run.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 
 def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     # data
-    with accelerator.local_main_process_first():  # one process fills the cache
-        train_set, val_set, test_set = sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache)
+    train_set, val_set, test_set = sets = opened(accelerator, args)
     ways, shots, queries = EPISODE[train_set.name]
     ways, shots, queries = args.train_ways or ways, args.train_shots or shots, args.train_queries or queries
     episodes.check(train_set, ways, shots, queries, episodes.TRAIN_FLAGS)
-    for split in (val_set, test_set):
-        episodes.check(split, args.ways, max(args.shots), args.queries)
     schedule, eval_every = planned(accelerator, args, SCHEDULE[train_set.name], sets, pictures=ways * (shots + queries))
     schedule = schedule._replace(milestones=args.milestones or schedule.milestones)
 
     # model
-    model = ProtoNet(backbones.build(args.backbone, train_set.size), args.distance)
+    model = ProtoNet(backbones.of(args, train_set.size), args.distance)
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
-    optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr)
+    optimizer = torch.optim.Adam(run.trainable(model), lr=schedule.lr)
     record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe())
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 

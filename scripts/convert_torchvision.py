@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from fewshot import InputError, torchvision_base, trunks, weights
+from fewshot import InputError, torchvision_base, weights
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    state = trunks.read_state(args.state)
+    state = weights.read_state(args.state)
     out = args.out or args.state.with_suffix(".safetensors")
     if out == args.state:
         raise InputError(f"{out} would replace what it is made of: give another --out")

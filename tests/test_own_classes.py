@@ -121,9 +121,8 @@ def test_two_spellings_of_a_class_are_refused(tools):
 
 
 def args(**changed) -> SimpleNamespace:
-    return SimpleNamespace(
-        **{"batch_size": 8, "iters": None, "lr": None, "eval_every": 50, "test_only": False} | changed
-    )
+    flags = {"batch_size": 8, "iters": None, "lr": None, "eval_every": 50, "test_only": False, "test_dataset": None}
+    return SimpleNamespace(**flags | changed)
 
 
 def test_the_schedule_of_own_data_follows_from_its_pictures(tools, capsys):
