@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -59,13 +59,20 @@ class Result:
         return f"{self.accuracy:.2f} ± {self.ci95:.2f} %"
 
 
-def report(record: run.Record, results: dict[int, Result], ways: int, save_tasks: bool = False) -> None:
-    """Print the results by shots, finish the run with its metrics.json, and with every task's accuracy if asked."""
+def report(
+    record: run.Record, results: dict[int, Result], ways: int, save_tasks: bool = False, setting: str | None = None
+) -> None:
+    """Print the results by shots, finish the run with its metrics.json, and with every task's accuracy if asked.
+
+    `setting`: "inductive", a query is classified by itself, or "transductive", together with the others of its task.
+    """
+    told = f" ({setting})" if setting else ""
     for shots, result in results.items():
-        record.accelerator.print(f"{ways}-way {shots}-shot, {len(result.per_task)} tasks: {result}")
+        record.accelerator.print(f"{ways}-way {shots}-shot, {len(result.per_task)} tasks{told}: {result}")
     files = {"tasks.json": {k: r.per_task.tolist() for k, r in results.items()}} if save_tasks else {}
     shots = {str(k): {"accuracy": round(r.accuracy, 4), "ci95": round(r.ci95, 4)} for k, r in results.items()}
-    record.finish({"ways": ways, "tasks": len(next(iter(results.values())).per_task), "shots": shots}, files)
+    metrics = {"ways": ways, "tasks": len(next(iter(results.values())).per_task), "shots": shots}
+    record.finish(metrics | ({"setting": setting} if setting else {}), files)
 
 
 @torch.no_grad()
@@ -105,70 +112,97 @@ def meta_test(
     tasks: int,
     seed: int = 0,
     workers: int = 0,
+    imbalance: float | None = None,
+    features: Tensor | None = None,
 ) -> dict[int, Result]:
     """Accuracy of `model` on `tasks` tasks of `dataset`, for each number of shots, from one pass over the images.
 
     Task i is a pure function of (seed, i) and the numbers are the same for any number of processes. The model is put
     into eval mode for supports and queries alike, and back afterwards.
+
+    Args:
+        imbalance: distribute a task's ways * queries queries over its classes by Dirichlet's distribution of this
+            concentration, as `episodes.draw_imbalanced` does; None gives every class the same number.
+        features: of all pictures of `dataset` (n, ...), if they are there already.
     """
     for k in shots:
         episodes.check(dataset, ways, k, queries)
     model = launch.synchronised(accelerator, model)
     training = model.training
     model.eval()
-    # (tasks, ways, queries + shots) pictures of every task; only what some task needs goes through the network
-    drawn = {k: np.stack([_pictures(dataset, ways, k, queries, seed, i) for i in range(tasks)]) for k in shots}
+    drawn = {k: _drawn(dataset, ways, k, queries, seed, tasks, imbalance) for k in shots}
     per_task: dict[int, list[np.ndarray]] = {k: [] for k in shots}
-    for block in _blocks(accelerator, model, dataset, drawn):
-        needed = np.unique(np.concatenate([drawn[k][block].ravel() for k in shots]))
-        features = extract(accelerator, model, dataset, needed, workers)
+    for block in _blocks(accelerator, model, dataset, drawn) if features is None else [slice(0, tasks)]:
+        rows, found = {k: _Drawn(*(part[block] for part in drawn[k])) for k in shots}, features
+        if found is None:  # only what some task needs goes through the network
+            needed = _pictures(rows)
+            found = extract(accelerator, model, dataset, needed, workers)
+            rows = {k: _Drawn(*(np.searchsorted(needed, part) for part in d[:2]), d.labels) for k, d in rows.items()}
         for k in shots:
-            rows = torch.from_numpy(np.searchsorted(needed, drawn[k][block])).to(features.device)
-            per_task[k].append(_tasks(accelerator, model, features, rows, queries, seed, block.start))
+            per_task[k].append(_tasks(accelerator, model, found, rows[k], ways, seed, block.start))
     model.train(training)
     return {k: Result.of(np.concatenate(parts)) for k, parts in per_task.items()}
 
 
-def _blocks(
-    accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, drawn: dict[int, np.ndarray]
-) -> list[slice]:
+class _Drawn(NamedTuple):
+    """Pictures of tasks: supports (tasks, ways * shots) and queries (tasks, m), class by class, and queries' labels."""
+
+    support: np.ndarray
+    query: np.ndarray
+    labels: np.ndarray
+
+
+def _drawn(
+    dataset: ImageSet, ways: int, shots: int, queries: int, seed: int, tasks: int, imbalance: float | None
+) -> _Drawn:
+    if imbalance is None:
+        draws = [episodes.draw(dataset, ways, shots, queries, seed, i) for i in range(tasks)]
+        labels = np.tile(np.arange(ways).repeat(queries), (tasks, 1))
+    else:
+        unequal = [episodes.draw_imbalanced(dataset, ways, shots, queries, imbalance, seed, i) for i in range(tasks)]
+        draws, counts = zip(*unequal)
+        labels = np.stack([np.arange(ways).repeat(count) for count in counts])
+    return _Drawn(np.stack([d.support.ravel() for d in draws]), np.stack([d.query.ravel() for d in draws]), labels)
+
+
+def _pictures(drawn: dict[int, _Drawn]) -> np.ndarray:
+    """What these tasks are made of, each picture once, ascending."""
+    return np.unique(np.concatenate([part.ravel() for d in drawn.values() for part in (d.support, d.query)]))
+
+
+def _blocks(accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, drawn: dict[int, _Drawn]) -> list[slice]:
     """Tasks in blocks whose pictures' features fit into `HELD_BYTES`: one, but for large maps of many pictures."""
-    tasks = len(next(iter(drawn.values())))
-    needed = len(np.unique(np.concatenate([d.ravel() for d in drawn.values()])))
+    tasks = len(next(iter(drawn.values())).labels)
+    needed = len(_pictures(drawn))
     example = torch.zeros(2, 3, dataset.size, dataset.size, device=accelerator.device)
     with accelerator.autocast():
         bytes_each = model.features(example)[0].numel() * 4
     if needed * bytes_each <= HELD_BYTES:
         return [slice(0, tasks)]
-    each = max(1, HELD_BYTES // bytes_each // sum(d[0].size for d in drawn.values()))
+    per_task = sum(d.support.shape[1] + d.query.shape[1] for d in drawn.values())
+    each = max(1, HELD_BYTES // bytes_each // per_task)
     return [slice(first, min(first + each, tasks)) for first in range(0, tasks, each)]
 
 
-def _pictures(dataset: ImageSet, ways: int, shots: int, queries: int, seed: int, index: int) -> np.ndarray:
-    """Image indices (ways, queries + shots) of a task, queries first."""
-    task = episodes.draw(dataset, ways, shots, queries, seed, index)
-    return np.concatenate([task.query, task.support], 1)
-
-
 def _tasks(
-    accelerator: Accelerator, model: FewShotModel, features: Tensor, rows: Tensor, queries: int, seed: int, number: int
+    accelerator: Accelerator, model: FewShotModel, features: Tensor, drawn: _Drawn, ways: int, seed: int, number: int
 ) -> np.ndarray:
-    """Accuracy in percent (tasks,) of tasks given as rows of `features` (tasks, ways, queries + shots).
+    """Accuracy in percent (tasks,) of tasks given as rows of `features`.
 
     Each process does every n-th chunk of tasks. `number` is that of the first task.
     """
-    tasks, ways, images = rows.shape
-    bytes_per_task = ways * images * features[0].numel() * 4
+    support, query, labels = (torch.from_numpy(part).to(features.device) for part in drawn)
+    tasks, shots = len(labels), support.shape[1] // ways
+    bytes_per_task = (support.shape[1] + query.shape[1]) * features[0].numel() * 4
     chunk = getattr(model, "tasks_at_once", None) or max(1, CHUNK_BYTES // bytes_per_task)
     correct = torch.zeros(tasks, device=features.device)
     starts = range(0, tasks, chunk)[accelerator.process_index :: accelerator.num_processes]
-    what = f"{ways}-way {images - queries}-shot"
-    for first in _progress(accelerator, starts, what, len(starts)):
+    for first in _progress(accelerator, starts, f"{ways}-way {shots}-shot", len(starts)):
         # whatever a classifier draws, a fresh head say, follows from the chunk, not from the process that tests it
-        torch.manual_seed(launch.mix(seed, images - queries, number + first))
-        query, support = (part.flatten(1) for part in rows[first : first + chunk].tensor_split([queries], 2))
-        logits = model.classify(features[support], features[query], ways)  # (chunk, ways * queries, ways)
-        correct[first : first + chunk] = _accuracy(logits, queries)
+        torch.manual_seed(launch.mix(seed, shots, number + first))
+        some = slice(first, first + chunk)
+        logits = model.classify(features[support[some]], features[query[some]], ways)  # (chunk, m, ways)
+        correct[some] = (logits.argmax(-1) == labels[some]).float().mean(1) * 100
     return accelerator.reduce(correct, reduction="sum").cpu().double().numpy()
 
 

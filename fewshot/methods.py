@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewshot import InputError, backbones, heads, task_heads, weights
+from fewshot import InputError, backbones, heads, logistic, task_heads, transductive, weights
 from fewshot.detectors import build
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.fsce import FSCE
@@ -106,6 +106,34 @@ class FineTuned(FeatureClassifier):
         return self.fit(support, ways, steps=150 if n == ways else 600, batch_size=min(4, n))
 
 
+class TrainingFree(FeatureClassifier):
+    """Features of a backbone that is left as it is, prepared, and classified by `infer`, of `transductive` say.
+
+    Args:
+        infer: (support, query, ways) -> scores, as `classify`, of prepared features.
+        prepare: (support, query) -> the same prepared; by default brought to unit length.
+        centred: whether the base classes' mean, a buffer, is taken off first.
+    """
+
+    def __init__(self, backbone: nn.Module, infer: Callable, prepare: Callable | None = None, centred: bool = False):
+        super().__init__(backbone)
+        self.infer, self.prepare, self.centred = infer, prepare, centred
+        if centred:
+            self.register_buffer("mean", torch.zeros(backbone.out_features))
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        if self.prepare is not None:
+            return self.infer(*self.prepare(support, query), ways)
+        if self.centred:
+            support, query = (transductive.centred(x, self.mean) for x in (support, query))
+        return self.infer(transductive.unit(support), transductive.unit(query), ways)
+
+    def adapt(self, support: Tensor, groups: Groups) -> Adapted:
+        """Queries are classified together if the method is transductive. Smaller classes show some supports again."""
+        repeated = support[equal(groups)][None]
+        return lambda query: self.classify(repeated, query[None], len(groups))[0]
+
+
 def class_means(support: Tensor, groups: Groups) -> Tensor:
     """Means (ways, ...) of features (n, ...), of which `groups` has the rows of each class."""
     return torch.stack([support[rows].mean(0) for rows in groups])
@@ -118,7 +146,7 @@ def equal(groups: Groups) -> list[int]:
 
 
 def _backbone(about: About, **options: Any) -> nn.Module:
-    return backbones.build(about["args"]["backbone"], about["size"], **options)
+    return backbones.build(_setting(about, "backbone"), about["size"], **options)
 
 
 def _setting(about: About, name: str) -> Any:
@@ -140,6 +168,28 @@ def _fine_tuned(fit: Callable, about: About) -> FineTuned:
     return FineTuned(_backbone(about), partial(fit, temperature=_setting(about, "test_temperature")))
 
 
+def _training_free(infer: Callable, *flags: str, **more: Any) -> Callable[[About], TrainingFree]:
+    """The builder of a method whose options are `flags` of its recipe."""
+    return lambda about: TrainingFree(
+        _backbone(about), partial(infer, **{flag: about["args"][flag] for flag in flags}), **more
+    )
+
+
+def _tim(about: About) -> TrainingFree:
+    args = about["args"]
+    infer = transductive.tim_adm if args.get("version") == "adm" else transductive.tim_gd
+    if about["method"] == "alpha_tim":
+        infer = partial(transductive.alpha_tim, alpha=args["alpha"])
+    options = {"weights": tuple(args["loss_weights"]), "temperature": args["temperature"]}
+    options |= {"steps": args["steps"]} if args["steps"] else {}
+    return TrainingFree(_backbone(about), partial(infer, **options))
+
+
+def _pt_map(about: About) -> TrainingFree:
+    prepare = partial(transductive.power, clamp=about["args"]["clamp"])
+    return _training_free(transductive.pt_map, "steps", "rate", "lam", prepare=prepare)(about)
+
+
 CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
     "baseline": lambda about: FineTuned(_backbone(about), task_heads.fit_linear),
     "baseline_plus": partial(_fine_tuned, task_heads.fit_cosine),
@@ -149,6 +199,15 @@ CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
     "relation_net": _relation_net,
     "meta_baseline": lambda about: ByMeans(_backbone(about), heads.MetaBaseline()),
     "maml": _maml,
+    "simple_shot": _training_free(transductive.simple_shot, "metric", centred=True),
+    "bd_cspn": _training_free(transductive.bd_cspn, "version", centred=True),
+    "laplacian_shot": _training_free(
+        transductive.laplacian_shot, "lam", "neighbours", "rectify", "shift", centred=True
+    ),
+    "tim": _tim,
+    "alpha_tim": _tim,
+    "pt_map": _pt_map,
+    "logistic": _training_free(logistic.logistic, "C"),
 }
 DETECTORS: dict[str, type[nn.Module]] = {
     "tfa": TFA,

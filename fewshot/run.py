@@ -40,24 +40,16 @@ LOG_EVERY = 10  # steps between lines of log.jsonl; also how often the losses ar
 TIMED = range(3, 23)  # of a run's steps: what the rest will take is estimated from these; the first ones warm up
 
 # Arguments that change how a run is carried out, not what it computes: a resumed run may change these.
-FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "stage", "save_every"}
+FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "stage", "save_every", "features"}
 FREE_ARGS |= {"share_proposals", "test_proposals", "scramble_supports", "save_tasks", "classwise", "seeds"}
 # What a test may choose; all else is the model's own, and comes from its file.
 TEST_ARGS = {"data_root", "cache", "ways", "shots", "queries", "tasks", "save_tasks", "test_temperature", "test_steps"}
-TEST_ARGS |= {
-    "test_dataset",
-    "test_root",
-    "test_images",
-    "classwise",
-    "share_proposals",
-    "test_proposals",
-    "scramble_supports",
-    "at_once",
-    "seed",
-}
+TEST_ARGS |= {"test_dataset", "test_root", "imbalance", "features"}
+TEST_ARGS |= {"test_images", "classwise", "share_proposals", "test_proposals", "scramble_supports", "at_once", "seed"}
 TEST_ARGS |= {"out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base", "seeds"}
 # What two runs of one setting may differ in.
-UNTOLD = (FREE_ARGS | {"seed", "data_root", "test_root", "cache", "at_once"}) - {"share_proposals", "test_proposals"}
+UNTOLD = FREE_ARGS | {"seed", "data_root", "test_root", "cache", "at_once"}
+UNTOLD -= {"share_proposals", "test_proposals"}
 # What a base model must have in common with what is fine-tuned from it.
 BASE_ARGS = ("dataset", "novel_classes", "split", "backbone", "style", "short", "long", "support_size")
 
@@ -221,7 +213,8 @@ class Record:
         method: the recipe's name, written into everything that is saved.
         args: the recipe's dataclass of arguments.
         folder: the run's folder, made when missing, and this run's alone while it lives.
-        model, optimizer: not yet prepared by Accelerate; this does it.
+        model, optimizer: not yet prepared by Accelerate; this does it. A method that trains nothing has no optimizer
+            and no schedule.
         schedule: of the training, scaled to what `args` ask for.
         description: what the saved model says of itself besides method and arguments (classes, normalisation, ...).
         files: json values to keep in the folder from the beginning, such as shots.json.
@@ -260,14 +253,16 @@ class Record:
         self.began, self.bar = time.time(), None
         self.test_only, self.files = args.test_only, files or {}
         self.lock = launch.on_main_only(accelerator, self._take_folder)
-        if not self.test_only:
+        if optimizer is None or self.test_only:
+            self.model = model.to(accelerator.device)
+        else:
             scheduler = schedule.of(optimizer)
             self.model, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
-            self._begin_or_resume()
-        else:
-            self.model = model.to(accelerator.device)
+        if self.test_only:
             accelerator.print(f"testing {self.folder}/model.safetensors")
-        steps = self.step if self.test_only else schedule.steps
+        else:
+            self._begin_or_resume()
+        steps = schedule.steps if schedule is not None and not self.test_only else self.step
         rank, world = accelerator.process_index, accelerator.num_processes
         self.feed = Feed(args.seed, self.step, steps, rank, world, accelerator.device, args.workers)
         # its own group, so that a GPU need not wait for the others' word

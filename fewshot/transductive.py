@@ -22,7 +22,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -422,27 +421,3 @@ def _transport(scores: Tensor, tolerance: float = 1e-6, rounds: int = 1000) -> T
         if not runs.any():
             break
     return plan
-
-
-def dirichlet_queries(
-    rng: np.random.Generator | np.random.RandomState, ways: int, total: int, alpha: float = 2.0
-) -> np.ndarray:
-    """Numbers of a task's queries (ways,), `total` in all: the realistic protocol (Veilleux et al., 2021, section 3).
-
-    Shares are drawn from the symmetric Dirichlet distribution, published with alpha 2, 5 ways and 75 queries. A class
-    may have none.
-    """
-    return rounded(rng.dirichlet(np.full(ways, alpha)), total)
-
-
-def rounded(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers (ways,) that sum to `total`, near the shares (ways,) of it, which sum to 1.
-
-    Those nearest to a half are rounded the other way, one after the other, until the sum is right.
-    """
-    counts = np.asarray(shares, np.float64) * total
-    for i in np.abs(counts % 1 - 0.5).argsort(kind="stable"):
-        excess = np.round(counts).sum() - total
-        if excess:
-            counts[i] = np.floor(counts[i]) if excess > 0 else np.ceil(counts[i])
-    return np.round(counts).astype(int)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewshot import InputError, heads
 from fewshot import transductive as tr
+from fewshot.data import episodes
 
 GOLDENS = golden("cls_transductive")
 DIRICHLET = GOLDENS.pop("dirichlet")
@@ -208,17 +209,17 @@ def test_pt_map_equals_the_official_one(group, dtype):
 
 def test_dirichlet_counts_are_the_official_ones():
     rng = np.random.RandomState(DIRICHLET["seed"])
-    drawn = [tr.dirichlet_queries(rng, DIRICHLET["ways"], DIRICHLET["total"]) for _ in DIRICHLET["counts"]]
+    drawn = [episodes.dirichlet_queries(rng, DIRICHLET["ways"], DIRICHLET["total"]) for _ in DIRICHLET["counts"]]
     assert np.array_equal(drawn, DIRICHLET["counts"])
     for shares, counts in zip(DIRICHLET["proportions"], DIRICHLET["counts"]):
-        assert tr.rounded(np.array(shares), 75).tolist() == counts
+        assert episodes.rounded(np.array(shares), 75).tolist() == counts
     for case in DIRICHLET["by_hand"]:
-        assert tr.rounded(np.array(case["p"]), 75).tolist() == case["counts"]
+        assert episodes.rounded(np.array(case["p"]), 75).tolist() == case["counts"]
     # any number of classes, and a smaller alpha is less balanced
     rng = np.random.default_rng(0)
     spread = []
     for alpha in (0.5, 2.0, 50.0):
-        counts = np.stack([tr.dirichlet_queries(rng, 20, 300, alpha) for _ in range(50)])
+        counts = np.stack([episodes.dirichlet_queries(rng, 20, 300, alpha) for _ in range(50)])
         assert (counts.sum(1) == 300).all() and counts.min() >= 0
         spread.append(counts.std())
     assert spread[0] > spread[1] > spread[2] > 0

@@ -80,6 +80,69 @@ def draw(dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, querie
     return Draw(classes, images[:, queries:], images[:, :queries])
 
 
+def draw_imbalanced(
+    dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, alpha: float, seed: int, index: int
+) -> tuple[Draw, np.ndarray]:
+    """`draw` of a task whose ways * queries queries are distributed over its classes as `dirichlet_queries` says.
+
+    Returns:
+        The draw, its queries (ways * queries,) class by class, and how many of them each class has (ways,).
+
+    Raises:
+        InputError: as `check_imbalanced`.
+    """
+    check_imbalanced(dataset, ways, shots, queries, alpha)
+    by_class = _by_class(dataset)
+    counts = dirichlet_queries(_rng(Word.IMBALANCE, seed, index), ways, ways * queries, alpha)
+    rng = _rng(Word.EPISODE, seed, index)
+    classes = rng.permutation(len(by_class))[:ways]
+    images = [rng.permutation(by_class[label]) for label in classes]
+    query = np.concatenate([order[:count] for order, count in zip(images, counts)])
+    support = np.stack([order[count : count + shots] for order, count in zip(images, counts)])
+    return Draw(classes, support, query), counts
+
+
+def check_imbalanced(
+    dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, alpha: float
+) -> None:
+    """Raises InputError if some task of `draw_imbalanced` could not be drawn, in which one class has all queries."""
+    if alpha <= 0:
+        raise InputError(f"--imbalance {alpha:g}: give a number above 0, as published 2")
+    _check_numbers(dataset, ways, shots, queries, TEST_FLAGS)
+    fewest = min(map(len, _by_class(dataset)))
+    if fewest < ways * queries + shots:
+        most = (fewest - shots) // ways
+        advice = f"give --queries {most} or fewer" if most > 0 else "leave --imbalance out"
+        raise InputError(
+            f"--imbalance: a class may get all {ways * queries} queries of a task, but some class of "
+            f"{_origin(dataset)} has {fewest} pictures; {advice}"
+        )
+
+
+def dirichlet_queries(
+    rng: np.random.Generator | np.random.RandomState, ways: int, total: int, alpha: float = 2.0
+) -> np.ndarray:
+    """Numbers of a task's queries (ways,), `total` in all: the realistic protocol (Veilleux et al., 2021, section 3).
+
+    Shares are drawn from the symmetric Dirichlet distribution, published with alpha 2, 5 ways and 75 queries. A class
+    may have none.
+    """
+    return rounded(rng.dirichlet(np.full(ways, alpha)), total)
+
+
+def rounded(shares: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers (ways,) that sum to `total`, near the shares (ways,) of it, which sum to 1.
+
+    Those nearest to a half are rounded the other way, one after the other, until the sum is right.
+    """
+    counts = np.asarray(shares, np.float64) * total
+    for i in np.abs(counts % 1 - 0.5).argsort(kind="stable"):
+        excess = np.round(counts).sum() - total
+        if excess:
+            counts[i] = np.floor(counts[i]) if excess > 0 else np.ceil(counts[i])
+    return np.round(counts).astype(int)
+
+
 def reference_episodes(
     dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, count: int, seed: int
 ) -> list[Draw]:

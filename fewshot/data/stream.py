@@ -28,7 +28,7 @@ class Word:
     SHOTS, SAMPLES, AUGMENT, SUPPORT = range(10, 14)  # detection
     CROPS = 15  # of single objects
     QUERY, TABLE = 20, 21  # what Attention-RPN searches for, and its supports in tests
-    EPISODE, EPISODE_AUGMENT, EPISODE_SAMPLES = range(20, 23)  # classification
+    EPISODE, EPISODE_AUGMENT, EPISODE_SAMPLES, IMBALANCE = range(20, 24)  # classification
     OBJECTS = 30  # which a trunk learns to name first
 
 
