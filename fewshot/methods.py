@@ -1,4 +1,4 @@
-"""The fourteen methods, for use: how the model of each is built from what its file says.
+"""The methods, for use: how the model of each is built from what its file says.
 
 A recipe has its own model in full view, with losses. The classifiers here are the part of it that tests a task, under
 the same names of parameters and with the interface that `meta_test` asks for; the detectors are the recipes' own.
@@ -22,6 +22,7 @@ from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.tfa import TFA
+from fewshot.detectors.vfa import VFA
 from fewshot.maml import MAML
 
 About = dict[str, Any]  # what a model's file says of itself
@@ -216,6 +217,7 @@ DETECTORS: dict[str, type[nn.Module]] = {
     "attention_rpn": AttentionRPN,
     "meta_rcnn": MetaRCNN,
     "fsdetview": FSDetView,
+    "vfa": VFA,
 }
 
 

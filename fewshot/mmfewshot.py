@@ -78,6 +78,16 @@ DETECTOR_HEADS = LAST | {
     "global_relation_fc_cls": "relation.whole_cls",
 }
 AGGREGATOR = "roi_head.aggregation_layer.aggregator_list."
+VAE = "roi_head.vae."
+VAE_LAYERS = {
+    "encoder.0": "encoder.0",
+    "encoder.1": "encoder.1",
+    "fc_mu": "mean",
+    "fc_var": "log_variance",
+    "decoder_input": "decoder.0",
+    "decoder.0": "decoder.1",
+    "decoder.1": "decoder.2",
+}
 PYRAMIDS = ("tfa", "fsce", "mpsr")  # methods with a feature pyramid
 PROTOTYPES = ("prototypes", "kernels", "maps", "known")  # buffers that checkpoints do not have
 
@@ -116,6 +126,9 @@ def detector_name(key: str, method: str) -> str | None:
     if key.startswith(AGGREGATOR):
         number, rest = key.removeprefix(AGGREGATOR).split(".", 1)
         return f"{('product', 'difference')[int(number)]}.{rest}"
+    if key.startswith(VAE):
+        layer, _, kind = key.removeprefix(VAE).rpartition(".")
+        return f"vae.{VAE_LAYERS[layer]}.{kind}" if layer in VAE_LAYERS else None
     layer, _, kind = key.removeprefix("roi_head.bbox_head.").rpartition(".")
     return f"{DETECTOR_HEADS[layer]}.{kind}" if layer in DETECTOR_HEADS else None
 
@@ -211,7 +224,7 @@ def convert(
         ours = {}
         for key, value in tensors.items():
             renamed = detector_name(key, method)
-            if key.endswith("num_batches_tracked") and not key.startswith(AGGREGATOR):
+            if key.endswith("num_batches_tracked") and not key.startswith((AGGREGATOR, VAE)):
                 dropped["num_batches_tracked: of norms that are constants"] += 1
             elif renamed is None:
                 raise InputError(f"{key} in {name} is no part of {method}: is it of another method? (--method)")
@@ -241,6 +254,7 @@ def _detector_method(state: Mapping[str, Tensor], text: str) -> str:
         "rpn_head.rpn_cls_conv.": "mpsr",
         "roi_head.bbox_head.patch_relation_branch.": "attention_rpn",
         AGGREGATOR: "fsdetview",
+        VAE: "vfa",
         "roi_head.bbox_head.fc_meta.": "meta_rcnn",
         "roi_head.bbox_head.contrastive_head.": "fsce",
     }

@@ -21,11 +21,15 @@ def normalised(name: str, height: int = SIZE[0], width: int = SIZE[1], by: Norma
 
 
 def fill(
-    module: nn.Module, shapes: Mapping[str, Sequence[int]], our_key: Callable[[str], str], own: Sequence[str] = ()
+    module: nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    our_key: Callable[[str], str],
+    own: Sequence[str] = (),
+    gains: Sequence[tuple[str, float]] = GAINS,
 ):
     """Give a detector the reference's weights; `own` are the only tensors that the reference lacks."""
     state = {
-        our_key(key): torch.from_numpy(weight(key, shape, GAINS))
+        our_key(key): torch.from_numpy(weight(key, shape, gains))
         for key, shape in shapes.items()
         if not key.endswith("num_batches_tracked") and not key.startswith("support_backbone.")
     }

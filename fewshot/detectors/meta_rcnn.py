@@ -26,6 +26,8 @@ class MetaRCNN(nn.Module):
     saved model detects without any support image.
     """
 
+    rpn_trains_trunk = True  # whether gradients of the RPN's losses reach the trunk
+
     def __init__(
         self,
         trunk: C4,
@@ -77,6 +79,11 @@ class MetaRCNN(nn.Module):
         """RoI vectors (n, D) in the light of a class's support vector (D,): what the last layers see (n, channels)."""
         return queries * vector
 
+    def outputs(self, queries: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, classes + 1) and deltas (n, classes, 4), by what `aggregate` makes of its arguments."""
+        aggregated = self.aggregate(queries, vector)
+        return self.cls(aggregated), self.reg(aggregated).view(-1, self.classes, 4)
+
     def forward(
         self,
         images: Tensor,
@@ -92,18 +99,21 @@ class MetaRCNN(nn.Module):
         classes are drawn more often), while the losses see the labels of all its RoIs (section 3.2).
         """
         features = self.trunk(images)
-        outputs = self.rpn.outputs(self.rpn.maps([features]))
+        outputs = self.rpn.outputs(self.rpn.maps([features if self.rpn_trains_trunk else features.detach()]))
         losses = self.rpn.losses(*outputs, sizes, boxes)
         rois = faster_rcnn.sample_rois(
             self.rpn.proposals(*outputs, sizes), boxes, labels, classes=self.classes, number=self.rois
         )
         queries = self.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
         vectors = self.support_vectors(supports)
-        return losses | self.head_losses(queries, rois, self.drawn(labels), vectors, support_labels)
+        return losses | self.head_losses(queries, rois, self.drawn(labels, support_labels), vectors, support_labels)
 
     @torch.compiler.disable
-    def drawn(self, labels: Sequence[Tensor]) -> Tensor:
-        """One of each image's labels (images,); drawn on the CPU, so that a seed means the same on every device."""
+    def drawn(self, labels: Sequence[Tensor], support_labels: Tensor) -> Tensor:
+        """The class by which each image is re-weighted (images,): of its own labels one, whichever the supports have.
+
+        Drawn on the CPU, so that a seed means the same on every device.
+        """
         return torch.stack([label[torch.randint(len(label), ()).item()] for label in labels])
 
     @torch.compiler.disable
@@ -115,20 +125,34 @@ class MetaRCNN(nn.Module):
         vectors: Tensor,
         support_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses of the second stage: RoI vectors per image (n, D), the class drawn for each, support vectors (m, D).
+        """Losses of the second stage: RoI vectors (n, D) and drawn class of each image, vectors of m supports (m, D)."""
+        meta = self.meta_loss(vectors, support_labels)
+        return self.conditioned_losses(queries, rois, drawn, vectors, support_labels) | {"meta": meta}
 
-        The meta loss is divided by the number of supports a second time, as the published models were trained.
-        """
+    def conditioned_losses(
+        self,
+        queries: Sequence[Tensor],
+        rois: Sequence[faster_rcnn.RoIs],
+        drawn: Tensor,
+        vectors: Tensor,
+        support_labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """`cls` and `box` of `head_losses`: of each image in the light of the drawn class, averaged over the images."""
         total = {"cls": 0.0, "box": 0.0}
         alike = (drawn[:, None] == support_labels).tolist()
         pairs = [(image, support) for image, row in enumerate(alike) for support, same in enumerate(row) if same]
         for image, support in pairs:
-            aggregated = self.aggregate(queries[image], vectors[support])
-            logits, deltas = self.cls(aggregated), self.reg(aggregated).view(-1, self.classes, 4)
+            logits, deltas = self.outputs(queries[image], vectors[support])
             for name, loss in faster_rcnn.roi_losses(logits, deltas, [rois[image]]).items():
                 total[name] = total[name] + loss / len(queries)
-        meta = F.cross_entropy(self.meta(vectors).float(), support_labels) / len(vectors)
-        return {**total, "meta": meta}
+        return total
+
+    def meta_loss(self, vectors: Tensor, support_labels: Tensor) -> Tensor:
+        """Cross-entropy of support vectors (m, D) by their own classifier.
+
+        It is divided by the number of supports a second time, as the published models were trained.
+        """
+        return F.cross_entropy(self.meta(vectors).float(), support_labels) / len(vectors)
 
     @torch.no_grad()
     def set_prototypes(self, vectors: Tensor, labels: Tensor) -> None:
@@ -164,24 +188,26 @@ class MetaRCNN(nn.Module):
         logits = queries.new_zeros(len(queries), self.classes + 1)
         deltas = queries.new_zeros(len(queries), self.classes, 4)
         for k in known.tolist():
-            aggregated = self.aggregate(queries, self.prototypes[k])
-            scores = self.cls(aggregated).float()
-            logits[:, k] = scores[:, k]
-            logits[:, -1] += scores[:, -1] / len(known)
-            deltas[:, k] = self.reg(aggregated).view(-1, self.classes, 4)[:, k]
+            scores, boxes = self.outputs(queries, self.prototypes[k])
+            logits[:, k] = scores[:, k].float()
+            logits[:, -1] += scores[:, -1].float() / len(known)
+            deltas[:, k] = boxes[:, k]
         return logits, deltas
 
     def classify_folded(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """`classify_known` in one matmul for all: as W (q * s) = (W * s) q, prototypes fold into the weights."""
         weight, bias = self.cls.weight, self.cls.bias
-        scale, mask = self.prototypes, self.known[:, None]  # (classes, D), (classes, 1)
-        mean = scale[known].mean(0, keepdim=True)
-        folded = torch.cat([weight[:-1] * scale * mask, weight[-1:] * mean])
+        mean = self.prototypes[known].mean(0, keepdim=True)
+        folded = torch.cat([weight[:-1] * self.prototypes * self.known[:, None], weight[-1:] * mean])
         offset = torch.cat([bias[:-1] * self.known, bias[-1:]])
-        reg = self.reg.weight.view(self.classes, 4, -1) * (scale * mask)[:, None]
-        reg_offset = self.reg.bias.view(self.classes, 4) * mask
-        deltas = F.linear(queries, reg.flatten(0, 1), reg_offset.flatten())
-        return F.linear(queries, folded, offset), deltas.view(-1, self.classes, 4)
+        return F.linear(queries, folded, offset), self.folded_deltas(queries)
+
+    def folded_deltas(self, queries: Tensor) -> Tensor:
+        """The deltas of `classify_folded` (n, classes, 4), which are an affine function of RoI vectors (n, D)."""
+        mask = self.known[:, None]  # (classes, 1)
+        reg = self.reg.weight.view(self.classes, 4, -1) * (self.prototypes * mask)[:, None]
+        offset = self.reg.bias.view(self.classes, 4) * mask
+        return F.linear(queries, reg.flatten(0, 1), offset.flatten()).view(-1, self.classes, 4)
 
     def exchange_supports(self) -> None:
         """Give every known class the next one's prototype, the last the first's: a control of what prototypes do."""

@@ -1,0 +1,205 @@
+"""VFA against the reference's outputs, losses and gradients, weights given by the naming rule."""
+
+from functools import partial
+
+import pytest
+import torch
+from detector_goldens import (
+    EVERY,
+    SIZE,
+    check_detections,
+    check_gradients,
+    check_rpn,
+    fill,
+    normalised,
+    support_stack,
+    training_batch,
+)
+from naming_rule import array, close, golden
+from torch import Tensor
+
+from fewshot import trunks
+from fewshot.detectors import faster_rcnn
+from fewshot.detectors.vfa import KL_WEIGHT, VFA, SupportVAE
+from fewshot.mmfewshot import detector_name
+
+our_key = partial(detector_name, method="vfa")
+# batch statistics divide by how little supports differ, and so enlarge rounding errors
+BATCH_STATISTICS = 3e-4
+
+
+@pytest.fixture
+def case() -> tuple[VFA, dict]:
+    """A detector with the reference's weights, and its results."""
+    expected = golden("vfa")
+    trunk = trunks.c4(f"resnet{expected['depth']}", meta=True, style="caffe")
+    model = VFA(trunk, expected["num_classes"])
+    fill(model, expected["state"], our_key, own=["prototypes", "known"], gains=expected["gains"])
+    return model.eval(), expected
+
+
+@pytest.fixture
+def noise(case, monkeypatch) -> Tensor:
+    """The reference's draw from the normal distribution in place of ours."""
+    stored = torch.from_numpy(array("vfa_eps", (20, 2048)))
+    monkeypatch.setattr(torch, "randn_like", lambda like: stored.to(like))
+    return stored
+
+
+@torch.no_grad()
+def test_query_path(case):
+    model, expected = case[0], case[1]["test"]
+    query = normalised("query0")[None]
+    close(query, expected["input"])
+    features = model.trunk(query)
+    close(features, expected["backbone"][0])
+    check_rpn(model.rpn, [features], expected)
+    fixed = torch.tensor(expected["fixed_proposals"])
+    close(faster_rcnn.roi_align(features, [fixed], 14, 16), expected["roi_align"])
+    close(model.roi_vectors(features, [fixed]), expected["roi_shared_head"])
+
+
+@torch.no_grad()
+def test_support_path_and_detections(case):
+    model, expected = case[0], case[1]["test"]
+    stack, labels = support_stack(expected["support_order"])
+    close(stack, expected["support_input"])
+    vectors = model.support_vectors(stack)
+    close(vectors, expected["support_roi_feat"])
+    means = torch.stack([vectors[labels == c].mean(0) for c in range(model.classes)])
+    for c, wanted in expected["class_feat"].items():
+        close(means[int(c)][None], wanted)
+    mean, log_variance = model.vae.encode(means)
+    close(mean, expected["vae"]["mu"])
+    close(log_variance, expected["vae"]["log_var"])
+    close(mean + log_variance.exp().sqrt(), expected["vae"]["mu_plus_std"])
+    close(model.vae.decode(mean), expected["vae"]["decoded_mu"])
+    model.set_prototypes(vectors, labels)
+    close(model.prototypes, expected["vae"]["scale"])
+
+    query, fixed = normalised("query0")[None], torch.tensor(expected["fixed_proposals"])
+    queries = model.roi_vectors(model.trunk(query), [fixed])
+    for c, wanted in expected["per_class"].items():  # the head as in training, a class at a time
+        logits, deltas = model.outputs(queries, model.prototypes[int(c)])
+        close(logits, wanted["cls_score"])
+        close(deltas.flatten(1), wanted["bbox_pred"])
+    logits, deltas = model.classify(queries)  # all classes at once
+    assert torch.allclose(logits, torch.tensor(expected["merged_cls_score"]), atol=1e-4)
+    close(deltas.flatten(1), expected["merged_bbox_pred"])
+    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3), expected["det_fixed"])
+    (found,) = model.detect(query, [SIZE])
+    check_detections(found, expected["det_e2e"])
+
+    some = torch.isin(labels, torch.tensor([1, 4, 7]))
+    model.set_prototypes(vectors[some], labels[some])
+    assert model.known.nonzero()[:, 0].tolist() == [1, 4, 7]
+    logits, deltas = model.classify(queries)
+    close(logits, expected["merged_cls_score_supports_only_1_4_7"])
+    found = faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3)
+    check_detections(found, expected["det_fixed_supports_only_1_4_7"])
+
+
+def test_autoencoder_in_training(case, noise):
+    model, train = case[0].train(), case[1]["train"]
+    stack, _ = support_stack(train["support_order"])
+    vectors, wanted = model.support_vectors(stack), train["fixed"]["tensors"]
+    close(vectors, wanted["support_feat"], BATCH_STATISTICS)
+    spread = vectors.std(0).mean().item()
+    assert spread == pytest.approx(wanted["support_feat_std_over_classes"], rel=BATCH_STATISTICS)
+    mean, log_variance = model.vae.encode(vectors)
+    latent = mean + noise * log_variance.exp().sqrt()
+    decoded = model.vae.decode(latent)
+    close(mean, wanted["mu"], BATCH_STATISTICS)
+    close(log_variance, wanted["log_var"], BATCH_STATISTICS)
+    close(latent, wanted["z"], BATCH_STATISTICS)
+    close(mean + log_variance.exp().sqrt(), wanted["mu_plus_std"], BATCH_STATISTICS)
+    close(decoded, wanted["decoded"], BATCH_STATISTICS)
+    for key, value in train["fixed"]["vae_bn_after"].items():
+        close(model.get_buffer(our_key(f"roi_head.vae.{key}")), value, BATCH_STATISTICS)
+
+
+def test_training_losses_and_gradients(case, noise):
+    model, train = case[0].train(), case[1]["train"]
+    images, truth, labels = training_batch(train)
+    stack, support_labels = support_stack(train["support_order"])
+    features = model.trunk(images)
+    proposals = [torch.tensor(p) for p in train["fixed_proposals"]]
+    rois = faster_rcnn.sample_rois(proposals, truth, labels, classes=model.classes, number=EVERY)
+    counts = [[len(r.deltas), len(r.boxes) - len(r.deltas)] for r in rois]
+    assert counts == train["fixed"]["samples_pos_neg"]
+    queries = model.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
+    drawn = torch.tensor(train["drawn_support_class"])
+    losses = model.head_losses(queries, rois, drawn, model.support_vectors(stack), support_labels)
+    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls"), ("vae", "loss_vae")):
+        assert losses[ours].item() == pytest.approx(train["fixed"]["losses"][theirs], rel=1e-4)
+    terms = train["fixed"]["vae_terms"]
+    assert losses["vae"].item() == pytest.approx(terms["mse"] + KL_WEIGHT * terms["kl"], rel=1e-4)
+    losses["vae"].backward(retain_graph=True)
+    check_gradients(model, train["fixed"]["grad_norms_loss_vae_only"], our_key)
+    model.zero_grad()
+    sum(losses.values()).backward()
+    check_gradients(model, train["fixed"]["grad_norms"], our_key)
+
+
+def test_whole_training_step(case, noise, monkeypatch):
+    model, train = case[0].train(), case[1]["train"]
+    trained = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm1d) and m.training]
+    assert sorted(trained) == sorted(our_key(f"{n}.weight")[:-7] for n in train["batchnorm_in_train_mode"])
+    images, truth, labels = training_batch(train)
+    stack, support_labels = support_stack(train["support_order"])
+    model.rois = model.rpn.number = EVERY
+    model.rpn.train_proposals = (12000, 50)
+    monkeypatch.setattr(model, "drawn", lambda *_: torch.tensor(train["drawn_support_class"]))
+    losses = model(images, [SIZE, SIZE], truth, labels, stack, support_labels)
+    expected = train["e2e"]["losses"]
+    for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
+        assert losses[ours].item() == pytest.approx(expected[theirs][0], rel=1e-4)
+    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls"), ("vae", "loss_vae")):
+        assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-4)
+    (losses["rpn_cls"] + losses["rpn_box"]).backward(retain_graph=True)
+    check_gradients(model, train["e2e"]["rpn_loss_grad_norms"], our_key)
+    (losses["cls"] + losses["box"] + losses["meta"] + losses["vae"]).backward()
+    check_gradients(model, train["e2e"]["all_loss_grad_norms"], our_key)
+
+
+def test_every_support_can_be_drawn_whatever_the_images_show():
+    torch.manual_seed(0)
+    model = VFA(trunks.c4("small", meta=True), 6)
+    labels = [torch.tensor([2]), torch.tensor([2, 3])]  # Meta R-CNN would draw none but 2 and 3
+    draws = torch.stack([model.drawn(labels, torch.tensor([5, 0, 1, 2, 4])) for _ in range(500)])
+    counts = torch.stack([draws[:, image].bincount(minlength=6) for image in range(2)])
+    assert counts[:, 3].eq(0).all() and counts[:, [0, 1, 2, 4, 5]].sub(100).abs().max() < 40  # four deviations
+    assert not torch.equal(draws[:, 0], draws[:, 1])
+
+
+@torch.no_grad()
+def test_boxes_depend_on_no_support_and_classes_do():
+    torch.manual_seed(0)
+    model = VFA(trunks.c4("small", meta=True), 5).eval()
+    d = model.prototypes.shape[1]
+    for layer in (model.cls, model.reg):
+        torch.nn.init.normal_(layer.weight)
+        torch.nn.init.normal_(layer.bias)
+    queries, classes = torch.randn(9, d), torch.tensor([0, 1, 3, 4])
+    vectors = torch.randn(4, d)
+    model.set_prototypes(vectors, classes)
+    logits, deltas = model.classify(queries)
+    for ours, each in zip((logits, deltas), model.classify_each(queries, classes), strict=True):
+        assert torch.allclose(ours, each, atol=1e-4)
+    assert logits[:, 2].eq(0).all() and deltas[:, 2].eq(0).all()  # the class without a support
+    model.exchange_supports()
+    exchanged = model.classify(queries)
+    assert torch.equal(exchanged[1], deltas) and (exchanged[0] - logits)[:, classes].abs().min() > 1e-4
+    with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
+        model.train().set_prototypes(vectors, classes)
+
+
+def test_autoencoder_keeps_its_precision_under_autocast():
+    torch.manual_seed(0)
+    vae, vectors = SupportVAE(64), 0.7 + 0.01 * torch.randn(15, 64)
+    expected = *vae.encode(vectors), vae.decode(vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = *vae.encode(vectors), vae.decode(vectors)
+        rounded = vae.mean(vae.encoder(vectors))
+    assert all(map(torch.equal, found, expected))
+    assert (rounded - expected[0]).abs().max() > 0.05 * expected[0].std()  # what autocast alone would make of them
