@@ -1,4 +1,4 @@
-"""What mmfewshot 0.1.0's checkpoints are called here: names of tensors, methods, variants, classes."""
+"""What the checkpoints of mmfewshot 0.1.0, and of VFA, are called here: names of tensors, methods, variants, classes."""
 
 from __future__ import annotations
 
@@ -328,7 +328,8 @@ def _detector_about(
     else:
         if method != "attention_rpn":
             architecture["meta"] = True
-        about["pictures"] = {"short": 600, "long": 1000, "multiple": 1}
+        large = {"short": 800, "long": 1333, "multiple": 32}
+        about["pictures"] = large if method == "vfa" else {"short": 600, "long": 1000, "multiple": 1}
         about["support_size"] = 320 if method == "attention_rpn" else 224
     if method == "mpsr":
         voc = len(classes) == 20 and set(classes) == set(VOC_CLASSES)

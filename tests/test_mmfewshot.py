@@ -35,9 +35,11 @@ def script(monkeypatch):
 def detector_checkpoint(case: str, path: Path) -> dict:
     """A detector's checkpoint as the reference would save it, with its second names of tensors; the golden file."""
     stored = golden(case)
-    state = {key: torch.from_numpy(weight(key, shape, GAINS)) for key, shape in stored["state"].items()}
+    gains = stored.get("gains", GAINS)
+    state = {key: torch.from_numpy(weight(key, shape, gains)) for key, shape in stored["state"].items()}
+    supports = ("attention_rpn", "meta_rcnn", "meta_rcnn_r101_15", "fsdetview", "vfa")
     for key in list(state):
-        if key.startswith("backbone.") and case in ("attention_rpn", "meta_rcnn", "meta_rcnn_r101_15", "fsdetview"):
+        if key.startswith("backbone.") and case in supports:
             state[f"support_{key}"] = state[key]
     names = VOC[: stored["num_classes"]]
     meta = {"CLASSES": names, "iter": 100, "model_init_ann_cfg": [{"boxes": np.zeros((2, 4), np.float32)}]}
@@ -50,7 +52,7 @@ def as_reference(found: Found, classes: list[str]) -> Detections:
 
 
 @pytest.mark.parametrize(
-    "case", ["tfa", "fsce", "mpsr", "attention_rpn", "meta_rcnn", "meta_rcnn_r101_15", "fsdetview"]
+    "case", ["tfa", "fsce", "mpsr", "attention_rpn", "meta_rcnn", "meta_rcnn_r101_15", "fsdetview", "vfa"]
 )
 def test_detectors(case, tmp_path, script, capsys):
     stored = detector_checkpoint(case, tmp_path / "model.pth")
@@ -183,6 +185,22 @@ def test_what_a_checkpoint_may_say_and_lack(tmp_path, script):
         mmfewshot.read(path)
     with pytest.raises(InputError, match="no such checkpoint"):
         mmfewshot.read(tmp_path / "none.pth")
+
+
+def test_a_vfa_checkpoint_has_all_its_tensors_and_no_others(tmp_path):
+    path = tmp_path / "vfa_r101_c4_8xb4_voc-split1_10shot-fine-tuning_iter_2000.pth"
+    detector_checkpoint("vfa", path)
+    state, meta = mmfewshot.read(path)
+    converted = mmfewshot.convert(state, meta)
+    assert converted.about["method"] == "vfa" and converted.about["novel"] == NOVEL
+    assert converted.about["pictures"] == {"short": 800, "long": 1333, "multiple": 32}
+    # five linear layers and two norms, whose statistics count
+    assert len([key for key in converted.state if key.startswith("vae.")]) == 5 * 2 + 2 * 5
+    with pytest.raises(InputError, match=r"roi_head\.vae\.prior\.weight in checkpoint is no part of vfa"):
+        mmfewshot.convert(state | {"roi_head.vae.prior.weight": torch.zeros(1)}, meta)
+    del state["roi_head.vae.fc_var.bias"]
+    with pytest.raises(InputError, match=r"vae\.log_variance\.bias"):
+        mmfewshot.convert(state, meta)
 
 
 def test_class_names_of_detectors(tmp_path):

@@ -40,7 +40,7 @@ QUICK = {
     "meta_baseline": EPISODIC,
     "maml": "--iters 8 --eval-every 4 --val-tasks 2 --tasks 4 --train-queries 4 --batch-size 2",
 } | dict.fromkeys(
-    ("attention_rpn", "fsce", "fsdetview", "meta_rcnn", "mpsr", "tfa"),
+    ("attention_rpn", "fsce", "fsdetview", "meta_rcnn", "mpsr", "tfa", "vfa"),
     "--iters 6 --save-every 3 --shots 1 --batch-size 2 --test-images 12",
 )
 DETECTORS = [recipe for recipe in RECIPES if "--shots 1" in QUICK[recipe]]
@@ -53,6 +53,7 @@ FROZEN = {
     "meta_rcnn": ("trunk.", "rpn."),
     "mpsr": (),
     "tfa": ("trunk.", "rpn.", "fc1.", "fc2."),
+    "vfa": ("trunk.", "rpn."),
 }
 
 
@@ -471,7 +472,7 @@ def test_testing_changes_nothing(recipe, tmp_path, monkeypatch):
         run_here(recipe, f"--shots 1 --batch-size 7 --out {tmp_path} --test-only")
 
 
-@pytest.mark.parametrize("recipe", some(["attention_rpn", "meta_rcnn", "fsdetview"], {"attention_rpn"}))
+@pytest.mark.parametrize("recipe", some(["attention_rpn", "meta_rcnn", "fsdetview", "vfa"], {"attention_rpn"}))
 def test_supports_can_be_exchanged_in_a_test(recipe, tmp_path, capsys):
     run_here(recipe, f"{QUICK[recipe]} --stage base --out {tmp_path}")
     run_here(recipe, f"--stage base --test-images 4 --test-only --scramble-supports --out {tmp_path}")

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import tyro
 from detector_goldens import (
     EVERY,
     SIZE,
@@ -15,10 +16,11 @@ from detector_goldens import (
     support_stack,
     training_batch,
 )
+from first_losses import module_of
 from naming_rule import array, close, golden
 from torch import Tensor
 
-from fewshot import trunks
+from fewshot import InputError, trunks
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.vfa import KL_WEIGHT, VFA, SupportVAE
 from fewshot.mmfewshot import detector_name
@@ -203,3 +205,26 @@ def test_autoencoder_keeps_its_precision_under_autocast():
         rounded = vae.mean(vae.encoder(vectors))
     assert all(map(torch.equal, found, expected))
     assert (rounded - expected[0]).abs().max() > 0.05 * expected[0].std()  # what autocast alone would make of them
+
+
+def test_one_class_is_refused(tmp_path):
+    recipe = module_of("vfa")
+    args = recipe.Args(novel_classes=(), out=str(tmp_path))
+    glyphs = recipe.open_data(args).train
+    with pytest.raises(InputError, match="has one class: VFA's batch norms need two or more; take meta_rcnn"):
+        recipe.fit(args, None, str(tmp_path), "base", None, glyphs.restrict(glyphs.classes[:1]), None, None)
+
+
+@pytest.mark.parametrize("published", ["voc", "coco"])
+def test_fine_tuning_trains_what_is_published(published, tmp_path, monkeypatch):
+    """By the recipe, on the embedded data but by the rules of another data set."""
+    recipe, flags = module_of("vfa"), f"--iters 1 --batch-size 2 --test-images 1 --shots 1 --workers 0 --out {tmp_path}"
+    recipe.main(tyro.cli(recipe.Args, args=f"{flags} --stage base".split()))
+    models = []
+    monkeypatch.setattr(recipe, "fit", lambda args, accelerator, folder, stage, model, *_: models.append(model))
+    args = tyro.cli(recipe.Args, args=flags.split())
+    args.base = str(tmp_path / "base")
+    monkeypatch.setattr(recipe.Args, "published", published)
+    recipe.finetune(args, None, str(tmp_path))
+    trained = {name for name, parameter in models[0].named_parameters() if parameter.requires_grad}
+    assert trained == {our_key(name) for name in golden("vfa")["finetune_trains"][published]["trained"]}

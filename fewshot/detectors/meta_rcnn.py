@@ -125,7 +125,7 @@ class MetaRCNN(nn.Module):
         vectors: Tensor,
         support_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses of the second stage: RoI vectors (n, D) and drawn class of each image, vectors of m supports (m, D)."""
+        """Losses of the second stage: RoI vectors (n, D) and drawn class of each image, supports' vectors (m, D)."""
         meta = self.meta_loss(vectors, support_labels)
         return self.conditioned_losses(queries, rois, drawn, vectors, support_labels) | {"meta": meta}
 
