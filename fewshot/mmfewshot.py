@@ -1,4 +1,4 @@
-"""What the checkpoints of mmfewshot 0.1.0, and of VFA, are called here: names of tensors, methods, variants, classes."""
+"""What checkpoints of mmfewshot 0.1.0, and of VFA, are called here: names of tensors, methods, variants, classes."""
 
 from __future__ import annotations
 

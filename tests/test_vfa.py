@@ -20,9 +20,11 @@ from first_losses import module_of
 from naming_rule import array, close, golden
 from torch import Tensor
 
+import fewshot
 from fewshot import InputError, trunks
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.vfa import KL_WEIGHT, VFA, SupportVAE
+from fewshot.export import RoIHead
 from fewshot.mmfewshot import detector_name
 
 our_key = partial(detector_name, method="vfa")
@@ -189,6 +191,8 @@ def test_boxes_depend_on_no_support_and_classes_do():
     for ours, each in zip((logits, deltas), model.classify_each(queries, classes), strict=True):
         assert torch.allclose(ours, each, atol=1e-4)
     assert logits[:, 2].eq(0).all() and deltas[:, 2].eq(0).all()  # the class without a support
+    for ours, exported in zip((logits, deltas), RoIHead(model)(queries), strict=True):
+        assert torch.allclose(ours, exported, atol=1e-4)
     model.exchange_supports()
     exchanged = model.classify(queries)
     assert torch.equal(exchanged[1], deltas) and (exchanged[0] - logits)[:, classes].abs().min() > 1e-4
@@ -220,6 +224,8 @@ def test_fine_tuning_trains_what_is_published(published, tmp_path, monkeypatch):
     """By the recipe, on the embedded data but by the rules of another data set."""
     recipe, flags = module_of("vfa"), f"--iters 1 --batch-size 2 --test-images 1 --shots 1 --workers 0 --out {tmp_path}"
     recipe.main(tyro.cli(recipe.Args, args=f"{flags} --stage base".split()))
+    loaded = fewshot.load(tmp_path / "base")
+    assert isinstance(loaded.network, VFA) and loaded.network.known.all()
     models = []
     monkeypatch.setattr(recipe, "fit", lambda args, accelerator, folder, stage, model, *_: models.append(model))
     args = tyro.cli(recipe.Args, args=flags.split())
