@@ -64,6 +64,7 @@ class VFA(MetaRCNN):
         return (mean + (log_variance / 2).exp()).sigmoid()
 
     def outputs(self, queries: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MetaRCNN.outputs`, with the deltas of RoI vectors that are not re-weighted."""
         return self.cls(self.aggregate(queries, vector)), self.reg(queries).view(-1, self.classes, 4)
 
     @torch.compiler.disable
