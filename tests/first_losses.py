@@ -39,6 +39,7 @@ RUNS = {
     "mpsr": DETECTOR,
     "attention_rpn": DETECTOR,
     "meta_rcnn": DETECTOR,
+    "vfa": DETECTOR,
     "fsdetview": DETECTOR,
 }
 

@@ -14,6 +14,7 @@ from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.tfa import TFA
+from fewshot.detectors.vfa import VFA
 
 SIZES = {"rois": 7, "rpn_channels": 16, "train_proposals": (50, 20), "test_proposals": (40, 10)}
 PYRAMID = {**SIZES, "width": 24}
@@ -22,6 +23,7 @@ DETECTORS = {
     FSCE: {**PYRAMID, "cosine": True, "threshold": 0.4, "dimensions": 12},
     MPSR: {**PYRAMID, "aligned": False},
     MetaRCNN: SIZES,
+    VFA: SIZES,
     FSDetView: SIZES,
     AttentionRPN: {**SIZES, "relation_channels": 20, "shared_proposals": 9},
 }
