@@ -197,7 +197,7 @@ def test_the_documentations_own_recipe_runs(tmp_path):
     (block,) = [block for block in python_blocks() if "class MyMethod" in block]
     source = (ROOT / "recipes" / "proto_net.py").read_text()
     source = re.sub(r"class ProtoNet.*?(?=    def forward)", lambda _: block + "\n", source, flags=re.S)
-    built = "MyMethod(backbones.build(args.backbone, train_set.size))"
+    built = "MyMethod(backbones.of(args, train_set.size))"
     assert built in (ROOT / "README.md").read_text()
     source = re.sub(r"ProtoNet\(backbones.*", built, source)
     (tmp_path / "my_method.py").write_text(source)
