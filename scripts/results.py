@@ -116,7 +116,8 @@ def read(path: Path, metric: str) -> Run | None:
     if "precision" in about:
         args["precision"] = about["precision"]
     identity = str(path) if identity == "None" else str((identity, json.dumps(tested, sort_keys=True)))
-    where = {"method": settings["method"], "data": Path(trained["dataset"]).name or trained["dataset"]}
+    places = filter(None, (trained["dataset"], args.pop("test_dataset", None)))  # the second one where it tests
+    where = {"method": settings["method"], "data": " to ".join(Path(place).name or place for place in places)}
     tasks = None
     if "shots" in metrics:
         where |= {"ways": str(metrics["ways"])}
