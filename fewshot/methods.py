@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewshot import InputError, backbones, heads, logistic, task_heads, transductive, weights
 from fewshot.detectors import build
 from fewshot.detectors.attention_rpn import AttentionRPN
+from fewshot.detectors.defrcn import DeFRCN
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
@@ -218,6 +219,7 @@ DETECTORS: dict[str, type[nn.Module]] = {
     "meta_rcnn": MetaRCNN,
     "fsdetview": FSDetView,
     "vfa": VFA,
+    "defrcn": DeFRCN,
 }
 
 

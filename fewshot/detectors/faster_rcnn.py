@@ -3,8 +3,8 @@
 The numbers follow mmdet 2.25, on which the published models were trained, where torchvision's own detection classes
 differ: anchors are not rounded and sit on the cell corner, C4 anchors run scale by scale, the size deltas are clamped
 on both sides, a low-quality match overwrites, ground truth comes before the proposals, background is the last class.
-Models that torchvision trained keep its `CONVENTIONS`. Boxes are xyxy in pixels of the network's input; a width is
-x2 - x1.
+Models that torchvision or detectron2 trained keep their `CONVENTIONS`. Boxes are xyxy in pixels of the network's input;
+a width is x2 - x1.
 """
 
 import math
@@ -51,7 +51,7 @@ class RoIs(NamedTuple):
 
 
 class Conventions(NamedTuple):
-    """What a network's boxes and RoIs are like, which its weights were trained for and do not tell.
+    """What a network's boxes, RoIs and targets are like, which its weights were trained for and do not tell.
 
     rounded: anchors have whole pixels, and those of a level of every second cell are as far apart as these cells are on
         average, which is less than its stride where the level before has an odd number of them.
@@ -59,6 +59,10 @@ class Conventions(NamedTuple):
         whether boxes are cut half a pixel off, as they should be.
     shrink: log of the ratio by which a box may at most be smaller than its anchor.
     proposal_side, box_side: proposals of at most that width or height, and detections of less, are dropped; in pixels.
+    low_quality, reassign: the least overlap with which a box's best anchors are positive in any case, and whether they
+        then stand for that box even where they overlap another more.
+    divide_by_all: RPN losses are divided by the anchors that could be sampled, not by those that were.
+    truth_first: RoIs are sampled from the boxes followed by the proposals, not the other way round.
     """
 
     rounded: bool
@@ -67,12 +71,17 @@ class Conventions(NamedTuple):
     shrink: float
     proposal_side: float
     box_side: float
+    low_quality: float = 0.3
+    reassign: bool = True
+    divide_by_all: bool = False
+    truth_first: bool = True
 
 
-Convention = Literal["mmdet", "torchvision"]
+Convention = Literal["mmdet", "torchvision", "detectron2"]
 CONVENTIONS: dict[Convention, Conventions] = {
     "mmdet": Conventions(False, -1, True, MAX_LOG_SIZE, 0.0, 0.0),
     "torchvision": Conventions(True, 2, False, math.inf, 1e-3, 1e-2),
+    "detectron2": Conventions(False, -1, True, math.inf, 0.0, 1e-9, 0.0, False, True, False),
 }
 
 
@@ -135,12 +144,18 @@ def anchor_grid(
 
 
 def assign(
-    candidates: Tensor, truth: Tensor, positive: float, negative: float, low_quality: float | None = None
+    candidates: Tensor,
+    truth: Tensor,
+    positive: float,
+    negative: float,
+    low_quality: float | None = None,
+    reassign: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Which ground-truth box each candidate stands for: (assignment (n,) int64, its IoU (n,)).
 
     A candidate belongs to its best box from IoU `positive` on, is NEGATIVE below `negative`, UNUSED between. With
     `low_quality`, every candidate that a box overlaps best (at least by that much) is also its own; later boxes win.
+    Without `reassign` such a candidate belongs to its own best box instead.
     """
     if not len(truth):
         return candidates.new_full((len(candidates),), NEGATIVE, dtype=torch.int64), candidates.new_zeros(
@@ -154,7 +169,7 @@ def assign(
         mine = (overlap == best_of_box) & (best_of_box >= low_quality)  # (boxes, candidates)
         order = torch.arange(1, len(truth) + 1, device=mine.device)[:, None]
         last = (mine * order).max(0).values  # 0 where no box claims the candidate
-        assignment = torch.where(last > 0, last - 1, assignment)
+        assignment = torch.where(last > 0, last - 1 if reassign else index, assignment)
     return assignment, best
 
 
@@ -297,7 +312,10 @@ class RPN(nn.Module):
         truth: Sequence[Tensor],
         negative_pairs: Sequence[bool] | None = None,
     ) -> dict[str, Tensor]:
-        """`rpn_cls` and `rpn_box`: cross-entropy and (smooth) L1 over the sampled anchors, divided by their number."""
+        """`rpn_cls` and `rpn_box`: cross-entropy and (smooth) L1 over the sampled anchors, divided by their number.
+
+        Or, if the convention says so, by the number that could have been sampled.
+        """
         cls, reg, total = self.loss_sums(logits, deltas, anchors, sizes, truth, negative_pairs)
         return {"rpn_cls": cls / total, "rpn_box": reg / total}
 
@@ -311,7 +329,7 @@ class RPN(nn.Module):
         truth: Sequence[Tensor],
         negative_pairs: Sequence[bool] | None = None,
     ) -> tuple[Tensor, Tensor, int]:
-        """Cross-entropy and box loss, summed over the sampled anchors of all images, and how many these are.
+        """Cross-entropy and box loss, summed over the sampled anchors of all images, and what to divide them by.
 
         Where `negative_pairs` says so, an image is one in which the boxes are not to be found: anchors are sampled as
         ever, but the positives among them count as background, without a box (Attention-RPN).
@@ -324,9 +342,10 @@ class RPN(nn.Module):
             if self.border:
                 left, top, right, bottom = anchor.unbind(1)
                 inside = ((left >= 0) & (top >= 0) & (right < width) & (bottom < height)).nonzero()[:, 0]
-            assignment, _ = assign(anchor[inside], boxes, 0.7, 0.3, low_quality=0.3)
+            rules = self.conventions
+            assignment, _ = assign(anchor[inside], boxes, 0.7, 0.3, rules.low_quality, rules.reassign)
             positive, negative = sample(assignment, self.number, 0.5)
-            total += max(len(positive), 1) + max(len(negative), 1)
+            total += self.number if rules.divide_by_all else max(len(positive), 1) + max(len(negative), 1)
             if negative_pairs is not None and negative_pairs[i]:
                 positive, negative = positive[:0], torch.cat([positive, negative])
             target = encode(boxes[assignment[positive]], anchor[inside[positive]], RPN_STD)
@@ -347,13 +366,15 @@ def sample_rois(
     number: int,
     fraction: float = 0.25,
     threshold: float = 0.5,
+    convention: Convention = "mmdet",
 ) -> list[RoIs]:
-    """Sample `number` RoIs per image from proposals (n, 4 or more) with the ground truth put in front of them."""
-    sampled = []
+    """Sample `number` RoIs per image from proposals (n, 4 or more) and the ground truth, put in front or behind."""
+    sampled, first = [], CONVENTIONS[convention].truth_first
     for proposal, box, label in zip(proposals, truth, labels, strict=True):
-        candidates = torch.cat([box, proposal[:, :4]])
+        candidates = torch.cat([box, proposal[:, :4]] if first else [proposal[:, :4], box])
         assignment, overlap = assign(candidates, box, threshold, threshold)
-        assignment[: len(box)] = torch.arange(len(box), device=box.device)  # a box is a positive of itself
+        if first:
+            assignment[: len(box)] = torch.arange(len(box), device=box.device)  # a box is a positive of itself
         positive, negative = sample(assignment, number, fraction)
         matched = assignment[positive]
         background = label.new_full((len(negative),), classes)

@@ -1,0 +1,237 @@
+"""DeFRCN against the reference's outputs, losses and gradients, weights given by the naming rule."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detector_goldens import SIZE, check_detections, check_gradients, normalised, training_batch
+from naming_rule import close, golden, weight
+from torch import Tensor
+
+from fewshot import trunks
+from fewshot.detectors import faster_rcnn
+from fewshot.detectors.build import rebuilt
+from fewshot.detectors.defrcn import DecoupledAffine, DeFRCN, grow
+from fewshot.detectors.faster_rcnn import NEGATIVE
+from fewshot.detectron2 import tensor_name
+
+
+def reference_state(expected: dict) -> dict[str, Tensor]:
+    """All tensors of the reference's model under its names; affine maps are drawn like norms and then shaped."""
+    drawn = {}
+    for key, shape in expected["state"].items():
+        flat = shape[1:2] if key.startswith("affine_") else shape
+        drawn[key] = torch.from_numpy(weight(key, flat, expected["gains"])).view(*shape)
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[DeFRCN, dict]:
+    expected = golden("defrcn")
+    model = DeFRCN(trunks.c4("resnet50", style="caffe"), expected["num_classes"])
+    model.load_state_dict({tensor_name(key): tensor for key, tensor in reference_state(expected).items()})
+    return model.eval(), expected
+
+
+@pytest.fixture
+def take_all(monkeypatch):
+    """Samples are all positives and all negatives, as in the reference's run; divisors stay what they are."""
+    whole = faster_rcnn.sample
+    monkeypatch.setattr(faster_rcnn, "sample", lambda assignment, number, fraction: whole(assignment, 10**7, fraction))
+
+
+@torch.no_grad()
+def test_outputs(case):
+    model, expected = case[0].eval(), case[1]["test"]
+    query = normalised("query0")[None]
+    close(query, expected["input"])
+    features = model.trunk(query)
+    close(features, expected["res4"])
+    close(model.affine_rpn(features), expected["affine_rpn"])
+    close(model.affine_rcnn(features), expected["affine_rcnn"])
+    maps = model.rpn.maps([model.affine_rpn(features)])
+    close(maps[0][0], expected["rpn_cls"])
+    close(maps[0][1], expected["rpn_reg"])
+    outputs = model.rpn.outputs(maps)
+    assert torch.allclose(outputs[2][0][:30], torch.tensor(expected["first_anchors"]), atol=1e-4)
+    (proposals,) = model.rpn.proposals(*outputs, [SIZE])
+    wanted = torch.tensor(expected["rpn_proposals"]["top"])
+    assert len(proposals) == expected["rpn_proposals"]["count"]
+    assert torch.allclose(proposals[:30, :4], wanted[:, :4], atol=0.05)
+    assert torch.allclose(proposals[:30, 4].logit(), wanted[:, 4], atol=1e-4)
+
+    fixed = torch.tensor(expected["fixed_proposals"])
+    aligned = faster_rcnn.roi_align(model.affine_rcnn(features), [fixed], 7, 16)
+    close(aligned, expected["roi_align"])
+    close(aligned.mean((1, 2, 3)), expected["roi_align_per_box_mean"])
+    close(model.trunk.stage4(aligned), expected["res5"])
+    vectors = model.roi_vectors(features, [fixed])
+    close(vectors, expected["roi_vectors"])
+    logits, deltas = model.head(vectors)
+    close(logits, expected["cls_score"])
+    close(deltas.flatten(1), expected["bbox_pred"])
+    found = faster_rcnn.detections(logits, deltas, fixed, SIZE, convention="detectron2")
+    check_detections(found, expected["det_fixed"])
+    (found,) = model.detect(query, [SIZE])
+    check_detections(found, expected["det_e2e"])
+    assert torch.allclose(found.boxes, torch.tensor(case[1]["pcb"]["det_boxes"]), atol=0.05)
+    close(found.scores, case[1]["pcb"]["calibrated"][0]["scores_before"])
+    assert found.labels.tolist() == case[1]["pcb"]["calibrated"][0]["classes"]
+
+
+def test_losses_and_gradients_of_given_proposals(case, take_all):
+    model, train = case[0].train(), case[1]["train"]
+    fixed = train["fixed"]
+    images, truth, labels = training_batch(train)
+    close(images, train["input"])
+    begin(model)
+    proposals = [torch.tensor(p) for p in train["fixed_proposals"]]
+    rois = faster_rcnn.sample_rois(proposals, truth, labels, classes=20, number=512, convention="detectron2")
+    assert mean_counts(rois) == list(fixed["counts_per_image_mean"].values())
+    losses = model.head_losses(model.roi_vectors(model.trunk(images), [r.boxes for r in rois]), rois)
+    check_losses(losses, fixed["losses"])
+    sum(losses.values()).backward()
+    check_gradients(model, fixed["grad_norms"], tensor_name)
+
+
+@pytest.mark.parametrize("setting", range(4))
+def test_whole_training_step(setting, case, take_all):
+    model, train = case[0].train(), case[1]["train"]
+    expected = train["settings"][setting]
+    images, truth, labels = training_batch(train)
+    begin(model, expected["rpn_scale"], expected["rcnn_scale"])
+    if expected["res5_frozen"]:
+        model.trunk.stage4.requires_grad_(False)
+    frozen = {tensor_name(f"{part}.x").removesuffix("x") for part in expected["frozen"]} - {"trunk."}
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name for name in still if not name.startswith("trunk.conv1")} == {
+        name for name, _ in model.named_parameters() if name.startswith(tuple(frozen))
+    }
+    model.rpn.train_proposals = (12000, train["proposals_after_nms"])
+    losses = model(images, [SIZE, SIZE], truth, labels)
+    check_losses(losses, expected["e2e_losses"])
+    rpn, roi = (sum(losses[name] for name in names) for names in (("rpn_cls", "rpn_box"), ("cls", "box")))
+    for loss, kind in ((rpn, "rpn_losses"), (roi, "roi_losses"), (rpn + roi, "all")):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        check_gradients(model, expected[f"grad_norms_{kind}"], tensor_name)
+        for name, norm in expected[f"grad_norms_{kind}"].items():
+            if norm == 0:  # reached, and scaled to nothing
+                assert model.get_parameter(tensor_name(name)).grad.count_nonzero() == 0
+
+
+def test_rpn_targets(case):
+    counts = case[1]["train"]["settings"][0]["counts_per_image_mean"]
+    _, truth, _ = training_batch(case[1]["train"])
+    anchors = faster_rcnn.anchor_grid((16, 20), 16, case[0].trunk.anchor_scales, (0.5, 1.0, 2.0))
+    assigned = [faster_rcnn.assign(anchors, boxes, 0.7, 0.3, 0.0, reassign=False)[0] for boxes in truth]
+    assert sum((a >= 0).sum().item() for a in assigned) / 2 == counts["rpn/num_pos_anchors"]
+    assert sum((a == NEGATIVE).sum().item() for a in assigned) / 2 == counts["rpn/num_neg_anchors"]
+
+
+def begin(model: DeFRCN, rpn_scale: float = 0.0, roi_scale: float = 0.75) -> None:
+    model.zero_grad()
+    model.trunk.requires_grad_(True)
+    model.trunk.freeze(2)
+    model.affine_rpn.scale, model.affine_rcnn.scale = rpn_scale, roi_scale
+
+
+def mean_counts(rois: list[faster_rcnn.RoIs]) -> list[float]:
+    positives = [len(r.deltas) for r in rois]
+    return [sum(positives) / 2, sum(len(r.boxes) for r in rois) / 2 - sum(positives) / 2]
+
+
+def check_losses(losses: dict[str, Tensor], expected: dict[str, float]) -> None:
+    names = {"loss_cls": "cls", "loss_box_reg": "box", "loss_rpn_cls": "rpn_cls", "loss_rpn_loc": "rpn_box"}
+    assert {names[theirs] for theirs in expected} == set(losses)
+    for theirs, value in expected.items():
+        assert losses[names[theirs]].item() == pytest.approx(value, rel=1e-4), theirs
+
+
+# --------------------------------------------------------------------------------------- rules that no golden covers
+def test_scale_changes_gradients_alone():
+    x, results = torch.randn(2, 3, 4, 5, requires_grad=True), []
+    for scale in (0.0, 0.001, 0.75, 1.0):
+        layer = DecoupledAffine(3, scale)
+        torch.nn.init.normal_(layer.weight)
+        layer.bias.data.fill_(0.5)
+        y = layer(x)
+        assert torch.equal(y, x * layer.weight + 0.5)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        results.append(torch.equal(gradient, (layer.weight * scale).expand_as(x)))
+    assert all(results)
+
+
+def test_detectron2_keeps_an_anchors_own_best_box():
+    """A box's best anchor overlaps another box more: with mmdet's rule it changes sides, with detectron2's it stays."""
+    anchors = torch.tensor([[0.0, 0, 100, 100], [400, 400, 500, 500]])
+    truth = torch.tensor([[0.0, 0, 100, 90], [80, 80, 130, 130]])  # the second overlaps no anchor more than the first
+    assign = partial(faster_rcnn.assign, anchors, truth, 0.95, 0.3)
+    assert assign(0.0)[0].tolist() == [1, NEGATIVE]
+    assert assign(0.0, reassign=False)[0].tolist() == [0, NEGATIVE]
+    assert assign(0.3)[0].tolist() == [0, NEGATIVE]  # 0.03 of overlap do not make a match with mmdet
+
+
+def test_rpn_losses_are_divided_by_what_could_be_sampled():
+    torch.manual_seed(0)
+    few = [torch.tensor([[4.0, 4, 60, 60]])]  # all anchors of a small map are fewer than 256
+    divisors = {}
+    for convention in ("mmdet", "detectron2"):
+        rpn = faster_rcnn.RPN(8, 8, scales=(4,), ratios=(1.0,), convention=convention)
+        divisors[convention] = rpn.loss_sums(*rpn.outputs(rpn.maps([torch.randn(1, 8, 4, 4)])), [(64, 64)], few)[2]
+    assert divisors["detectron2"] == 256 and 2 <= divisors["mmdet"] <= 16
+
+
+def test_rois_end_with_the_truth():
+    truth, labels = torch.tensor([[10.0, 10, 50, 60]]), torch.tensor([3])
+    proposals = torch.tensor([[12.0, 10, 50, 60], [100, 100, 140, 150]])
+    (rois,) = faster_rcnn.sample_rois(
+        [proposals], [truth], [labels], classes=5, number=64, fraction=0.5, convention="detectron2"
+    )
+    assert torch.equal(rois.boxes, torch.stack([proposals[0], truth[0], proposals[1]]))
+    assert rois.labels.tolist() == [3, 3, 5] and rois.matched.tolist() == [0, 0]
+
+
+def test_the_classifier_alone_is_dropped_out():
+    torch.manual_seed(0)
+    model = DeFRCN(trunks.c4("small"), 3, roi_size=6, dropout=0.8).train()
+    torch.nn.init.normal_(model.cls.weight)
+    torch.nn.init.normal_(model.reg.weight)
+    vectors = torch.rand(4, 256)
+    logits, deltas = model.head(vectors)
+    again = model.head(vectors)
+    assert torch.equal(deltas, again[1]) and not torch.allclose(logits, again[0])
+    torch.manual_seed(1)
+    seen = model.head(vectors)[0]
+    torch.manual_seed(1)
+    assert torch.equal(seen, F.linear(F.dropout(vectors, 0.8), model.cls.weight, model.cls.bias))
+    assert torch.equal(model.eval().head(vectors)[0], model.cls(vectors))
+
+
+def test_it_can_be_made_anew_from_what_it_says():
+    sizes = {"rois": 7, "roi_size": 5, "rpn_channels": 16, "train_proposals": (50, 20), "test_proposals": (40, 10)}
+    model = DeFRCN(trunks.begin("resnet18", "none"), 3, **sizes)
+    described = json.loads(json.dumps(model.describe()))
+    again = rebuilt(DeFRCN, {**described, "classes": ["a", "b", "c"]}, roi_scale=0.01, dropout=0.8)
+    assert json.loads(json.dumps(again.describe())) == described
+    assert (again.affine_rpn.scale, again.affine_rcnn.scale, again.dropout) == (0.0, 0.01, 0.8)
+    again.load_state_dict(model.state_dict())
+
+
+def test_a_grown_head_keeps_its_base_classes():
+    base = DeFRCN(trunks.c4("small"), 2, roi_size=6)
+    for parameter in (*base.cls.parameters(), *base.reg.parameters()):
+        torch.nn.init.normal_(parameter)
+    grown = DeFRCN(trunks.c4("small"), 4, roi_size=6)  # novel classes between the base ones, as in COCO's order
+    grown.load_state_dict(grow(base.state_dict(), ["a", "c"], ["a", "b", "c", "d"]))
+    vectors = torch.randn(5, 256)
+    (logits, deltas), (before, boxes) = grown.head(vectors), base.head(vectors)
+    assert torch.allclose(logits[:, [0, 2, 4]], before, atol=1e-5)
+    assert torch.allclose(deltas[:, [0, 2]], boxes, atol=1e-5)
+    assert grown.cls.bias[[1, 3]].eq(0).all() and grown.reg.bias.view(4, 4)[[1, 3]].eq(0).all()
+    assert grown.cls.weight[[1, 3]].std().item() == pytest.approx(0.01, rel=0.2)
+    assert grown.reg.weight.view(4, 4, -1)[[1, 3]].std().item() == pytest.approx(0.01, rel=0.2)
+    fresh = grow(base.state_dict(), [], ["x"])  # of a base model whose classes are not gone on with
+    assert fresh["cls.bias"].tolist() == [0, base.cls.bias[-1].item()]
