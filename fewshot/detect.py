@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from fewshot import InputError, bases, launch, run
+from fewshot import InputError, bases, calibrate, launch, run
 from fewshot.data import check
 from fewshot.data.detection import PUBLISHED, PUBLISHED_SPLITS, DetectionSet, DetectionSplit
 from fewshot.data.pipeline import Pipeline, test_loader
@@ -35,6 +35,10 @@ def stages(accelerator: Accelerator, method: str, args: Any, backbone: str) -> I
     split = f"split{args.split}" if args.dataset in PUBLISHED_SPLITS else None
     begin = args.backbone or (bases.label(args.base) if args.base else backbone)
     args.out = args.out or run.default_folder(method, args.dataset, split, begin)
+    if args.stage == "base" and args.calibrate:
+        raise InputError("--calibrate is by the shots of fine-tuning: leave it out of base training")
+    if args.calibrate:  # fetched once, and what is wrong with it is said before anything is trained
+        launch.on_main_only(accelerator, lambda: calibrate.backbone(args.calibrate))
     if not (args.base or args.test_only):
         args.backbone = begin
     base, folders = f"{args.out}/base", []
@@ -129,7 +133,8 @@ def test(
 
     Args:
         args: a recipe's: `--test-proposals` replaces the model's own number of proposals, `--scramble-supports` tests
-            also with every class given the next class's supports (`exchange_supports` of the detector).
+            also with every class given the next class's supports (`exchange_supports` of the detector), `--calibrate`
+            also with scores calibrated by the shots, whose prototypes the model's file then keeps.
         train: what it was trained on; if these are shots, a picture shows them.
         protocol: what else to say of how it was tested.
         options: of the detector's `detect`.
@@ -151,8 +156,39 @@ def test(
     if getattr(args, "scramble_supports", False):
         detector.exchange_supports()
         scrambled = look()
+    calibrated = None
+    if args.calibrate and record.about["stage"] != "base":
+        calibrated = rescored(record.accelerator, _calibration(record, args.calibrate, train), found, dataset)
     protocol = {"test_proposals": detector.rpn.test_proposals[1], **(protocol or {})}
-    report(record, found, dataset, train, protocol, classwise=args.classwise, scrambled=scrambled, speed=speed)
+    also = {"scrambled": scrambled, "calibrated": calibrated}
+    report(record, found, dataset, train, protocol, classwise=args.classwise, speed=speed, **also)
+
+
+def _calibration(record: run.Record, choice: str, shots: DetectionSet | None) -> calibrate.Calibration:
+    """By the shots that the run's model was just trained on, or else by the prototypes that its file has."""
+    device = record.accelerator.device
+    if shots is None:
+        return calibrate.restored(record.about, record.folder / "model.safetensors", choice, device)
+    calibration = calibrate.from_shots(choice, shots, device)
+    record.save_model(calibration=calibration.describe(choice))
+    return calibration
+
+
+def rescored(
+    accelerator: Accelerator, calibration: calibrate.Calibration, found: Mapping[str, Detections], dataset: DetectionSet
+) -> dict[str, Detections]:
+    """`found` on the pictures of `dataset`, by id, with calibrated scores; on every process, a share by each."""
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    mine = range(rank, len(dataset), world)
+    new: dict[str, Detections] = {}
+    for i in tqdm(mine, desc="calibrate", unit="picture", leave=False, disable=not accelerator.is_main_process):
+        record = dataset.records[i]
+        boxes, scores, labels = found[record.id]
+        names = [dataset.classes[label] for label in labels]
+        columns = dataset.image(i), torch.from_numpy(boxes), torch.from_numpy(scores)
+        scores = calibration(*(column.to(device) for column in columns), names).cpu().numpy()
+        new[record.id] = Detections(boxes, scores, labels)
+    return launch.gather_by_id(accelerator, new)
 
 
 def report(
@@ -164,6 +200,7 @@ def report(
     *,
     classwise: bool = False,
     scrambled: dict[str, Detections] | None = None,
+    calibrated: dict[str, Detections] | None = None,
     speed: float | None = None,
 ) -> None:
     """Print how good the detections are and by what protocol, and finish the run.
@@ -178,6 +215,7 @@ def report(
         more: to say of the protocol.
         classwise: print the result of every class too.
         scrambled: the same with every class given the next class's supports: how much the supports matter.
+        calibrated: the same with calibrated scores.
         speed: pictures per second of the test.
     """
     about, args = record.about, record.about["args"]
@@ -205,10 +243,12 @@ def report(
         files = {"detections.json": coco_json(found, dataset), "detections.png": show.detections(dataset, found)}
         files["confusion.png"] = show.confusion(confusion(found, dataset), dataset.classes, dataset.novel)
         files |= {"shots.png": show.shots(train)} if train is not None and train.cut_to_shots else {}
-    if scrambled is not None:
-        exchanged: Mapping[str, Any] = evaluate(scrambled, dataset)
-        record.accelerator.print(f"with every class given the next class's supports:\n{table(exchanged, classwise)}")
-        result["scrambled_supports"] = {key: value for key, value in exchanged.items() if key != "per_class"}
+    others = ("scrambled_supports", "every class given the next class's supports", scrambled)
+    for name, what, also in (others, ("calibrated", f"scores calibrated by {record.args.calibrate}", calibrated)):
+        if also is not None:
+            other: Mapping[str, Any] = evaluate(also, dataset)
+            record.accelerator.print(f"with {what}:\n{table(other, classwise)}")
+            result[name] = {key: value for key, value in other.items() if key != "per_class"}
     took = {"pictures_per_second": round(speed, 3)} if speed else {}
     record.finish({**result, "protocol": protocol}, files, took)
 

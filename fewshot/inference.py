@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
-from fewshot import InputError, heads, methods, show, weights
+from fewshot import InputError, calibrate, heads, methods, show, weights
 from fewshot.data import pictures as files
 from fewshot.data.pipeline import Pipeline, collate_images
 from fewshot.data.query_aware import support_crop
@@ -342,6 +342,20 @@ class Detector(Model):
         super().__init__(network, state, about, device)
         self.classes = list(about["classes"])
         self.pipeline = Pipeline(**about.get("pictures", {}))
+        self.calibration: calibrate.Calibration | None = None
+
+    def calibrate(self, backbone: str | None = None) -> None:
+        """From now on scores of novel classes are half cosines with their shots (`fewshot.calibrate`), best first.
+
+        They do not compare with the scores of other classes, which stay as they are.
+
+        Args:
+            backbone: torchvision's name, or NAME=FILE; by default what the model was fine-tuned with.
+
+        Raises:
+            InputError: the model was fine-tuned without --calibrate, or the backbone is not there or another one.
+        """
+        self.calibration = calibrate.restored(self.about, f"this {self.method}", backbone, self.device)
 
     @torch.no_grad()
     def support(
@@ -453,9 +467,14 @@ class Detector(Model):
             for group in _of_one_size([image for image, _ in inputs], at_once):
                 results = self.network.detect(*self._batch([inputs[i][0] for i in group]), **options)
                 for i, (boxes, scores, labels) in zip(group, results, strict=True):
-                    sure = scores >= score_above
-                    names = [self.classes[label] for label in labels[sure].tolist()]
-                    found[i] = Found(boxes[sure].cpu() / inputs[i][1].repeat(2), scores[sure].cpu(), names)
+                    names = [self.classes[label] for label in labels.tolist()]
+                    boxes = boxes / inputs[i][1].repeat(2).to(boxes.device)
+                    if self.calibration is not None:
+                        scores = self.calibration(pictures[i].to(self.device), boxes, scores, names)
+                    order = scores.argsort(descending=True, stable=True)
+                    order = order[scores[order] >= score_above]
+                    names = [names[n] for n in order.tolist()]
+                    found[i] = Found(boxes[order].cpu(), scores[order].cpu(), names)
         return found[0] if alone else found
 
     @contextmanager

@@ -41,15 +41,15 @@ TIMED = range(3, 23)  # of a run's steps: what the rest will take is estimated f
 
 # Arguments that change how a run is carried out, not what it computes: a resumed run may change these.
 FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "stage", "save_every", "features"}
-FREE_ARGS |= {"share_proposals", "test_proposals", "scramble_supports", "save_tasks", "classwise", "seeds"}
+FREE_ARGS |= {"share_proposals", "test_proposals", "scramble_supports", "save_tasks", "classwise", "seeds", "calibrate"}
 # What a test may choose; all else is the model's own, and comes from its file.
 TEST_ARGS = {"data_root", "cache", "ways", "shots", "queries", "tasks", "save_tasks", "test_temperature", "test_steps"}
 TEST_ARGS |= {"test_dataset", "test_root", "imbalance", "features"}
 TEST_ARGS |= {"test_images", "classwise", "share_proposals", "test_proposals", "scramble_supports", "at_once", "seed"}
-TEST_ARGS |= {"out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base", "seeds"}
+TEST_ARGS |= {"calibrate", "out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base", "seeds"}
 # What two runs of one setting may differ in.
 UNTOLD = FREE_ARGS | {"seed", "data_root", "test_root", "cache", "at_once"}
-UNTOLD -= {"share_proposals", "test_proposals"}
+UNTOLD -= {"share_proposals", "test_proposals", "calibrate"}
 # What a base model must have in common with what is fine-tuned from it.
 BASE_ARGS = ("dataset", "novel_classes", "split", "backbone", "style", "short", "long", "support_size")
 

@@ -96,6 +96,7 @@ class Args:
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
+    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
     scramble_supports: bool = False  # test also with every class given the next class's supports
     wandb: bool = False  # log to Weights & Biases
 

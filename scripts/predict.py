@@ -40,8 +40,11 @@ class Args:
     support: Path | None = None  # folder of class folders; a detector may know its classes already
     out: Path = Path("predictions")  # folder for predictions.json and pictures
     reject: float | None = None  # classifiers: share of the classes' own pictures to keep; by default 0.95 if it can be
-    score_above: float = 0.3  # of detections: leave out what is less sure
+    score_above: float = 0.3  # of detections: leave out what is less sure, calibrated or not
     test_proposals: int | None = None  # detectors: places of a picture to look at; fewer are quicker
+    calibrate: str | None = (
+        None  # detectors fine-tuned with it: the backbone of the shots' prototypes, NAME or NAME=FILE
+    )
     share_proposals: bool = False  # Attention-RPN with many classes: quicker, not quite the same
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
 
@@ -137,8 +140,8 @@ def main(args: Args) -> None:
     classifies = isinstance(model, Classifier)
     if args.reject is not None and not (classifies and args.support):
         raise InputError("--reject is for classifiers and their --support: leave it out")
-    if classifies and (args.share_proposals or args.test_proposals is not None):
-        raise InputError("--share-proposals and --test-proposals are for detectors: leave them out")
+    if classifies and (args.share_proposals or args.calibrate or args.test_proposals is not None):
+        raise InputError("--share-proposals, --calibrate and --test-proposals are for detectors: leave them out")
     paths = queries(args.query)
     if args.support:
         supports, pictures, labels = read_supports(args.support)
@@ -150,6 +153,8 @@ def main(args: Args) -> None:
             model.support(pictures, read_boxes(args.support, supports, pictures, labels), labels)
         counts = ", ".join(f"{name} {labels.count(name)}" for name in dict.fromkeys(labels))
         print(f"{model.method} knows {counts}")
+    if args.calibrate:
+        model.calibrate(args.calibrate)
     readable, images = [], []
     for path in paths:
         try:

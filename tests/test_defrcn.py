@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from detector_goldens import SIZE, check_detections, check_gradients, normalised, training_batch
 from naming_rule import close, golden, weight
+from safetensors.torch import load_file
+from test_recipes import FROZEN, QUICK, load, run_here
 from torch import Tensor
 
 from fewshot import trunks
@@ -16,6 +18,7 @@ from fewshot.detectors.build import rebuilt
 from fewshot.detectors.defrcn import DecoupledAffine, DeFRCN, grow
 from fewshot.detectors.faster_rcnn import NEGATIVE
 from fewshot.detectron2 import tensor_name
+from fewshot.schedule import choose
 
 
 def reference_state(expected: dict) -> dict[str, Tensor]:
@@ -235,3 +238,37 @@ def test_a_grown_head_keeps_its_base_classes():
     assert grown.reg.weight.view(4, 4, -1)[[1, 3]].std().item() == pytest.approx(0.01, rel=0.2)
     fresh = grow(base.state_dict(), [], ["x"])  # of a base model whose classes are not gone on with
     assert fresh["cls.bias"].tolist() == [0, base.cls.bias[-1].item()]
+
+
+# ------------------------------------------------------------------------------------------------------- the recipe
+def test_novel_classes_alone(tmp_path):
+    run_here("defrcn", f"{QUICK['defrcn']} --stage base --out {tmp_path}")
+    run_here("defrcn", f"{QUICK['defrcn']} --stage novel --out {tmp_path}")
+    folder = tmp_path / "1shot-seed0-novel"
+    result = json.loads((folder / "metrics.json").read_text())
+    assert set(result["AP50"]) == {"novel", "all"} and result["protocol"]["trained_on"] == "novel classes"
+    before, after = (load_file(place / "model.safetensors") for place in (tmp_path / "base", folder))
+    assert len(after["cls.weight"]) == 6
+    moved = {name for name in before if before[name].shape == after[name].shape and not before[name].equal(after[name])}
+    assert {name.split(".")[0] for name in moved} == {"trunk", "affine_rpn", "affine_rcnn", "rpn"}
+    assert not any(name.startswith(FROZEN["defrcn"]) for name in moved)
+
+
+def test_weights_and_biases_decay_as_published(monkeypatch, tmp_path):
+    """A weight without gradient decays by rate * 5e-5 in a step, a bias by rate * 1e-4; the rate has fallen to 1000."""
+    run_here("defrcn", f"{QUICK['defrcn']} --stage base --out {tmp_path}")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    monkeypatch.setattr(DeFRCN, "forward", lambda self, *_: {"none": sum(p.sum() * 0 for p in self.parameters())})
+    run_here("defrcn", f"{QUICK['defrcn']} --stage finetune --iters 1 --lr 10000 --out {tmp_path}")
+    after = load_file(tmp_path / "1shot-seed0" / "model.safetensors")
+    for name, decay in (("rpn.conv.weight", 5e-5), ("affine_rcnn.weight", 5e-5), ("affine_rcnn.bias", 1e-4)):
+        assert torch.allclose(after[name], before[name] * (1 - 1000 * decay), atol=1e-6), name
+    assert torch.equal(after["trunk.stage4.1.weight"], before["trunk.stage4.1.weight"])
+
+
+def test_schedules_of_the_two_settings_differ():
+    recipe = load("defrcn")
+    args = recipe.Args(dataset="voc", shots=4)
+    whole, alone = (choose(table["voc"], "finetune", args, pictures=9) for table in (recipe.SCHEDULE, recipe.NOVEL))
+    assert (whole.steps, whole.milestones) == (2250, (1800,)) and (alone.steps, alone.milestones) == (1800, (1440,))
+    assert choose(recipe.NOVEL["own"], "novel", args, pictures=100, batch=4).steps == 750

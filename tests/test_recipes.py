@@ -40,7 +40,7 @@ QUICK = {
     "meta_baseline": EPISODIC,
     "maml": "--iters 8 --eval-every 4 --val-tasks 2 --tasks 4 --train-queries 4 --batch-size 2",
 } | dict.fromkeys(
-    ("attention_rpn", "fsce", "fsdetview", "meta_rcnn", "mpsr", "tfa", "vfa"),
+    ("attention_rpn", "defrcn", "fsce", "fsdetview", "meta_rcnn", "mpsr", "tfa", "vfa"),
     "--iters 6 --save-every 3 --shots 1 --batch-size 2 --test-images 12",
 )
 DETECTORS = [recipe for recipe in RECIPES if "--shots 1" in QUICK[recipe]]
@@ -48,6 +48,7 @@ CLASSIFIERS = [recipe for recipe in RECIPES if recipe not in DETECTORS]
 # what fine-tuning leaves as base training made it
 FROZEN = {
     "attention_rpn": ("trunk.", "rpn."),
+    "defrcn": ("trunk.conv1.", "trunk.bn1.", "trunk.layer1.", "trunk.layer2.", "trunk.stage4."),
     "fsce": ("trunk.conv1.", "trunk.stages."),
     "fsdetview": ("trunk.", "rpn.", "product.fc.", "difference.fc."),
     "meta_rcnn": ("trunk.", "rpn."),
