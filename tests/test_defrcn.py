@@ -1,24 +1,31 @@
 """DeFRCN against the reference's outputs, losses and gradients, weights given by the naming rule."""
 
 import json
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from detector_goldens import SIZE, check_detections, check_gradients, normalised, training_batch
-from naming_rule import close, golden, weight
+from naming_rule import close, golden, image, weight
 from safetensors.torch import load_file
 from test_recipes import FROZEN, QUICK, load, run_here
 from torch import Tensor
 
-from fewshot import trunks
+import fewshot
+from fewshot import InputError, detectron2, trunks
+from fewshot.data.transforms import CAFFE
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.defrcn import DecoupledAffine, DeFRCN, grow
 from fewshot.detectors.faster_rcnn import NEGATIVE
-from fewshot.detectron2 import tensor_name
+from fewshot.detectron2 import ANCHORS, tensor_name
 from fewshot.schedule import choose
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import convert_defrcn
 
 
 def reference_state(expected: dict) -> dict[str, Tensor]:
@@ -238,6 +245,92 @@ def test_a_grown_head_keeps_its_base_classes():
     assert grown.reg.weight.view(4, 4, -1)[[1, 3]].std().item() == pytest.approx(0.01, rel=0.2)
     fresh = grow(base.state_dict(), [], ["x"])  # of a base model whose classes are not gone on with
     assert fresh["cls.bias"].tolist() == [0, base.cls.bias[-1].item()]
+
+
+# ---------------------------------------------------------------------------------------------------- the converter
+@pytest.fixture
+def checkpoint(case, tmp_path):
+    """Writes the reference's model as detectron2 does, changed by the arguments: a tensor, or None to leave it out."""
+
+    def write(**changed: Tensor | None) -> Path:
+        anchors = faster_rcnn.anchor_grid((1, 1), 16, (2, 4, 8, 16, 32), (0.5, 1.0, 2.0)).clone()
+        state = reference_state(case[1]) | {ANCHORS: anchors} | changed
+        content = {"model": {name: tensor for name, tensor in state.items() if tensor is not None}, "iteration": 14_999}
+        torch.save(content | {"optimizer": {}, "scheduler": {"milestones": (10_000,)}}, tmp_path / "model_final.pth")
+        return tmp_path / "model_final.pth"
+
+    return write
+
+
+@torch.no_grad()
+def test_converted_checkpoints_detect_the_same(case, checkpoint, tmp_path):
+    out = tmp_path / "made" / "defrcn.safetensors"
+    convert_defrcn.main(convert_defrcn.Args(checkpoint(), out, of="voc2"))
+    model = fewshot.load(out)
+    assert model.classes[15:] == ["aeroplane", "bottle", "cow", "horse", "sofa"] == model.about["novel"]
+    assert model.classes[:2] == ["bicycle", "bird"] and model.about["base"] == model.classes[:15]
+    assert (model.pipeline.short, model.pipeline.long) == (800, 1333) and model.normalisation == CAFFE
+    (found,) = model.network.detect(normalised("query0")[None], [SIZE])
+    check_detections(found, case[1]["test"]["det_e2e"])
+    picture = torch.from_numpy(image("query0", *SIZE)).permute(2, 0, 1)
+    best = model.predict(picture, size="keep")
+    assert torch.equal(best.boxes, found.boxes) and best.names[0] == model.classes[10]
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "classes", "novel"),
+    [
+        (15, {"of": "voc1"}, "aeroplane bicycle boat bottle", 0),
+        (5, {"of": "voc3"}, "boat cat motorbike sheep sofa", 5),
+        (60, {"of": "coco"}, "truck traffic_light", 0),
+        (20, {"of": "coco"}, "person bicycle car motorcycle airplane", 20),
+        (80, {"of": "coco"}, "person bicycle car motorcycle airplane bus train truck", 20),
+        (3, {"classes": ("a", "b", "c"), "novel": ("b",)}, "a b c", 1),
+    ],
+)
+def test_their_number_tells_which_classes(number, options, classes, novel):
+    state = trained_for(number)
+    ours, about = detectron2.convert(state, "model.pth", **options)
+    assert len(ours) == len(state) and len(about["classes"]) == number and len(about["novel"]) == novel
+    names = [name.replace(" ", "_") for name in about["classes"]]
+    assert names[: len(classes.split())] == classes.split()
+    assert about["stage"] == ("finetune" if novel else "base")
+    assert set(about["base"]) | set(about["novel"]) == set(about["classes"])
+
+
+def trained_for(number: int) -> dict[str, Tensor]:
+    state = {name: torch.zeros(shape) for name, shape in golden("defrcn")["state"].items()}
+    box = "roi_heads.box_predictor"
+    for name, rows in (("cls_score", number + 1), ("bbox_pred", 4 * number)):
+        state |= {f"{box}.{name}.weight": torch.zeros(rows, 2048), f"{box}.{name}.bias": torch.zeros(rows)}
+    return state
+
+
+def test_what_does_not_fit_is_named_in_one_line(checkpoint, tmp_path, capsys):
+    convert = partial(convert_defrcn.Args, of="voc1")
+    for changed, words in (
+        ({"roi_heads.mask_head.weight": torch.zeros(1)}, r"roi_heads\.mask_head\.weight does not belong"),
+        ({"affine_rpn.bias": None}, r"affine_rpn\.bias is missing from .*model_final\.pth"),
+        ({"backbone.res3.0.shortcut.norm.bias": None}, r"layer2\.0\.downsample\.1\.bias is missing"),
+        ({"roi_heads.box_predictor.cls_score.weight": None}, "is it DeFRCN's, and not one whose head was taken off"),
+        ({"affine_rcnn.weight": torch.zeros(1, 512, 1, 1)}, r"affine_rcnn\.weight is \(1, 512, 1, 1\)"),
+        ({ANCHORS: torch.zeros(15, 4)}, "are not the anchors that DeFRCN was published with"),
+    ):
+        with pytest.raises(InputError, match=words) as error:
+            convert_defrcn.main(convert(checkpoint(**changed)))
+        assert "\n" not in str(error.value)
+    path = checkpoint()
+    for options, words in (
+        ({"of": None}, "does not name its 20 classes: say whose they are"),
+        ({"classes": ("a",)}, "does not name its 20 classes: say whose"),
+        ({"of": None, "classes": ("a", "b")}, "has 20 classes, which --classes has not"),
+        ({"of": None, "classes": ("a", "b"), "novel": ("c",)}, "--novel c is none of --classes"),
+        ({"out": path}, "would replace what it is made of"),
+    ):
+        with pytest.raises(InputError, match=words):
+            convert_defrcn.main(convert(path, **options))
+    with pytest.raises(InputError, match="has 7 classes, which coco has not"):
+        detectron2.convert(trained_for(7), "model.pth", of="coco")
 
 
 # ------------------------------------------------------------------------------------------------------- the recipe
