@@ -31,9 +31,9 @@ BATCH = {"glyphs": 8, "voc": 16, "coco": 16, "own": 4}
 # fmt: off
 SCHEDULE = {
     "glyphs": {
-        "base": Schedule(600, 0.04, (480,), 50),
-        1: Schedule(100, 0.02, (80,), 10), 2: Schedule(150, 0.02, (120,), 10), 3: Schedule(150, 0.02, (120,), 10),
-        5: Schedule(200, 0.02, (160,), 10), 10: Schedule(200, 0.02, (160,), 10),
+        "base": Schedule(1200, 0.04, (960,), 50),
+        1: Schedule(200, 0.04, (160,)), 2: Schedule(300, 0.04, (240,)), 3: Schedule(300, 0.04, (240,)),
+        5: Schedule(400, 0.04, (320,)), 10: Schedule(400, 0.04, (320,)),
     },
     "voc": {
         "base": Schedule(15_000, 0.02, (10_000, 13_300), 100),
