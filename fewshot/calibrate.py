@@ -18,10 +18,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision import ops
 
-from fewshot import InputError, weights
+from fewshot import InputError, pretrained, weights
 from fewshot.data.detection import DetectionSet
 from fewshot.data.transforms import Normalisation
-from fewshot.trunks import read_state
 
 # torchvision's networks that are a map, then a mean over it, then layers that take its vector
 WITH_MAP = ("resnet", "resnext", "wide_resnet", "regnet", "mobilenet", "efficientnet")
@@ -73,17 +72,22 @@ class Regions(nn.Module):
 
 
 def backbone(choice: str) -> Regions:
-    """A classifier of torchvision's as `Regions`, in eval mode.
+    """A classifier of torchvision's, or a network of timm's (timm/NAME), as `Regions`, in eval mode.
 
-    Its vectors are the logits. Of a file that lacks the layers behind the map they are the means over the map.
+    A classifier's vectors are the logits, or of a file that lacks the layers behind the map the means over the map. A
+    network of timm's gets boxes cut out of the picture, and its vectors are those that its authors pool.
 
     Args:
-        choice: a name, for ImageNet's weights, which are downloaded once; or NAME=FILE.
+        choice: a name, for the published weights, which are downloaded once; or NAME=FILE.
 
     Raises:
         InputError: there is no such network or no such weights, or they do not fit.
     """
     name, _, file = choice.partition("=")
+    if name.startswith("timm/"):
+        size, normalisation = pretrained.inputs(name)
+        net = pretrained.network(name, size, source=file or "pretrained").eval().requires_grad_(False)
+        return Regions(net, normalisation, crop=size)
     if name not in torchvision.models.list_models(torchvision.models):
         raise InputError(
             f"--calibrate {choice}: torchvision has no classifier {name!r}; resnet101 is what was published"
@@ -96,20 +100,13 @@ def backbone(choice: str) -> Regions:
     net = torchvision.models.get_model(name).eval().requires_grad_(False)
     parts = OrderedDict(net.named_children())
     after = [part for part in AFTER_MAP if part in parts]
-    state = read_state(Path(file)) if file else _downloaded(published, name)
+    state = weights.read_state(Path(file)) if file else weights.downloaded(published, name, f"give {name}=FILE")
     headless = name.startswith(WITH_MAP) and not any(key.startswith(tuple(after)) for key in state)
     weights.fill(net, state, file or "ImageNet's weights", fresh=[f"{part}." for part in after] if headless else ())
     if not name.startswith(WITH_MAP):
         return Regions(net, normalisation, crop=preset.crop_size[0])
     network = nn.Sequential(OrderedDict((part, module) for part, module in parts.items() if part not in after))
     return Regions(network, normalisation, stride=32, head=None if headless else parts[after[-1]])
-
-
-def _downloaded(published: Any, name: str) -> dict[str, Tensor]:
-    try:
-        return published.get_state_dict(check_hash=True)
-    except OSError as error:
-        raise InputError(f"{name}'s ImageNet weights cannot be downloaded ({error}): give {name}=FILE") from error
 
 
 class Calibration:

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torchvision.models as tv
 from torch import Tensor, nn
@@ -94,7 +93,9 @@ def _of_torchvision(name: str, image_size: int, pooled: bool, source: str) -> nn
     if not linear:
         raise InputError(f"torchvision/{name} ends without a linear layer: choose another network")
     if source != "none":
-        state = _published(name) if source == "pretrained" else weights.read_state(Path(source))
+        published, advice = tv.get_model_weights(name).DEFAULT, "give --weights FILE, or none"
+        pretrained = source == "pretrained"
+        state = weights.downloaded(published, name, advice) if pretrained else weights.read_state(Path(source))
         if vit:
             state = interpolate_embeddings(image_size, net.patch_size, state)
         weights.fill(net, state, source, fresh=(f"{linear[-1]}.",))
@@ -107,13 +108,6 @@ def _of_torchvision(name: str, image_size: int, pooled: bool, source: str) -> nn
         raise InputError(f"torchvision/{name} gives no map: choose a convolutional network, or a ViT of timm's")
     names = list(layers)
     return nn.Sequential(OrderedDict((key, layers[key]) for key in names[: names.index(last) + 1]))
-
-
-def _published(name: str) -> dict[str, Tensor]:
-    try:
-        return dict(tv.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True))
-    except (OSError, URLError) as error:
-        raise InputError(f"{name}'s weights cannot be downloaded ({error}): give --weights FILE, or none") from error
 
 
 def _divisible(name: str, image_size: int) -> int:

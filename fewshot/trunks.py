@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from fewshot import InputError
 from fewshot.backbones import init_convs
 from fewshot.data.transforms import CAFFE, HALF, IMAGENET, Normalisation
-from fewshot.weights import fill, read_state
+from fewshot.weights import downloaded, fill, read_state
 
 Name = Literal["small", "mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "resnet101"]
 Style = Literal["torchvision", "caffe"]  # of a ResNet
@@ -368,7 +368,4 @@ def _imagenet_state(architecture: dict) -> dict[str, Tensor]:
     if norm != "frozen" or style == "caffe":
         chosen = " ".join(filter(None, (style, norm)))
         raise InputError(f"there are no ImageNet weights for trunk {name} ({chosen}): use weights none, or a path")
-    try:
-        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(check_hash=True)
-    except OSError as error:
-        raise InputError(f"{name}'s ImageNet weights cannot be downloaded ({error}): give a file's path") from error
+    return downloaded(torchvision.models.get_model_weights(name).IMAGENET1K_V1, name, "give a file's path")

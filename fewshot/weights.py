@@ -91,6 +91,18 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} cannot be read as weights ({reason}): give a .safetensors or .pth file") from error
 
 
+def downloaded(published: Any, name: str, advice: str) -> dict[str, torch.Tensor]:
+    """One of torchvision's state dicts, an entry of a weights enumeration, downloaded once.
+
+    Raises:
+        InputError: that fails; the message ends with `advice`.
+    """
+    try:
+        return dict(published.get_state_dict(check_hash=True))
+    except OSError as error:
+        raise InputError(f"{name}'s ImageNet weights cannot be downloaded ({error}): {advice}") from error
+
+
 def load_of(classes: Sequence[str], path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """`load` of a model to go on from, which must know exactly these classes in this order.
 

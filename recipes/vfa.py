@@ -102,6 +102,7 @@ class Args:
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
     scramble_supports: bool = False  # test also with every class given the next class's supports
+    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
     wandb: bool = False  # log to Weights & Biases
 
     @property

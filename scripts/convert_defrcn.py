@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from fewshot import InputError, detectron2, trunks, weights
+from fewshot import InputError, detectron2, weights
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    state = trunks.read_state(args.checkpoint)
+    state = weights.read_state(args.checkpoint)
     out = args.out or args.checkpoint.with_suffix(".safetensors")
     if out == args.checkpoint:
         raise InputError(f"{out} would replace what it is made of: give another --out")

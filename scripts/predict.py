@@ -42,9 +42,7 @@ class Args:
     reject: float | None = None  # classifiers: share of the classes' own pictures to keep; by default 0.95 if it can be
     score_above: float = 0.3  # of detections: leave out what is less sure, calibrated or not
     test_proposals: int | None = None  # detectors: places of a picture to look at; fewer are quicker
-    calibrate: str | None = (
-        None  # detectors fine-tuned with it: the backbone of the shots' prototypes, NAME or NAME=FILE
-    )
+    calibrate: str | None = None  # detectors fine-tuned with it: the network that sees their shots, NAME or NAME=FILE
     share_proposals: bool = False  # Attention-RPN with many classes: quicker, not quite the same
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from naming_rule import boxes, close, golden, image, weight
+from safetensors.torch import save_file
 from test_recipes import QUICK, run_here
 from torch import Tensor, nn
 
@@ -183,6 +184,21 @@ def test_weights_without_a_classifier_give_the_maps_vectors(tmp_path):
     torch.save(kept, tmp_path / "features.pth")
     with pytest.raises(InputError, match=r"features\.18\.1\.bias is missing from .*features\.pth"):
         calibrate.backbone(f"mobilenet_v2={tmp_path / 'features.pth'}")
+
+
+def test_networks_of_timm_see_what_a_box_holds(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit").eval()
+    save_file(net.state_dict(), tmp_path / "vit.safetensors")
+    regions = calibrate.backbone(f"timm/test_vit={tmp_path / 'vit.safetensors'}")
+    picture = torch.randint(0, 256, (3, 160, 160), dtype=torch.uint8)
+    vectors = regions(picture, torch.tensor([[0.0, 0, 160, 160], [0, 0, 80, 80]]))
+    net.reset_classifier(0)
+    with torch.no_grad():
+        expected = net(regions.normalisation(picture[None]))
+    torch.testing.assert_close(vectors[:1], expected, rtol=1e-3, atol=1e-3)
+    assert (vectors[0] - vectors[1]).abs().max() > 0.1
 
 
 def test_bad_choices_are_named(tmp_path):
