@@ -5,6 +5,7 @@ With `run` and `meta_test` this is the only place that knows Accelerate's corner
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from fewshot import InputError
 
 T = TypeVar("T")
+DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # nothing left, of the disk, of a quota, of what a file may have
 
 
 class Signals:
@@ -44,8 +46,8 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
     """The Accelerator of this launch, seeded; at the end of the block its trackers and processes are ended.
 
     Precision, devices and processes come from `accelerate launch` (or its config file), nothing else does. An
-    `InputError`, a loss that is not finite and an interruption end the program with one line and a status that is not
-    0; any other exception with its traceback, as it is a mistake of ours.
+    `InputError`, a loss that is not finite, a full disk and an interruption end the program with one line and a status
+    that is not 0; any other exception with its traceback, as it is a mistake of ours.
     """
     accelerator = Accelerator(log_with="wandb" if args.wandb else None, step_scheduler_with_optimizer=False)
     who = "" if accelerator.is_main_process else f" (process {accelerator.process_index})"
@@ -66,6 +68,11 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
     except (InputError, FloatingPointError) as error:
         end_trackers(accelerator)
         raise SystemExit(f"error{who}: {error}") from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        end_trackers(accelerator)
+        raise SystemExit(f"error{who}: {error}: make room on the disk; --resume then goes on with {method}") from None
     except KeyboardInterrupt as error:
         end_trackers(accelerator)
         if accelerator.is_main_process:

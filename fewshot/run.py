@@ -2,8 +2,8 @@
 
     args.json  log.jsonl  metrics.json  curves.png  model.safetensors  last/  lock
 
-where `last/` is Accelerate's state for `--resume`, `model.safetensors` is all that testing needs, and metrics.json
-comes last: a folder that has it is a finished run.
+where `last/` is Accelerate's state for `--resume` (`last.old/` the one before), `model.safetensors` is all that testing
+needs, and metrics.json comes last: a folder that has it is a finished run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import platform
 import resource
 import shlex
-import shutil
 import sys
 import time
 import uuid
@@ -30,7 +29,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from fewshot import InputError, curves, launch, weights
+from fewshot import InputError, curves, launch, state, weights
 from fewshot.data.stream import Feed
 from fewshot.launch import on_main
 from fewshot.schedule import Schedule
@@ -90,7 +89,7 @@ def due(accelerator: Accelerator, method: str, args: Any, folder: str | Path, sh
                 result = json.loads((folder / "metrics.json").read_text())
                 print(f"{folder} is finished (--overwrite would replace it): {summary(result)}", flush=True)
                 return False
-            if not args.resume and _last(folder) is not None:
+            if not args.resume and state.exists(folder):
                 raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
             return True
 
@@ -99,7 +98,7 @@ def due(accelerator: Accelerator, method: str, args: Any, folder: str | Path, sh
 
 def resumes(args: Any, folder: str | Path) -> bool:
     """Whether the run in `folder` goes on from a state, so that what comes before the first step need not be done."""
-    return args.resume and _last(Path(folder)) is not None
+    return args.resume and state.exists(Path(folder))
 
 
 def saved(accelerator: Accelerator, args: Any, folder: str | Path) -> dict[str, Any]:
@@ -180,16 +179,12 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _last(folder: Path) -> Path | None:
-    # A kill between the two renames of `_save_state` leaves only last.old: it is whole.
-    return next((p for p in (folder / "last", folder / "last.old") if p.is_dir()), None)
-
-
 def _began(folder: Path) -> dict[str, Any]:
     """The arguments that the folder's run was begun with, its method and its id."""
     try:
-        return {"id": None, **json.loads((folder / "args.json").read_text())}
-    except (OSError, ValueError, TypeError) as error:
+        began = {"id": None, **json.loads((folder / "args.json").read_text())}
+        return began | {"method": str(began["method"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder}/args.json cannot be read ({error}): --overwrite begins anew") from None
 
 
@@ -253,6 +248,7 @@ class Record:
         self.began, self.bar = time.time(), None
         self.test_only, self.files = args.test_only, files or {}
         self.lock = launch.on_main_only(accelerator, self._take_folder)
+        self._total = 0 if schedule is None else schedule.steps
         if optimizer is None or self.test_only:
             self.model = model.to(accelerator.device)
         else:
@@ -262,7 +258,7 @@ class Record:
             accelerator.print(f"testing {self.folder}/model.safetensors")
         else:
             self._begin_or_resume()
-        steps = schedule.steps if schedule is not None and not self.test_only else self.step
+        steps = self.step if self.test_only else self._total
         rank, world = accelerator.process_index, accelerator.num_processes
         self.feed = Feed(args.seed, self.step, steps, rank, world, accelerator.device, args.workers)
         # its own group, so that a GPU need not wait for the others' word
@@ -279,9 +275,8 @@ class Record:
     def _begin_or_resume(self) -> None:
         accelerator = self.accelerator
 
-        def look() -> tuple[Path | None, str]:
-            last = _last(self.folder) if self.args.resume else None
-            if last is None:
+        def look() -> tuple[state.State | None, str]:
+            if not self.args.resume or (last := state.find(self.folder, self._total)) is None:
                 return None, self._begin()
             before = _began(self.folder)
             now = json.loads(json.dumps(self.about["args"]))
@@ -291,11 +286,10 @@ class Record:
 
         last, self.id = on_main(accelerator, look)
         if last is not None:
-            accelerator.load_state(str(last))
-            state = json.loads((last / "record.json").read_text())
-            self.step, self.best_score = state["step"], state["best"]
-            self.saved = self.step
-            accelerator.print(f"{self.folder}: resuming after step {self.step}")
+            accelerator.load_state(str(last.path))
+            self.step, self.best_score, self.saved = last.step, last.best, last.step
+            instead = f" ({last.damaged})" if last.damaged else ""
+            accelerator.print(f"{self.folder}: resuming after step {self.step}{instead}")
             if accelerator.is_main_process:
                 self._cut_log()
         elif self.args.resume:
@@ -308,8 +302,7 @@ class Record:
             stale.unlink(missing_ok=True)
         for stale in ("metrics.json", "model.safetensors", "shots.json", "detections.json", "tasks.json"):
             (self.folder / stale).unlink(missing_ok=True)
-        for stale in ("last", "last.old", "last.tmp"):
-            shutil.rmtree(self.folder / stale, ignore_errors=True)
+        state.remove(self.folder)
         identity = uuid.uuid4().hex[:12]
         about = {"method": self.about["method"], "id": identity, **self.about["args"]}
         write_json(self.folder / "args.json", about)
@@ -320,7 +313,7 @@ class Record:
     def _cut_log(self) -> None:
         """Steps after the save are done again, and a kill may have cut the last line."""
         log, kept = self.folder / "log.jsonl", []
-        for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
+        for line in log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []:
             try:
                 if json.loads(line)["step"] <= self.step:
                     kept.append(line)
@@ -453,21 +446,8 @@ class Record:
 
     def _save_state(self, step: int) -> None:
         self._finite(step)
-        temporary, last, old = (self.folder / name for name in ("last.tmp", "last", "last.old"))
-        if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            write_json(temporary / "record.json", {"step": step, "best": self.best_score})
-            shutil.rmtree(old, ignore_errors=True)
-            if last.exists():
-                os.rename(last, old)
-            os.rename(temporary, last)
-            shutil.rmtree(old, ignore_errors=True)
+        state.save(self.accelerator, self.folder, step, self.best_score)
         self.saved = step
-        self.accelerator.wait_for_everyone()
 
     def save_model(self, **more: Any) -> None:
         """Write model.safetensors with its description, to which `more` adds for good; not in `--test-only`."""
@@ -482,9 +462,9 @@ class Record:
     def best(self) -> nn.Module:
         """The model with the weights of model.safetensors, without wrappers, to be tested."""
         path = self.folder / "model.safetensors"
-        state, about = weights.load(path)
+        tensors, about = weights.load(path)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        weights.fill(model, state, path)
+        weights.fill(model, tensors, path)
         if self.test_only:
             self.about = about
         else:

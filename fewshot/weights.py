@@ -33,8 +33,12 @@ def save_state(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     about = {**metadata, "fewshot_format": FORMAT}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, {key: json.dumps(value) for key, value in about.items()})
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, {key: json.dumps(value) for key, value in about.items()})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error}): make room on the disk, or give another folder") from None
 
 
 def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

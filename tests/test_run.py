@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -133,13 +134,13 @@ def test_nothing_is_replaced_unasked(tmp_path, capsys):
     with pytest.raises(SystemExit, match="holds an unfinished run: --resume goes on with it, --overwrite begins anew"):
         train(tmp_path / "a", 8, Args())
     train(tmp_path / "a", 8, Args(resume=True))
-    before = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.*")}
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
     assert train(tmp_path / "a", 8, Args()) is None
     assert train(tmp_path / "a", 8, Args(resume=True)) is None
     assert "is finished (--overwrite would replace it)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"begun with lr=0.1, not 0.2; give another --out, or --overwrite"):
         train(tmp_path / "a", 8, Args(lr=0.2))
-    after = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.*")}
+    after = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
     assert {k: v for k, v in before.items() if k != "lock.json"} == {k: v for k, v in after.items() if k != "lock.json"}
     assert train(tmp_path / "a", 8, Args(lr=0.2, overwrite=True)) is not None
     assert json.loads((tmp_path / "a" / "args.json").read_text())["lr"] == 0.2
@@ -221,6 +222,7 @@ def test_a_kill_between_the_renames_of_a_save_loses_nothing(tmp_path):
     straight = train(tmp_path / "a", 12, Args())
     with pytest.raises(SystemExit):
         train(tmp_path / "b", 12, Args(), poison=10)
+    shutil.rmtree(tmp_path / "b" / "last.old")
     (tmp_path / "b" / "last").rename(tmp_path / "b" / "last.old")
     (tmp_path / "b" / "last.tmp").mkdir()
     assert torch.equal(straight.weight, train(tmp_path / "b", 12, Args(resume=True)).weight)

@@ -1,0 +1,118 @@
+"""A run's state on disk: the last two are kept, with checksums, so that none that is damaged is ever gone on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+
+from fewshot import InputError, launch
+
+LAST, BEFORE, WRITING = "last", "last.old", "last.tmp"
+RECORD = "record.json"
+
+
+class State(NamedTuple):
+    """Where a state is, the step that it was saved after, the best score until then, and what is wrong with others."""
+
+    path: Path
+    step: int
+    best: float | None
+    damaged: str | None
+
+
+def exists(folder: Path) -> bool:
+    # a kill between the two renames of `save` leaves only the one before
+    return any((folder / name).is_dir() for name in (LAST, BEFORE))
+
+
+def remove(folder: Path) -> None:
+    for name in (LAST, BEFORE, WRITING):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def save(accelerator: Accelerator, folder: Path, step: int, best: float | None) -> None:
+    """Write Accelerate's state after `step`, atomically; the one before is kept beside it.
+
+    Raises:
+        InputError: it cannot be written, as when the disk is full; nothing else is changed then.
+    """
+    temporary = folder / WRITING
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    failure = None
+    try:
+        accelerator.save_state(str(temporary))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a full disk
+        failure = str(error).partition("\n")[0]
+    failure = next(filter(None, gather_object([failure])), None)
+
+    def finish() -> None:
+        try:
+            if failure is not None:
+                raise OSError(failure)
+            sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+            (temporary / RECORD).write_text(json.dumps({"step": step, "best": best, "files": sums}))
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise InputError(
+                f"{folder}: the state of step {step} cannot be written ({error}): make room on the disk; --resume then "
+                "goes on from the state before"
+            ) from None
+        shutil.rmtree(folder / BEFORE, ignore_errors=True)
+        if (folder / LAST).exists():
+            os.rename(folder / LAST, folder / BEFORE)
+        os.rename(temporary, folder / LAST)
+
+    launch.on_main_only(accelerator, finish)
+
+
+def find(folder: Path, steps: int) -> State | None:
+    """The latest whole state of a run of so many steps; None if none was ever saved.
+
+    Raises:
+        InputError: there are only damaged ones; the message says in what, and what to do.
+    """
+    wrong: list[str] = []
+    for path in (folder / LAST, folder / BEFORE):
+        if path.is_dir():
+            try:
+                record = _read(path, steps)
+                return State(path, record["step"], record["best"], "; ".join(wrong) or None)
+            except (OSError, ValueError) as error:
+                wrong.append(f"{path} is damaged ({error})")
+    if wrong:
+        raise InputError(f"{'; '.join(wrong)}: nothing is left to go on from; --overwrite begins anew")
+    return None
+
+
+def _read(path: Path, steps: int) -> dict[str, Any]:
+    """What a state says of itself. Raises OSError or ValueError where that, or a file, is not as it was written."""
+    record = json.loads((path / RECORD).read_text())
+    if not isinstance(record, dict) or not {"step", "best", "files"} <= record.keys():
+        raise ValueError(f"{RECORD} is not one of a state's")
+    step, best, files = record["step"], record["best"], record["files"]
+    if type(step) is not int or not 0 <= step <= steps:
+        raise ValueError(f"{RECORD} tells of step {step!r} of {steps}")
+    if not isinstance(best, (int, float, type(None))) or not isinstance(files, dict):
+        raise ValueError(f"{RECORD} is not one of a state's")
+    for name, checksum in files.items():
+        if _checksum(path / Path(name).name) != checksum:
+            raise ValueError(f"{name} is not what was written")
+    return record
+
+
+def _checksum(path: Path) -> int:
+    sum_so_far = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            sum_so_far = zlib.crc32(part, sum_so_far)
+    return sum_so_far
