@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fewshot import backbones
+
 
 def reconstructed(query: Tensor, pool: Tensor, penalty: Tensor) -> Tensor:
     """Ridge regression of a map's places (..., m, D) by those of a class's supports (..., n, D): equations 4 to 8.
@@ -25,11 +27,15 @@ class FRN(nn.Module):
 
     Its three parameters are learnt: `alpha` and `beta` from 0, which set the penalty (K r / D) e^alpha for K shots of r
     places, and the length e^beta of reconstructions; and `gamma` from 1, which scales the logits.
-    Maps of ResNet-12 are to be divided by D^½ before. Everything is computed in float32 at least.
+    Everything is computed in float32 at least.
+
+    Args:
+        divisor: divides maps before all else.
     """
 
-    def __init__(self):
+    def __init__(self, divisor: float = 1.0):
         super().__init__()
+        self.divisor = divisor
         self.alpha, self.beta = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         self.gamma = nn.Parameter(torch.ones(()))
 
@@ -41,10 +47,23 @@ class FRN(nn.Module):
         """(tasks, m, ways): squared, summed over channels, mean over a query's places: equations 9 and 10."""
         dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
-            support, query = (x.to(dtype).flatten(3).mT for x in (support, query))  # (tasks, maps, places, D)
+            support, query = (x.to(dtype) / self.divisor for x in (support, query))
+            support, query = (x.flatten(3).mT for x in (support, query))  # (tasks, maps, places, D)
             pool = support.unflatten(1, (ways, -1)).flatten(2, 3)  # (tasks, ways, shots * places, D)
             # LibFewShot's 1e-6 keeps the matrix regular
             penalty = pool.shape[2] / pool.shape[3] * self.alpha.exp() + 1e-6
             places = query.flatten(1, 2)[:, None]  # (tasks, 1, m * places, D)
             apart = self.beta.exp() * reconstructed(places, pool, penalty) - places
             return apart.square().sum(3).unflatten(2, (-1, query.shape[2])).mean(3).mT
+
+
+def parts(backbone: str, image_size: int) -> tuple[nn.Module, FRN]:
+    """A backbone that gives its last map, 5 x 5 of 84 pixels with Conv4 and ResNet-12, and the head for it.
+
+    Conv4's maps are taken as they are, others divided by D^½, as published for ResNet-12. Raises InputError as
+    `backbones.build` does.
+    """
+    if backbone == "conv4":
+        return backbones.ConvNet(image_size, flatten=False), FRN()
+    network = backbones.build(backbone, image_size, pooled=False)
+    return network, FRN(divisor=network.out_channels**0.5)

@@ -323,7 +323,7 @@ class Classifier(Model):
             InputError: there are no supports yet, or the method does not classify by their means.
         """
         if not isinstance(self.network, methods.ByMeans):
-            names = "proto_net, relation_net and meta_baseline"
+            names = "proto_net, relation_net, meta_baseline and feat"
             raise InputError(f"{self.method} does not classify by its supports' means: only {names} export")
         if self._supports is None:
             raise InputError(NO_SUPPORTS)

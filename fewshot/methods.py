@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewshot import InputError, backbones, heads, logistic, task_heads, transductive, weights
+from fewshot import InputError, backbones, feat, frn, heads, logistic, task_heads, transductive, weights
 from fewshot.detectors import build
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.defrcn import DeFRCN
@@ -84,6 +84,22 @@ class MatchingNet(FeatureClassifier):
             return torch.stack([attention[:, rows].logsumexp(1) - math.log(len(rows)) for rows in groups], 1)
 
         return logits
+
+
+class Reconstructing(FeatureClassifier):
+    """FRN, whose classes are pools of all their supports' places."""
+
+    def __init__(self, backbone: nn.Module, head: frn.FRN):
+        super().__init__(backbone)
+        self.head = head
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return self.head(support, query, ways)
+
+    def adapt(self, support: Tensor, groups: Groups) -> Adapted:
+        """A class reconstructs from its own supports, however many these are."""
+        pools = [support[rows][None] for rows in groups]
+        return lambda query: torch.cat([self.classify(pool, query[None], 1)[0] for pool in pools], 1)
 
 
 class FineTuned(FeatureClassifier):
@@ -161,6 +177,11 @@ def _relation_net(about: About) -> ByMeans:
     return ByMeans(backbone, heads.RelationHead(backbone.out_channels, backbone.map_size))
 
 
+def _feat(about: About) -> ByMeans:
+    backbone = _backbone(about)
+    return ByMeans(backbone, feat.FEAT(backbone.out_features, about["temperature"]))
+
+
 def _maml(about: About) -> MAML:
     ways, steps, lr = (_setting(about, name) for name in ("ways", "test_steps", "inner_lr"))
     return MAML(_backbone(about), ways, test_steps=steps, lr=lr)
@@ -201,6 +222,8 @@ CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
     "relation_net": _relation_net,
     "meta_baseline": lambda about: ByMeans(_backbone(about), heads.MetaBaseline()),
     "maml": _maml,
+    "feat": _feat,
+    "frn": lambda about: Reconstructing(*frn.parts(about["args"]["backbone"], about["size"])),
     "simple_shot": _training_free(transductive.simple_shot, "metric", centred=True),
     "bd_cspn": _training_free(transductive.bd_cspn, "version", centred=True),
     "laplacian_shot": _training_free(

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewshot import InputError, methods
 from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
 from fewshot.data.transforms import CAFFE, CAFFE_MPSR, IMAGENET
-from fewshot.methods import CLASSIFIERS, DETECTORS
+from fewshot.methods import DETECTORS
 
 COCO_CLASSES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -214,7 +214,7 @@ def convert(
         else:
             tensors[key] = value
     detector = any(key.startswith(("rpn_head.", "roi_head.")) for key in tensors)
-    task, possible = ("detector", DETECTORS) if detector else ("classifier", CLASSIFIERS)
+    task, possible = ("detector", DETECTORS) if detector else ("classifier", CLASSIFIER_NAMES.values())
     if method is not None and method not in possible:
         raise InputError(f"{name} is a {task}, and {method!r} is none of {', '.join(possible)}")
     text = f"{name} {meta.get('config', '')}"
@@ -275,7 +275,7 @@ def _classifier_method(state: Mapping[str, Tensor], text: str) -> str:
     if any("weight_g" in key or "original0" in key for key in head):
         return "baseline_plus"
     said = [ours for theirs, ours in CLASSIFIER_NAMES.items() if re.search(rf"type='{theirs}'|\b{theirs}\b", text)]
-    spelt = [n for n in CLASSIFIERS if re.search(rf"(^|[/\s]){n.replace('_', '[-_]')}[-_]", text)]
+    spelt = [n for n in CLASSIFIER_NAMES.values() if re.search(rf"(^|[/\s]){n.replace('_', '[-_]')}[-_]", text)]
     possible = ("baseline", "maml") if head else ("proto_net", "matching_net")
     if told := [n for n in (*said, *spelt) if n in possible]:
         return told[0]

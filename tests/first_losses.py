@@ -33,6 +33,8 @@ RUNS = {
     "relation_net": EPISODIC,
     "meta_baseline": f"{EPISODIC} --train-ways 5",
     "maml": EPISODIC,
+    "feat": EPISODIC,
+    "frn": f"{EPISODIC} --train-ways 5",
     "tfa": DETECTOR,
     "tfa novel": f"{DETECTOR} --stage novel",
     "fsce": DETECTOR,

@@ -15,7 +15,7 @@ from test_recipes import QUICK, load, run_here
 from torch import nn
 
 import fewshot
-from fewshot import InputError, backbones, heads, inference, methods, weights
+from fewshot import InputError, backbones, feat, frn, heads, inference, methods, weights
 from fewshot.data import detection
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ["house", "tree", "star"]  # of classes that no recipe trains on
 ARGS = {"dataset": "glyphs", "backbone": "conv4", "distance": "squared", "temperature": 20.0, "test_temperature": 2.0}
 ARGS |= {"ways": 3, "test_steps": 2, "inner_lr": 0.1}
+WORKED_OUT = {"feat": {"temperature": 64.0}}  # what a recipe adds to its file
 RECIPES = {  # a model of every classifier's recipe, from its module and a backbone
     "baseline": lambda recipe, backbone: recipe.Baseline(backbone, 6),
     "baseline_plus": lambda recipe, backbone: recipe.BaselinePlus(backbone, 6, None, 2.0),
@@ -40,6 +41,8 @@ RECIPES = {  # a model of every classifier's recipe, from its module and a backb
     "relation_net": lambda recipe, backbone: recipe.RelationNet(backbone, 0.1),
     "meta_baseline": lambda recipe, backbone: recipe.MetaBaseline(backbone),
     "maml": lambda recipe, backbone: recipe.MAML(backbone, 3, test_steps=2, lr=0.1),
+    "feat": lambda recipe, backbone: recipe.FEAT(backbone, feat.PUBLISHED["conv4", 1]),
+    "frn": lambda recipe, backbone: recipe.FRN(*frn.parts("conv4", 32)),
 }
 
 
@@ -47,6 +50,7 @@ def save_classifier(folder: Path, method: str, model: nn.Module) -> Path:
     """A model as a recipe saves it on the glyphs, with results."""
     results = {"ways": 5, "tasks": 10, "shots": {"5": {"accuracy": 71.25, "ci95": 1.5}}}
     about = {"method": method, "args": ARGS, **open_dataset("glyphs", "", "train").describe(), "results": results}
+    about |= WORKED_OUT.get(method, {})
     folder.mkdir()
     weights.save(folder / "model.safetensors", model, about)
     return folder
@@ -158,12 +162,12 @@ def test_classes_may_have_different_numbers_of_supports(runs):
     prototypes = torch.stack([means[0].mean(0), means[1].mean(0), means[2, 0]])
     expected = (-torch.cdist(extracted(model, query), prototypes).square()).softmax(1)
     assert torch.allclose(table(model.predict(query)), expected, atol=1e-4)
-    for method in ("matching_net", "relation_net", "meta_baseline", "baseline", "maml"):
+    for method in ("matching_net", "relation_net", "meta_baseline", "feat", "frn", "baseline", "maml"):
         model = fewshot.load(runs[method])
         model.support(unequal, labels)
         guesses = model.predict(query)
         assert {guess.name for guess in guesses} <= {"a", "b", "c"}
-        if method == "matching_net":
+        if method in ("matching_net", "frn"):
             model.support(unequal + unequal[-1:], [*labels, "c"])  # a support twice is no other
             assert torch.allclose(table(model.predict(query)), table(guesses), atol=1e-5)
 
@@ -326,7 +330,7 @@ def test_exports_equal_the_model(runs, tmp_path):
     box_head = fewshot.load(runs["meta_rcnn"])
     vectors = torch.randn(9, box_head.network.prototypes.shape[1])
     cases = []
-    for method in ("proto_net", "meta_baseline", "relation_net"):
+    for method in ("proto_net", "meta_baseline", "relation_net", "feat"):
         model = fewshot.load(runs[method])
         model.support(pictures(2), [name for name in NAMES for _ in range(2)])
         cases.append((model.exportable(), images, [model.classify(model.extracted(images))]))

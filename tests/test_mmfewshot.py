@@ -175,6 +175,8 @@ def test_what_a_checkpoint_may_say_and_lack(tmp_path, script):
         script.main(script.Args(path))
     with pytest.raises(InputError, match="is a classifier, and 'tfa' is none of"):
         script.main(script.Args(path, method="tfa"))
+    with pytest.raises(InputError, match="is a classifier, and 'feat' is none of"):  # ours, but not mmfewshot's
+        script.main(script.Args(path, method="feat"))
     assert not (tmp_path / "unknown.safetensors").exists()
     for content, message in (([1, 2], "holds a list"), ({"state_dict": {}}, "no state_dict"), (Path("x"), "would run")):
         torch.save(content, path)

@@ -38,6 +38,8 @@ QUICK = {
     "matching_net": EPISODIC,
     "relation_net": EPISODIC,
     "meta_baseline": EPISODIC,
+    "feat": EPISODIC,
+    "frn": EPISODIC,
     "maml": "--iters 8 --eval-every 4 --val-tasks 2 --tasks 4 --train-queries 4 --batch-size 2",
 } | dict.fromkeys(
     ("attention_rpn", "defrcn", "fsce", "fsdetview", "meta_rcnn", "mpsr", "tfa", "vfa"),

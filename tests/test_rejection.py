@@ -13,7 +13,7 @@ from test_scripts import load as load_script
 from torch import Tensor, nn
 
 import fewshot
-from fewshot import InputError, backbones, heads, weights
+from fewshot import InputError, backbones, feat, frn, heads, weights
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
 from fewshot.inference import Classifier
@@ -108,6 +108,8 @@ METHODS = {
     "relation_net": lambda recipe, net: recipe.RelationNet(net, 0.1),
     "meta_baseline": lambda recipe, net: recipe.MetaBaseline(net),
     "maml": lambda recipe, net: recipe.MAML(net, 3, test_steps=1, lr=0.1),
+    "feat": lambda recipe, net: recipe.FEAT(net, feat.PUBLISHED["conv4", 1]),
+    "frn": lambda recipe, net: recipe.FRN(*frn.parts("conv4", 32)),
 }
 
 
@@ -117,7 +119,8 @@ def saved(method: str, folder: Path) -> Path:
     network = METHODS[method](load_recipe(method), backbones.build("conv4", 32, pooled=method != "relation_net"))
     args = {"backbone": "conv4", "distance": "scaled", "temperature": 100.0, "test_temperature": 5.0}
     args |= {"ways": 3, "test_steps": 1, "inner_lr": 0.1}
-    weights.save(folder / "model.safetensors", network, {"method": method, "args": args, **ABOUT})
+    worked_out = {"temperature": 64.0} if method == "feat" else {}
+    weights.save(folder / "model.safetensors", network, {"method": method, "args": args, **ABOUT, **worked_out})
     return folder
 
 

@@ -50,7 +50,7 @@ DETECTORS = {
     "attention_rpn": Bounds(2, 0),
 }
 CLASSIFIERS = ["baseline", "proto_net", "maml"]
-OTHERS = ["baseline_plus", "neg_margin", "matching_net", "relation_net", "meta_baseline"]
+OTHERS = ["baseline_plus", "neg_margin", "matching_net", "relation_net", "meta_baseline", "feat", "frn"]
 
 
 @pytest.fixture

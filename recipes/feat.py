@@ -1,0 +1,139 @@
+"""FEAT (Ye et al., 2020, https://arxiv.org/abs/1812.03664).
+
+Attention over a task's class means adapts each to the others; a query belongs to the class whose adapted mean is
+nearest. Start from a trained backbone, as published: without one it is no better than Prototypical Networks.
+
+    accelerate launch recipes/feat.py --init runs/baseline/glyphs-conv4-seed0/model.safetensors
+    accelerate launch recipes/feat.py
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from fewshot import backbones, feat, launch, run, weights
+from fewshot.data import episodes, transforms
+from fewshot.data.classification import DatasetName, open_splits
+from fewshot.meta_test import meta_test, report
+from fewshot.plan import planned
+from fewshot.schedule import Passes, Schedule
+
+METHOD = "feat"  # names runs and models; a copy of this recipe needs a name of its own
+
+# steps and the backbone's rate, a tenth of the attention's: Conv4's as published, but for glyphs and Omniglot quick
+QUICK, OWN = Schedule(600, 1e-4), Passes(100, 1e-4, 600, 20_000)  # passes, rate, least and most steps
+SCHEDULE = dict.fromkeys(get_args(DatasetName), feat.CONV4) | {"glyphs": QUICK, "omniglot": QUICK, "folder": OWN}
+
+
+@dataclass
+class Args:
+    # data
+    dataset: DatasetName | str = "glyphs"  # what to learn on; or the path of your own folder of class folders
+    data_root: str = "data"  # folder that holds the data set
+    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    cache: bool = False  # decode the pictures once, into a memory map beside the data
+    ways: int = 5  # classes in a test task
+    shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
+    queries: int = 15  # query images per class in a test task
+    tasks: int = 2000  # test tasks
+    save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
+    # training
+    train_ways: int = 5  # classes in a training episode
+    train_shots: int = 1  # support images per class in a training episode
+    train_queries: int = 15  # query images per class in a training episode
+    batch_size: int = 1  # episodes per step, over all processes
+    iters: int | None = None  # steps; by default as published, of own data by their number of pictures
+    lr: float | None = None  # the backbone's learning rate, a tenth of the attention's; by default as published
+    eval_every: int = 2000  # steps between validations, each of which also saves; shorter own trainings have ten
+    val_tasks: int = 500  # validation tasks
+    # model
+    backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
+    init: str | None = None  # start from the backbone of this model file, say a trained baseline
+    # run
+    out: str | None = None  # where everything goes; by default runs/feat/<dataset>-<backbone>-seed<seed>
+    seed: int = 0  # the only source of randomness
+    workers: int = 2  # data-loading processes
+    resume: bool = False  # go on from the last state in --out
+    overwrite: bool = False  # replace the run in --out if it is finished, or begun
+    test_only: bool = False  # only test the best model in --out
+    wandb: bool = False  # log to Weights & Biases
+
+
+class FEAT(nn.Module):
+    def __init__(self, backbone: nn.Module, setting: feat.Setting):
+        super().__init__()
+        self.features = backbone
+        self.head = feat.FEAT(backbone.out_features, setting.temperature, setting.auxiliary_temperature)
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Logits (tasks, queries, ways) of features (tasks, n, D), the supports class by class."""
+        return self.head(support, query, ways)
+
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of images (tasks, n, 3, H, W), then the auxiliary loss's logits (tasks, all, ways) and labels."""
+        support, query = backbones.together(self.features, support, query)
+        return self.classify(support, query, ways), *self.head.auxiliary(support, query, ways)
+
+
+def main(args: Args) -> None:
+    with launch.started(METHOD, args) as accelerator:
+        novel = args.novel and Path(args.novel).stem
+        args.out = args.out or run.default_folder(METHOD, args.dataset, novel, args.backbone, f"seed{args.seed}")
+        if run.due(accelerator, METHOD, args, args.out):
+            train_and_test(args, accelerator)
+
+
+def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+    # data
+    with accelerator.local_main_process_first():  # one process fills the cache
+        train_set, val_set, test_set = sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache)
+    ways, shots, queries = args.train_ways, args.train_shots, args.train_queries
+    episodes.check(train_set, ways, shots, queries, episodes.TRAIN_FLAGS)
+    for split in (val_set, test_set):
+        episodes.check(split, args.ways, max(args.shots), args.queries)
+    setting, row = feat.published(args.backbone, train_set.name, shots), SCHEDULE[train_set.name]
+    row = setting.schedule if row is feat.CONV4 else row
+    schedule, eval_every = planned(accelerator, args, row, sets, pictures=ways * (shots + queries))
+
+    # model
+    model = FEAT(backbones.build(args.backbone, train_set.size), setting)
+    if args.init and not args.test_only:
+        weights.fill_part(model.features, args.init, "features.")
+    elif not args.test_only:
+        accelerator.print("no --init: published FEAT starts from a trained backbone, and needs it to beat ProtoNet")
+    groups = [{"params": model.features.parameters()}, {"params": model.head.parameters(), "lr": 10 * schedule.lr}]
+    small, sgd = args.backbone == "conv4", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    optimizer = torch.optim.Adam(groups, schedule.lr) if small else torch.optim.SGD(groups, schedule.lr, **sgd)
+    about = train_set.describe() | {"temperature": setting.temperature}
+    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, about)
+    test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
+
+    # train
+    transform = transforms.train_transform(train_set)
+    loader = episodes.episode_loader(train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch)
+    for step, episode in record.steps(loader):
+        logits, auxiliary_logits, labels = record.model(episode.support, episode.query, ways)
+        loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
+        auxiliary = F.cross_entropy(auxiliary_logits.flatten(0, 1), labels.repeat(len(auxiliary_logits)))
+        accelerator.backward(loss + setting.balance * auxiliary)
+        record.optimizer.step()
+        record.scheduler.step()
+        record.optimizer.zero_grad()
+        record.log(step, {"loss": loss, "auxiliary": auxiliary}, ids=episode.indices)
+
+        if step % eval_every == 0 or step == schedule.steps:
+            result = meta_test(accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+            record.save(step, score=result[args.shots[0]].accuracy)
+
+    # test
+    results = meta_test(accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test)
+    report(record, results, args.ways, args.save_tasks)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
