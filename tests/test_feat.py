@@ -8,7 +8,7 @@ from naming_rule import array, close, fill, golden
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.feat import FEAT
+from fewshot.feat import FEAT, PUBLISHED, published
 
 GOLDENS = golden("cls_feat")
 NAMES = {"w_qs": "query", "w_ks": "key", "w_vs": "value", "layer_norm": "norm", "fc": "fc"}
@@ -99,3 +99,16 @@ def test_starts_as_the_official_one_and_drops_out_in_training():
 def test_what_cannot_be():
     with pytest.raises(InputError, match="no distance is called 'manhattan'"):
         FEAT(8, distance="manhattan")
+
+
+def test_settings_are_the_published_ones():
+    assert published("conv4", "cub", 1)[:3] == (64, 16, 1.0)
+    assert published("conv4", "tiered_imagenet", 5)[:3] == (32, 64, 0.1)
+    assert published("resnet18", "glyphs", 3) is PUBLISHED["resnet12", 5]
+    assert published("resnet12", "tiered_imagenet", 1) is PUBLISHED["tiered_imagenet", 1]
+    for (kind, shots), setting in PUBLISHED.items():
+        every = 2000 if kind == "conv4" or (kind, shots) == ("tiered_imagenet", 1) else 4000
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=setting.schedule.lr)
+        scheduler = setting.schedule.of(optimizer)
+        rates = [scheduler.lr_lambdas[0](t) for t in (0, every - 1, every, 2 * every, 19_999)]
+        assert rates == [1, 1, 0.5, 0.25, 0.5 ** (20_000 // every - 1)]

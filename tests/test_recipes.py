@@ -243,13 +243,19 @@ def test_the_documentations_use_of_models_runs(tmp_path, monkeypatch):
     assert (tmp_path / "found.png").exists() and (tmp_path / "never_trained.png").exists()
 
 
-def test_a_trained_backbone_can_be_taken_over(tmp_path):
+def test_a_trained_backbone_can_be_taken_over(tmp_path, capsys):
     run_here("baseline", f"{QUICK['baseline']} --out {tmp_path / 'a'}")
     model = tmp_path / "a" / "model.safetensors"
-    run_here("meta_baseline", f"{EPISODIC} --lr 0 --init {model} --out {tmp_path / 'b'}")
-    a, b = load_file(model), load_file(tmp_path / "b" / "model.safetensors")
-    names = [name for name in a if name.startswith("features.") and name.endswith(("weight", "bias"))]
-    assert len(names) == 16 and all(torch.equal(a[name], b[name]) for name in names)
+    for recipe in ("meta_baseline", "feat", "frn"):
+        run_here(recipe, f"{EPISODIC} --lr 0 --init {model} --out {tmp_path / recipe}")
+        a, b = load_file(model), load_file(tmp_path / recipe / "model.safetensors")
+        names = [name for name in a if name.startswith("features.") and name.endswith(("weight", "bias"))]
+        assert len(names) == 16 and all(torch.equal(a[name], b[name]) for name in names)
+    assert "no --init" not in capsys.readouterr().out
+    run_here("feat", f"{EPISODIC} --out {tmp_path / 'scratch'}")
+    assert capsys.readouterr().out.count("no --init: published FEAT starts from a trained backbone") == 1
+    scratch = load_file(tmp_path / "scratch" / "model.safetensors")
+    assert not any(torch.equal(a[name], scratch[name]) for name in names if name.endswith("0.weight"))
     weights.save(tmp_path / "other.safetensors", torch.nn.Linear(2, 2), {})
     with pytest.raises(SystemExit, match="no tensor features"):
         run_here("proto_net", f"{EPISODIC} --init {tmp_path / 'other.safetensors'} --out {tmp_path / 'c'}")
