@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewshot import backbones
+from fewshot.backbones import Backbone, ConvNet
 
 
 def reconstructed(query: Tensor, pool: Tensor, penalty: Tensor) -> Tensor:
@@ -57,13 +57,12 @@ class FRN(nn.Module):
             return apart.square().sum(3).unflatten(2, (-1, query.shape[2])).mean(3).mT
 
 
-def parts(backbone: str, image_size: int) -> tuple[nn.Module, FRN]:
-    """A backbone that gives its last map, 5 x 5 of 84 pixels with Conv4 and ResNet-12, and the head for it.
+def parts(backbone: Backbone) -> tuple[Backbone, FRN]:
+    """A backbone, from now on giving its last map (5 x 5 of 84 pixels with Conv4 and ResNet-12), and the head for it.
 
-    Conv4's maps are taken as they are, others divided by D^½, as published for ResNet-12. Raises InputError as
-    `backbones.build` does.
+    Conv4's maps are taken as they are, others divided by D^½, as published for ResNet-12.
     """
-    if backbone == "conv4":
-        return backbones.ConvNet(image_size, flatten=False), FRN()
-    network = backbones.build(backbone, image_size, pooled=False)
-    return network, FRN(divisor=network.out_channels**0.5)
+    if isinstance(backbone, ConvNet):
+        backbone.flatten = False
+        return backbone, FRN()
+    return backbone, FRN(divisor=backbone.out_channels**0.5)

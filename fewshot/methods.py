@@ -187,6 +187,10 @@ def _maml(about: About) -> MAML:
     return MAML(_backbone(about), ways, test_steps=steps, lr=lr)
 
 
+def _frn(about: About) -> Reconstructing:
+    return Reconstructing(*frn.parts(_backbone(about, pooled=_setting(about, "backbone") == "conv4")))
+
+
 def _fine_tuned(fit: Callable, about: About) -> FineTuned:
     return FineTuned(_backbone(about), partial(fit, temperature=_setting(about, "test_temperature")))
 
@@ -223,7 +227,7 @@ CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
     "meta_baseline": lambda about: ByMeans(_backbone(about), heads.MetaBaseline()),
     "maml": _maml,
     "feat": _feat,
-    "frn": lambda about: Reconstructing(*frn.parts(about["args"]["backbone"], about["size"])),
+    "frn": _frn,
     "simple_shot": _training_free(transductive.simple_shot, "metric", centred=True),
     "bd_cspn": _training_free(transductive.bd_cspn, "version", centred=True),
     "laplacian_shot": _training_free(

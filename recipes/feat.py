@@ -8,8 +8,7 @@ nearest. Start from a trained backbone, as published: without one it is no bette
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from fewshot import backbones, feat, launch, run, weights
 from fewshot.data import episodes, transforms
-from fewshot.data.classification import DatasetName, open_splits
+from fewshot.data.classification import DatasetName
 from fewshot.meta_test import meta_test, report
-from fewshot.plan import planned
+from fewshot.plan import folder, opened, planned
 from fewshot.schedule import Passes, Schedule
 
 METHOD = "feat"  # names runs and models; a copy of this recipe needs a name of its own
@@ -40,6 +39,8 @@ class Args:
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
+    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
@@ -52,7 +53,10 @@ class Args:
     eval_every: int = 2000  # steps between validations, each of which also saves; shorter own trainings have ten
     val_tasks: int = 500  # validation tasks
     # model
-    backbone: Literal["conv4", "resnet12", "wrn28_10", "resnet18"] = "conv4"  # feature extractor
+    backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
+    weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
+    size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
+    freeze: bool = False  # train only what is not the backbone
     init: str | None = None  # start from the backbone of this model file, say a trained baseline
     # run
     out: str | None = None  # where everything goes; by default runs/feat/<dataset>-<backbone>-seed<seed>
@@ -82,26 +86,22 @@ class FEAT(nn.Module):
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        novel = args.novel and Path(args.novel).stem
-        args.out = args.out or run.default_folder(METHOD, args.dataset, novel, args.backbone, f"seed{args.seed}")
+        args.out = args.out or folder(METHOD, args)
         if run.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 
 def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     # data
-    with accelerator.local_main_process_first():  # one process fills the cache
-        train_set, val_set, test_set = sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache)
+    train_set, val_set, test_set = sets = opened(accelerator, args)
     ways, shots, queries = args.train_ways, args.train_shots, args.train_queries
     episodes.check(train_set, ways, shots, queries, episodes.TRAIN_FLAGS)
-    for split in (val_set, test_set):
-        episodes.check(split, args.ways, max(args.shots), args.queries)
     setting, row = feat.published(args.backbone, train_set.name, shots), SCHEDULE[train_set.name]
     row = setting.schedule if row is feat.CONV4 else row
     schedule, eval_every = planned(accelerator, args, row, sets, pictures=ways * (shots + queries))
 
     # model
-    model = FEAT(backbones.build(args.backbone, train_set.size), setting)
+    model = FEAT(backbones.of(args, train_set.size), setting)
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
     elif not args.test_only:

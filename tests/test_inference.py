@@ -42,7 +42,7 @@ RECIPES = {  # a model of every classifier's recipe, from its module and a backb
     "meta_baseline": lambda recipe, backbone: recipe.MetaBaseline(backbone),
     "maml": lambda recipe, backbone: recipe.MAML(backbone, 3, test_steps=2, lr=0.1),
     "feat": lambda recipe, backbone: recipe.FEAT(backbone, feat.PUBLISHED["conv4", 1]),
-    "frn": lambda recipe, backbone: recipe.FRN(*frn.parts("conv4", 32)),
+    "frn": lambda recipe, backbone: recipe.FRN(*frn.parts(backbones.build("conv4", 32))),
 }
 
 

@@ -109,7 +109,7 @@ METHODS = {
     "meta_baseline": lambda recipe, net: recipe.MetaBaseline(net),
     "maml": lambda recipe, net: recipe.MAML(net, 3, test_steps=1, lr=0.1),
     "feat": lambda recipe, net: recipe.FEAT(net, feat.PUBLISHED["conv4", 1]),
-    "frn": lambda recipe, net: recipe.FRN(*frn.parts("conv4", 32)),
+    "frn": lambda recipe, net: recipe.FRN(*frn.parts(backbones.build("conv4", 32))),
 }
 
 
