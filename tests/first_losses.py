@@ -42,6 +42,7 @@ RUNS = {
     "attention_rpn": DETECTOR,
     "meta_rcnn": DETECTOR,
     "vfa": DETECTOR,
+    "defrcn": DETECTOR,
     "fsdetview": DETECTOR,
 }
 

@@ -9,6 +9,7 @@ from fewshot import fpn, trunks
 from fewshot.data.transforms import CAFFE_MPSR
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.build import rebuilt
+from fewshot.detectors.defrcn import DeFRCN
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
@@ -24,6 +25,7 @@ DETECTORS = {
     MPSR: {**PYRAMID, "aligned": False},
     MetaRCNN: SIZES,
     VFA: SIZES,
+    DeFRCN: {**SIZES, "roi_size": 5},
     FSDetView: SIZES,
     AttentionRPN: {**SIZES, "relation_channels": 20, "shared_proposals": 9},
 }

@@ -46,6 +46,7 @@ DETECTORS = {
     "mpsr": Bounds(2 + 1, 1 + 1),  # which proposals are among the best of all pictures'
     "meta_rcnn": Bounds(2 + 1, 1),  # which supports show the class that was drawn
     "vfa": Bounds(2 + 1, 1),
+    "defrcn": Bounds(2, 1),
     "fsdetview": Bounds(2 + 1, 1),
     "attention_rpn": Bounds(2, 0),
 }
