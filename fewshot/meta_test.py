@@ -242,6 +242,7 @@ def meta_test_images(
         support, query = images.split((ways * most, ways * queries), 1)  # (chunk, n, 3, H, W)
         support = support.unflatten(1, (ways, most))
         for k in shots:  # the fewer shots of a task are the first among the more
+            torch.manual_seed(launch.mix(seed, k, first))  # augmentations, say, follow from the chunk too
             with accelerator.autocast():
                 logits = model.predict(support[:, :, :k].flatten(1, 2), query, ways)
             correct[k][first : first + len(logits)] = _accuracy(logits, queries)

@@ -25,6 +25,7 @@ from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.tfa import TFA
 from fewshot.detectors.vfa import VFA
 from fewshot.maml import MAML
+from fewshot.pmf import PMF
 
 About = dict[str, Any]  # what a model's file says of itself
 Groups = Sequence[Sequence[int]]  # the rows of every class's supports
@@ -228,6 +229,7 @@ CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
     "maml": _maml,
     "feat": _feat,
     "frn": _frn,
+    "pmf": lambda about: PMF(_backbone(about), steps=about["args"]["test_steps"], lr=about["args"]["test_lr"]),
     "simple_shot": _training_free(transductive.simple_shot, "metric", centred=True),
     "bd_cspn": _training_free(transductive.bd_cspn, "version", centred=True),
     "laplacian_shot": _training_free(

@@ -43,7 +43,7 @@ FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "sta
 FREE_ARGS |= {"share_proposals", "test_proposals", "scramble_supports", "save_tasks", "classwise", "seeds", "calibrate"}
 # What a test may choose; all else is the model's own, and comes from its file.
 TEST_ARGS = {"data_root", "cache", "ways", "shots", "queries", "tasks", "save_tasks", "test_temperature", "test_steps"}
-TEST_ARGS |= {"test_dataset", "test_root", "imbalance", "features"}
+TEST_ARGS |= {"test_dataset", "test_root", "imbalance", "features", "test_lr"}
 TEST_ARGS |= {"test_images", "classwise", "share_proposals", "test_proposals", "scramble_supports", "at_once", "seed"}
 TEST_ARGS |= {"calibrate", "out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base", "seeds"}
 # What two runs of one setting may differ in.

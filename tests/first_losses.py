@@ -35,6 +35,7 @@ RUNS = {
     "maml": EPISODIC,
     "feat": EPISODIC,
     "frn": f"{EPISODIC} --train-ways 5",
+    "pmf": f"{EPISODIC} --test-steps 1",
     "tfa": DETECTOR,
     "tfa novel": f"{DETECTOR} --stage novel",
     "fsce": DETECTOR,

@@ -40,6 +40,7 @@ QUICK = {
     "meta_baseline": EPISODIC,
     "feat": EPISODIC,
     "frn": EPISODIC,
+    "pmf": "--size 16 --iters 8 --eval-every 4 --val-tasks 4 --tasks 4 --train-queries 4",
     "maml": "--iters 8 --eval-every 4 --val-tasks 2 --tasks 4 --train-queries 4 --batch-size 2",
 } | dict.fromkeys(
     ("attention_rpn", "defrcn", "fsce", "fsdetview", "meta_rcnn", "mpsr", "tfa", "vfa"),
