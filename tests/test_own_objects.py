@@ -167,7 +167,7 @@ def test_own_pictures_are_never_enlarged_and_get_fitting_proposals():
     assert keeps.resize(image, 800)[0].shape == image.shape
     glyphs = detection.open_detection("glyphs", "", part="test")
     large = glyphs.with_records([replace(r, width=1333, height=800) for r in glyphs.records[:3]])
-    assert detect.fitting_proposals(keeps, glyphs) == (1000, 100)
+    assert detect.fitting_proposals(keeps, glyphs) == (1000, 300)
     assert detect.fitting_proposals(keeps, large) == (1000, 1000)
     half = glyphs.with_records([replace(r, width=1333, height=400) for r in glyphs.records[:3]])
     assert detect.fitting_proposals(keeps, half) == (1000, 500)
