@@ -122,7 +122,7 @@ def augment(images: Tensor) -> Tensor:
     if used >= AUGMENTED:
         return images
     images = images.flip(-1) if flip < 0.5 else images
-    return translate(recolour(images, colours.to(images.device)), shifts.to(images.device))
+    return translate(recolour(images, colours.to(images)), shifts.to(images.device))
 
 
 def recolour(images: Tensor, uniforms: Tensor) -> Tensor:
