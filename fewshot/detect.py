@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from fewshot import InputError, bases, calibrate, launch, run
-from fewshot.data import check
+from fewshot.data import cd_fsod, check
 from fewshot.data.detection import PUBLISHED, PUBLISHED_SPLITS, DetectionSet, DetectionSplit
 from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
@@ -224,6 +224,8 @@ def report(
     novel_only, both = set(about["classes"]) <= set(dataset.novel), set(about["classes"]) > set(dataset.novel)
     tuned = about["stage"] != "base"
     drawn = f"from {args['shot_lists']}" if args["shot_lists"] else f"drawn by seed {args['seed']}"
+    fixed = tuned and dataset.target is not None and not args["shot_lists"]
+    drawn = f"from {args['shots']}_shot.json, whatever the seed" if fixed else drawn
     protocol = {
         "dataset": args["dataset"],
         "split": args["split"] if args["dataset"] in PUBLISHED_SPLITS else None,
@@ -233,6 +235,7 @@ def report(
         "test_pictures": len(dataset),
         "test_objects": int(sum((~r.difficult).sum() for r in dataset.records)),
         "test_time_augmentation": "none",
+        **({"benchmark": cd_fsod.NAME} if fixed and record.args.test_images is None else {}),
         **(more or {}),
     }
     result: dict[str, Any] = evaluate(found, dataset)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.data import annotations, glyphs, layouts, pictures
+from fewshot.data import annotations, cd_fsod, glyphs, layouts, pictures
 from fewshot.data.annotations import Fault, Part, Record, refuse
 
 # Novel classes of each split, as VOC's: classes list the base ones first.
@@ -47,6 +47,7 @@ class DetectionSet:
     cut_to_shots: bool = False  # whether `k_shot` left only K objects of each class
     notes: list[str] = field(default_factory=list)  # what the user should hear about, such as a missing year
     category_ids: dict[str, int] = field(default_factory=dict)  # of each class in the json, for COCO's format
+    target: Path | None = None  # the folder of a `cd_fsod` target, whose files fix the shots
 
     @property
     def base(self) -> list[str]:
@@ -101,6 +102,8 @@ class DetectionSet:
         Objects of other classes go; in the training part so do pictures that keep none. Testing keeps every picture,
         since whatever is detected on an empty one is wrong.
         """
+        if not classes:
+            raise InputError(f"{self.name} has no base classes, all are novel: give --base a model of other data")
         for name in classes:
             if name not in self.classes:
                 raise InputError(f"{self.name} has no class {name!r}; it has {', '.join(self.classes)}")
@@ -181,8 +184,9 @@ def open_detection(
     """The training or test part of a set, with all its classes.
 
     Args:
-        name: "glyphs" (drawn, needs no files), "voc" (07+12 trainval, 07 test), "coco", or one's own data in one of
-            the `layouts`: a folder, or one json file in COCO's format, found in `root` or by itself.
+        name: "glyphs" (drawn, needs no files), "voc" (07+12 trainval, 07 test), "coco", a target of `cd_fsod`, whose
+            classes are all novel, or one's own data in one of the `layouts`: a folder, or one json file in COCO's
+            format, found in `root` or by itself.
         root: folder that holds the data, e.g. the one that holds VOCdevkit/ or coco/.
         split: 1, 2 or 3: which five of the twenty classes of voc and glyphs are novel.
         difficult: whether to train on VOC's difficult objects, which its tests ignore; those of one's own data are
@@ -212,8 +216,9 @@ def _open(
 ) -> dict[Part, DetectionSet]:
     if not set(parts) <= {"train", "test"} or difficult not in ("keep", "drop"):
         raise ValueError(f"part is train or test, difficult is keep or drop; got {parts!r}, {difficult!r}")
-    _check_choice(name, split, novel, offset, layout)
     root, opened = Path(root), {}
+    target = cd_fsod.find(name, root)
+    _check_choice(name, split, novel, offset, layout, published=name in PUBLISHED or target is not None)
     if name == "glyphs":
         classes = [f"glyph-{i:02d}" for i in range(GLYPH_CLASSES)]
         novel = [classes[i] for i in GLYPH_NOVEL[split]]
@@ -234,6 +239,15 @@ def _open(
             # Published with base and novel classes interleaved, so these are not sorted.
             opened[part] = replace(coco, category_ids=ids).restrict(coco.classes)
         return opened
+    elif target:
+        read = cd_fsod.read(target, parts, fault)
+        classes = list(read[parts[0]].category_ids)
+        if novel and set(novel) != set(classes):
+            raise InputError(f"all {len(classes)} classes of {name} are novel: leave out --novel-classes")
+        for part, (ids, records, notes) in read.items():
+            opened[part] = DetectionSet(name, part, list(ids), [], records, "coco", notes=notes)
+            opened[part] = replace(opened[part], category_ids=ids, target=target)
+        novel = classes
     else:
         place = next((p for p in (root / name, Path(name)) if p.exists()), None)
         if place is None:
@@ -251,12 +265,12 @@ def _open(
 
 
 def _check_choice(
-    name: str, split: int, novel: Sequence[str], offset: tuple[float, ...] | None, layout: str | None
+    name: str, split: int, novel: Sequence[str], offset: tuple[float, ...] | None, layout: str | None, published: bool
 ) -> None:
     splits = (1, 2, 3) if name in PUBLISHED_SPLITS else (1,)
     if split not in splits:
         raise InputError(f"{name} has no split {split}; choose from {', '.join(map(str, splits))}")
-    if layout and name in PUBLISHED:
+    if layout and published:
         raise InputError(f"the layout of {name} is fixed; leave out --layout, which is for your own data")
     if novel and name in PUBLISHED:
         raise InputError(f"the novel classes of {name} are fixed; name novel classes only for your own data")

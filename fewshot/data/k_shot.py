@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from fewshot import InputError
-from fewshot.data import annotations
+from fewshot.data import annotations, cd_fsod
 from fewshot.data.annotations import Record
 from fewshot.data.detection import DetectionSet, objects_by_class
 from fewshot.data.stream import Word
@@ -23,12 +23,12 @@ Shots = int | Literal["all"]  # "all": every object that may be trained on
 
 
 def choose_shots(dataset: DetectionSet, shots: Shots, seed: int, given: str | Path | None = None) -> DetectionSet:
-    """The K shots that a recipe trains on: `select_shots` or, if `given`, those of lists or of a file.
+    """The K shots that a recipe trains on: `select_shots`, or those of the set's own file or of what is `given`.
 
     Args:
         dataset: training part, which knows the classes.
         shots: of each class, at least 1; a class that has fewer keeps these, and a note says so.
-        seed: of what is drawn.
+        seed: of what is drawn; a target of CD-FSOD has fixed shots (`target_shots`), of which none is drawn.
         given: a folder of published lists (`read_shot_lists`), or a shots.json of a run or of scripts/make_shots.py.
 
     Raises:
@@ -37,7 +37,7 @@ def choose_shots(dataset: DetectionSet, shots: Shots, seed: int, given: str | Pa
     if shots != "all" and shots < 1:
         raise InputError(f"--shots {shots}: give a whole number of at least 1, or all")
     if given is None:
-        return select_shots(dataset, shots, seed)
+        return target_shots(dataset, shots) if dataset.target else select_shots(dataset, shots, seed)
     if not Path(given).exists():
         raise InputError(f"{given}: is it there? --shot-lists takes a shots.json or a folder of published lists")
     if Path(given).is_dir():
@@ -76,6 +76,28 @@ def select_shots(dataset: DetectionSet, shots: Shots, seed: int) -> DetectionSet
             f"{dataset.name}: class {name} has no object in the {dataset.part} part to draw shots from; "
             "annotate some, or take the class out of the data"
         )
+    return _noted(chosen, shots)
+
+
+def target_shots(dataset: DetectionSet, shots: Shots) -> DetectionSet:
+    """The shots of a CD-FSOD target's own file, the same for every seed; nothing else on the pictures is annotated.
+
+    A class with fewer objects keeps these, and a note says so: of clipart1k's 10 shots there are 7 motorbikes.
+
+    Raises:
+        InputError: naming the file, if it is missing, is of other classes, or has another number of shots.
+    """
+    path, (ids, records, notes) = cd_fsod.read_shots(dataset.target, shots)
+    if missing := [name for name in dataset.classes if name not in ids]:
+        raise InputError(f"{path} has no category {missing[0]!r}, which train.json has; unpack it again")
+    notes = [*dataset.notes, f"shots of {path}, whatever --seed: it draws none here", *notes]
+    chosen = replace(dataset, classes=list(ids), records=records, cut_to_shots=True, notes=notes)
+    chosen = chosen.restrict(dataset.classes)
+    found = counts(chosen)
+    if max(found) != shots:
+        raise InputError(f"{path} has {max(found)} shots of a class, not {shots}; unpack it again")
+    if 0 in found:
+        raise InputError(f"{path} has no shot of class {chosen.classes[found.index(0)]}; unpack it again")
     return _noted(chosen, shots)
 
 
