@@ -1,4 +1,4 @@
-"""Models to fine-tune: one's own base model, one of other data, or torchvision's detector trained on COCO."""
+"""Models to begin with: one's own base model, one of other data, or torchvision's detector trained on COCO."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def label(source: str) -> str:
     return f"from-{'-'.join(parts)}"
 
 
-def load(args: Any, data: DetectionSplit, method: str, detector: type[nn.Module]) -> Base:
+def load(args: Any, data: DetectionSplit, method: str, detector: type[nn.Module] | None) -> Base:
     """The model that `--base` names: a run's folder, a file, an id on the hub, `coco` or `coco_mobile`.
 
     A model of just the data's base classes is gone on with, and knows these and the novel ones afterwards (generalised
@@ -50,7 +50,8 @@ def load(args: Any, data: DetectionSplit, method: str, detector: type[nn.Module]
         args: a detection recipe's; `--keep-base` refuses a model of other classes than the data's base classes.
         data: both parts, with all classes.
         method, detector: the recipe's: it goes on with its own models, and with those of a method of `fewshot.methods`
-            whose detector is this one or what this one extends; MPSR also with TFA's (`mpsr.from_tfa`).
+            whose detector is this one or what this one extends; MPSR also with TFA's (`mpsr.from_tfa`). None: with
+            any of these detectors, of which it wants the proposals alone.
 
     Raises:
         InputError: there is no such model, it is of another method or trunk, no class is novel, a novel one is among
@@ -59,12 +60,16 @@ def load(args: Any, data: DetectionSplit, method: str, detector: type[nn.Module]
     source = args.base
     state, about = torchvision_base.coco(COCO[source]) if source in COCO else weights.load(hub.find(source))
     known = methods.DETECTORS.get(about["method"], type(None))
-    if issubclass(detector, MPSR) and issubclass(known, TFA):
-        (state, about), known = mpsr.from_tfa(state, about), MPSR
-    if not (about["method"] == method or issubclass(detector, known)):
-        raise InputError(f"--base {source} is a model of {about['method']}, with which {method} cannot go on")
-    if args.backbone and args.backbone != (trunk := about["architecture"]["name"]):
-        raise InputError(f"--base {source} has the trunk {trunk}, not {args.backbone}: leave --backbone out")
+    if detector is None:
+        if about["method"] == method or known is type(None):
+            raise InputError(f"--base {source} is a model of {about['method']}: give a detector that proposes regions")
+    else:
+        if issubclass(detector, MPSR) and issubclass(known, TFA):
+            (state, about), known = mpsr.from_tfa(state, about), MPSR
+        if not (about["method"] == method or issubclass(detector, known)):
+            raise InputError(f"--base {source} is a model of {about['method']}, with which {method} cannot go on")
+        if args.backbone and args.backbone != (trunk := about["architecture"]["name"]):
+            raise InputError(f"--base {source} has the trunk {trunk}, not {args.backbone}: leave --backbone out")
     known, base = about["classes"], data.base
     if known == base and data.novel:
         return Base(state, about, data, base)

@@ -58,9 +58,13 @@ def stages(accelerator: Accelerator, method: str, args: Any, backbone: str) -> I
 
 
 def announce(
-    accelerator: Accelerator, train: DetectionSet, test: DetectionSet, pictures: Pipeline, schedule: Schedule
+    accelerator: Accelerator,
+    train: DetectionSet,
+    test: DetectionSet,
+    pictures: Pipeline,
+    schedule: Schedule | None = None,
 ) -> None:
-    """Say what the user should hear of the data, and what is about to be done with them.
+    """Say what the user should hear of the data, and what is about to be done with them, if anything is trained.
 
     Raises:
         InputError: own data would end or spoil the run (`check.quick`).
@@ -68,7 +72,10 @@ def announce(
     notes = list(train.notes)
     if train.name not in PUBLISHED:
         notes += launch.on_main(accelerator, lambda: check.quick(DetectionSplit(train, test, [], []), "all"))
-    objects, passes = sum(len(r.labels) for r in train.records), schedule.steps * schedule.batch / max(len(train), 1)
+    objects, steps = sum(len(r.labels) for r in train.records), ""
+    if schedule is not None:
+        passes = schedule.steps * schedule.batch / max(len(train), 1)
+        steps = f"; {schedule.steps} steps of {schedule.batch} pictures: {passes:.2g} passes"
     sizes = sorted((r.height * r.width, r.height, r.width) for r in train.records) or [(0, 0, 0)]
     _, height, width = sizes[len(sizes) // 2]
     new = pictures.resized(height, width)
@@ -77,8 +84,7 @@ def announce(
     )
     accelerator.print(
         *notes,
-        f"{len(train)} pictures ({size}) with {objects} objects of {len(train.classes)} classes; "
-        f"{schedule.steps} steps of {schedule.batch} pictures: {passes:.2g} passes",
+        f"{len(train)} pictures ({size}) with {objects} objects of {len(train.classes)} classes{steps}",
         sep="\n",
     )
 

@@ -365,28 +365,34 @@ class Detector(Model):
         labels: str | Sequence[str] = (),
         *,
         size: Size = None,
+        add: bool = False,
     ) -> None:
         """Learn classes from supports, instead of those known before; for methods that have supports.
 
-        Attention-RPN takes any classes; Meta R-CNN and FSDetView those that their last layers were trained for, and
-        look only for the ones that have supports. A model of your own counts as one of these by what it has:
-        `support_features`, `set_prototypes` and `forget` as Attention-RPN, or `support_vectors` and `set_prototypes`
-        as Meta R-CNN.
+        Attention-RPN and the prototype detector take any classes; Meta R-CNN and FSDetView those that their last layers
+        were trained for, and look only for the ones that have supports. A model of your own counts as one of these by
+        what it has: `support_features`, `set_prototypes` and `forget` as Attention-RPN, `support_features`,
+        `add_supports` and `make_room` as the prototype detector, or `support_vectors` and `set_prototypes` as Meta
+        R-CNN. What a prototype detector learnt is saved with it.
 
         Args:
             images: one or more of every class.
-            boxes: of each picture's object, xyxy in its pixels; by default the whole picture.
+            boxes: of each picture's object, xyxy in its pixels; by default the whole picture. A picture with several
+                objects is given once for each.
             labels: the class of each.
+            add: go on looking for the classes known before, of which these may be more supports; prototype detector.
 
         Raises:
-            InputError: the method has no supports, there are none, a box is not inside its picture, or a class is not
-                one that the model can look for.
+            InputError: the method has no supports, or none to be added, there are none, a box is not inside its
+                picture, or a class is not one that the model can look for.
         """
         check_size(size)
-        if not hasattr(self.network, "set_prototypes"):
+        if not (hasattr(self.network, "set_prototypes") or self.compares_regions):
             raise InputError(
                 f"{self.method} has no supports: fine-tune it on new classes with recipes/{self.method}.py"
             )
+        if add and not self.compares_regions:
+            raise InputError(f"{self.method} adds no class to those that it knows: give all classes' supports together")
         pictures, _ = listed(images)
         labels = [labels] if isinstance(labels, str) else list(labels)
         if not pictures:
@@ -399,6 +405,9 @@ class Detector(Model):
             raise InputError(f"{counts}: give a box and a label for each picture")
         for i, (picture, box) in enumerate(zip(pictures, boxes)):
             _check_box(i, box, *picture.shape[1:])
+        if self.compares_regions:
+            self._compare_with(pictures, boxes, labels, size, add)
+            return
         if not self.any_class and (unknown := sorted(set(labels) - set(self.classes))):
             known = ", ".join(self.classes)
             raise InputError(
@@ -419,6 +428,33 @@ class Detector(Model):
     def any_class(self) -> bool:
         """Whether it looks for the classes of its supports, whatever they are."""
         return hasattr(self.network, "forget")
+
+    @property
+    def compares_regions(self) -> bool:
+        """Whether it looks for any classes too, by their regions on whole pictures."""
+        return hasattr(self.network, "add_supports")
+
+    def _compare_with(
+        self, pictures: list[Tensor], boxes: list[Tensor], labels: list[str], size: Size, add: bool
+    ) -> None:
+        """Learn from regions. One picture's are looked at together, so that none is taken for another's background."""
+        classes = list(dict.fromkeys([*(self.classes if add else ()), *labels]))
+        together: dict[tuple[torch.Size, bytes], list[int]] = {}
+        for i, picture in enumerate(pictures):
+            together.setdefault((picture.shape, picture.numpy().tobytes()), []).append(i)
+        supports = []
+        for rows in together.values():
+            image, scale = self._resized(pictures[rows[0]], size)
+            regions = (torch.stack([boxes[i] for i in rows]) * scale.repeat(2)).to(self.device)
+            features = self.network.support_features(*self._batch([image]), [regions])
+            supports.append((*features, torch.tensor([classes.index(labels[i]) for i in rows], device=self.device)))
+        self.network.make_room(len(classes), keep=add)
+        self.network.add_supports(supports)
+        self.classes = classes
+        base = [name for name in self.about["base"] if name in classes]
+        self.about |= {"classes": classes, "base": base, "novel": [name for name in classes if name not in base]}
+        self.about.pop("results", None)  # were those of other prototypes
+        self.state |= {name: buffer.cpu() for name, buffer in self.network.named_buffers(recurse=False)}
 
     def _support_vectors(self, picture: Tensor, box: Tensor, size: Size) -> Any:
         """What the network makes of one support, a picture and a box on the CPU."""

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fewshot import InputError, backbones, feat, frn, heads, logistic, task_heads, transductive, weights
-from fewshot.detectors import build
+from fewshot.detectors import build, prototype
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.defrcn import DeFRCN
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.mpsr import MPSR
+from fewshot.detectors.prototype import PrototypeDetector
 from fewshot.detectors.tfa import TFA
 from fewshot.detectors.vfa import VFA
 from fewshot.maml import MAML
@@ -249,6 +250,7 @@ DETECTORS: dict[str, type[nn.Module]] = {
     "fsdetview": FSDetView,
     "vfa": VFA,
     "defrcn": DeFRCN,
+    "prototype_detector": PrototypeDetector,
 }
 
 
@@ -259,6 +261,8 @@ def built(about: About) -> nn.Module:
         InputError: its method is none of these.
     """
     method = about.get("method")
+    if "first_stage" in about:  # stands on another detector
+        return prototype.rebuilt(built(about["first_stage"]), about)
     if method in DETECTORS:
         return build.rebuilt(DETECTORS[method], about)
     if method in CLASSIFIERS:

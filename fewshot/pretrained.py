@@ -34,13 +34,14 @@ class Inputs(NamedTuple):
     normalisation: Normalisation
 
 
-def network(name: str, image_size: int, pooled: bool = True, source: str = "pretrained") -> nn.Module:
+def network(name: str, image_size: int | None, pooled: bool = True, source: str = "pretrained") -> nn.Module:
     """A network from images (n, 3, image_size, image_size) to vectors (n, D) or maps (n, C, h, h).
 
     Args:
         name: "torchvision/..." or "timm/...".
         image_size: any side that the network can take, whatever it was trained on: ViTs' position embeddings are
-            resampled.
+            resampled. None: images of any size and shape; those that a ViT's patches do not fill up are padded with
+            zeros at the bottom and on the right.
         pooled: give vectors, else maps.
         source: of the weights: "pretrained", a file of them (.safetensors or PyTorch's), or "none", random ones.
 
@@ -86,9 +87,13 @@ def inputs(name: str) -> Inputs:
     return Inputs(size, Normalisation(*(tuple(round(255 * x, 6) for x in values) for values in (mean, std))))
 
 
-def _of_torchvision(name: str, image_size: int, pooled: bool, source: str) -> nn.Module:
-    vit = name.startswith("vit_")
+def _of_torchvision(name: str, image_size: int | None, pooled: bool, source: str) -> nn.Module:
+    vit = name.startswith("vit_") and image_size is not None
     net = tv.get_model(name, weights=None, **({"image_size": _divisible(name, image_size)} if vit else {}))
+    layers = dict(net.named_children())
+    last = next((key for key in LAST_MAPS if key in layers), None)
+    if last is None and not pooled:
+        raise InputError(f"torchvision/{name} gives no map: choose a convolutional network, or a ViT of timm's")
     linear = [key for key, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise InputError(f"torchvision/{name} ends without a linear layer: choose another network")
@@ -102,10 +107,6 @@ def _of_torchvision(name: str, image_size: int, pooled: bool, source: str) -> nn
     net.set_submodule(linear[-1], nn.Identity())
     if pooled:
         return net
-    layers = dict(net.named_children())
-    last = next((key for key in LAST_MAPS if key in layers), None)
-    if last is None:
-        raise InputError(f"torchvision/{name} gives no map: choose a convolutional network, or a ViT of timm's")
     names = list(layers)
     return nn.Sequential(OrderedDict((key, layers[key]) for key in names[: names.index(last) + 1]))
 
@@ -125,7 +126,7 @@ def _timm() -> ModuleType:
     return timm
 
 
-def _of_timm(name: str, image_size: int, pooled: bool, source: str) -> nn.Module:
+def _of_timm(name: str, image_size: int | None, pooled: bool, source: str) -> nn.Module:
     timm = _timm()
     published = timm.get_pretrained_cfg(name)
     # with the weights' classifier at first: without, timm does not look whether they fit, and leaves the rest random
@@ -134,17 +135,24 @@ def _of_timm(name: str, image_size: int, pooled: bool, source: str) -> nn.Module
         weights.read_state(Path(source))  # errors of files have one wording
         options["pretrained_cfg_overlay"] = {"file": source}
     if published.fixed_input_size:
-        options["img_size"] = image_size
+        free = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        options |= free if image_size is None else {"img_size": image_size}
     try:
         net: nn.Module = timm.create_model(name, **options)
+    except TypeError:  # it has no such options
+        raise InputError(
+            f"timm/{name} takes images of one size alone: choose a convolutional network or a ViT"
+        ) from None
     except (OSError, RuntimeError, KeyError) as error:  # the hub's errors are OSErrors
         reason = " ".join(str(error).split())[:200]
         advice = "give --weights FILE, or none" if source == "pretrained" else "does the file fit the network?"
         raise InputError(f"timm/{name} cannot be had with weights {source} ({reason}): {advice}") from error
     net.reset_classifier(0)
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1, 1))
-    if image_size % patch[0]:
+    if image_size is not None and image_size % patch[0]:
         raise InputError(f"--size {image_size}: timm/{name} needs a multiple of its patches' {patch[0]} pixels")
+    if not (pooled or hasattr(net, "forward_intermediates")):
+        raise InputError(f"timm/{name} gives no map: choose a convolutional network or a ViT")
     return net if pooled else _Maps(net)
 
 

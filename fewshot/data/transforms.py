@@ -36,6 +36,11 @@ class Normalisation:
         normal = (pixels.float() - mean) / std
         return normal.flip(-3) if self.bgr else normal
 
+    def pixels(self, normal: Tensor) -> Tensor:
+        """What was normalised: RGB pixels, float 0..255, of the same shape."""
+        mean, std = (_per_channel(x, normal.device) for x in (self.mean, self.std))
+        return (normal.flip(-3) if self.bgr else normal) * std + mean
+
     def to_dict(self) -> dict[str, Any]:
         """What a saved model says of its inputs."""
         return asdict(self)
