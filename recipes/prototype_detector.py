@@ -7,8 +7,7 @@ https://arxiv.org/abs/2507.02798), here with boxes for masks. To add a class tak
 
     accelerate launch recipes/tfa.py --stage base
     accelerate launch recipes/prototype_detector.py --base runs/tfa/glyphs-split1-small/base --shots 10
-    accelerate launch recipes/prototype_detector.py --dataset MY_PICTURES --base coco --shots all \
-        --backbone timm/vit_small_patch14_dinov2.lvd142m --short 518 --long 896
+    accelerate launch recipes/prototype_detector.py --dataset voc --base coco --backbone timm/vit_small_patch14_dinov2
 """
 
 import time

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 EVERY = sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))
 # tests/test_training_free.py has what is to be said of these
 TRAINING_FREE = [recipe for recipe in EVERY if "frozen.opened" in (ROOT / "recipes" / f"{recipe}.py").read_text()]
-RECIPES = [recipe for recipe in EVERY if recipe not in TRAINING_FREE]
+PROTOTYPES = ["prototype_detector"]  # trains nothing either: tests/test_prototype_detector.py
+RECIPES = [recipe for recipe in EVERY if recipe not in TRAINING_FREE + PROTOTYPES]
 # a few steps of everything: small enough for every test run, large enough to go through all the code
 TEST = "--iters 8 --eval-every 4 --val-tasks 4 --tasks 10"
 EPISODIC, SUPERVISED = f"{TEST} --train-ways 5 --train-queries 4", f"{TEST} --batch-size 8"
@@ -135,7 +136,7 @@ def test_copies_stay_in_line(recipe):
     """Recipes repeat each other on purpose; this is what keeps the copies alike."""
     source = (ROOT / "recipes" / f"{recipe}.py").read_text()
     assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}", source.split('"""')[1]), "the docstring cites the paper"
-    trains = recipe not in TRAINING_FREE
+    trains = recipe in RECIPES
     sections = ("data", "model", "train", "test") if trains else ("data", "model", "test")
     order = [source.rindex(f"# {section}\n") for section in sections]
     assert order == sorted(order)
@@ -145,10 +146,12 @@ def test_copies_stay_in_line(recipe):
         assert [name for name in ("main", "train_base", "finetune", "fit") if name not in functions] == []
         inside = source[source.index("def train_base") : source.index("if __name__")]
         assert "args.stage" not in inside, "no stage asks which stage it is"
-    assert len(source.splitlines()) <= (225 if recipe in DETECTORS else 140 if trains else 120)
+    assert len(source.splitlines()) <= (225 if recipe in DETECTORS else 140 if trains or recipe in PROTOTYPES else 120)
     fields = {f.name: f for f in dataclasses.fields(load(recipe).Args)}
     common = ["dataset", "data_root", "shots", "seed", "workers", "out", "resume", "overwrite", "test_only", "wandb"]
-    common += ["iters", "batch_size", "lr"] if trains else ["init", "backbone", "weights", "size", "imbalance"]
+    of_classifiers = ["init", "backbone", "weights", "size", "imbalance"]
+    of_prototypes = ["base", "backbone", "weights", "seeds", "calibrate", "scramble_supports"]
+    common += ["iters", "batch_size", "lr"] if trains else of_prototypes if recipe in PROTOTYPES else of_classifiers
     assert not [name for name in common if name not in fields]
     names = ("glyphs", "voc", "coco", "own") if recipe in DETECTORS else get_args(DatasetName)
     assert not trains or set(load(recipe).SCHEDULE) == set(names), "a data set without a schedule"
