@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: which thing is wrong, and what to do about it."""
+
+    def __init__(self, message: str):
+        # it quotes names and values out of files, of which none may break the line or whatever prints it
+        unprintable = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+        super().__init__(re.sub(unprintable, lambda found: repr(found[0])[1:-1], message))
 
 
 def load(

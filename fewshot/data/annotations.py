@@ -239,8 +239,7 @@ def read_coco_json(path: Path, flawed: Literal["skip", "take", "refuse"]) -> tup
 def read_json_annotations(path: Path, flawed: Literal["skip", "take", "refuse"], fault: Fault = refuse) -> Annotated:
     """What a json in COCO's format holds: as `read_coco_json`, and with ids and notes."""
     categories, images, annotations = _coco_lists(path, fault)
-    if flawed == "refuse":
-        _check_unique(path, categories, images, fault)
+    _check_unique(path, categories, images if flawed == "refuse" else [], fault)
     categories = sorted(categories, key=lambda category: category["id"])
     label = {category["id"]: i for i, category in enumerate(categories)}
     by_id = {image["id"]: image for image in images}
@@ -363,7 +362,7 @@ def _annotation_flaw(item: dict, images: Mapping[Any, dict], labels: Mapping[int
 def _category_flaw(item: dict) -> str | None:
     if not isinstance(item.get("id"), int):
         return "has no whole number 'id'"
-    return None if isinstance(item.get("name"), str) else "has no text 'name'"
+    return None if is_text(item.get("name")) else "has no text 'name'"
 
 
 def _image_flaw(item: dict) -> str | None:
@@ -373,6 +372,8 @@ def _image_flaw(item: dict) -> str | None:
         return "has no text 'file_name'"
     if _leads_out(item["file_name"]):
         return "has a 'file_name' that leads out of the data's folder"
+    if not _names_file(item["file_name"]):
+        return "has a 'file_name' that no file can have"
     for side in ("width", "height"):
         if not (_finite(item.get(side)) and item[side] > 0 and item[side] == int(item[side])):
             return f"has no positive whole number {side!r}"
@@ -401,12 +402,24 @@ def read_text(path: str | Path) -> str:
 def inside(name: str, source: str | Path) -> str:
     """The name of a picture in the list `source`; `InputError` if it would lead out of the folder of the data."""
     if _leads_out(name):
-        raise InputError(f"{source}: {name!r} leads out of the data's folder; give its path in there")
+        raise InputError(f"{source}: {name!r:.200} leads out of the data's folder; give its path in there")
+    if not _names_file(name):
+        raise InputError(f"{source}: no file can be called {name!r:.200}; correct it")
     return name
 
 
 def _leads_out(name: str) -> bool:
     return os.path.isabs(name) or ".." in re.split(r"[/\\]", name)
+
+
+def _names_file(name: str) -> bool:
+    """Whether files can be called so: systems end in an error of their own over a NUL, and over names too long."""
+    return is_text(name) and len(name) < 1000 and all(len(part.encode()) < 256 for part in name.split("/"))
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text that can be written down: json's may hold a NUL, or halves of characters (surrogates)."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 def holds(folder: Path, most: int = 5) -> str:

@@ -291,7 +291,7 @@ def load_shots(path: str | Path, dataset: DetectionSet) -> DetectionSet:
         raise InputError(f"{path}: not a file of shots; give the shots.json of a run")
     if differ := set(classes) ^ set(dataset.classes):
         raise InputError(
-            f"{path} holds shots of {made_of}, which differs from {dataset.name} in class {min(differ)!r}; "
+            f"{path} holds shots of {made_of:.60}, which differs from {dataset.name} in class {min(differ)!r:.60}; "
             "give shots of the same classes"
         )
     by_id = {record.id: record for record in dataset.records}
@@ -302,12 +302,12 @@ def load_shots(path: str | Path, dataset: DetectionSet) -> DetectionSet:
         if not (isinstance(id, str) and isinstance(boxes, list) and _are_texts(names)):
             raise InputError(f"{what} has no id, boxes and classes: {picture!r:.60}; {another}")
         if id not in by_id:
-            raise InputError(f"{path}: picture {id} is not in the {dataset.part} part of {dataset.name}; {another}")
+            raise InputError(f"{path}: picture {id:.200} is not in the {dataset.part} part of {dataset.name}; {another}")
         if id in records or not len(boxes) == len(names) > 0:
             raise InputError(f"{what}: picture {id} comes twice, or has not a class for each box; {another}")
         for name, box in zip(names, boxes):
             if name not in dataset.classes:
-                raise InputError(f"{what}: {name!r} is none of the file's classes; {another}")
+                raise InputError(f"{what}: {name!r:.60} is none of the file's classes; {another}")
             if not _is_box(box, by_id[id]):
                 raise InputError(f"{what}: {box!r:.60} is no box [x1, y1, x2, y2] on picture {id}; {another}")
         labels, no = np.array([dataset.classes.index(name) for name in names], np.int64), np.zeros(len(names), bool)

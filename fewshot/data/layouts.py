@@ -318,6 +318,15 @@ def _yolo_names_file(place: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: of ten that stand for lists of the ones before, a message would be gigabytes long."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias, *{self.peek_event().anchor}, is not read here")
+        return super().compose_node(parent, index)
+
+
 def _yolo_names(place: Path) -> tuple[dict[int, str], dict[str, Any]]:
     """Class names by number, and all that data.yaml says."""
     path = _yolo_names_file(place)
@@ -325,21 +334,22 @@ def _yolo_names(place: Path) -> tuple[dict[int, str], dict[str, Any]]:
     if path.suffix == ".txt":
         return dict(enumerate(filter(None, map(str.strip, text.splitlines())))), {}
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not yaml ({' '.join(str(error).split())}); correct it") from None
+        content = yaml.load(text, _Loader)
+    # of what a tag or a look asks for yaml makes a date, say, without a look at whether it is one
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not yaml ({' '.join(str(error).split()):.300}); correct it") from None
     names = content.get("names") if isinstance(content, dict) else None
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if not (isinstance(names, dict) and names and all(isinstance(number, int) for number in names)):
         raise InputError(f"{path}: no 'names' of classes, as a list or by number; add them")
     for name in names.values():
-        if not isinstance(name, str):  # such as no, which yaml takes for False
-            raise InputError(f"{path}: name {name!r} is no text; put it in quotes")
+        if not annotations.is_text(name):  # such as no, which yaml takes for False
+            raise InputError(f"{path}: name {name!r:.60} is no text; put it in quotes")
     if len(set(names.values())) < len(names):
         twice = Counter(names.values()).most_common(1)[0][0]
         raise InputError(f"{path}: class {twice!r} is named twice; name it once")
     if content.get("nc", len(names)) != len(names):
-        raise InputError(f"{path}: nc says {content['nc']} classes, names has {len(names)}; correct one of the two")
+        raise InputError(f"{path}: nc says {content['nc']!r:.60} classes, names has {len(names)}; correct one of the two")
     return dict(sorted(names.items())), content
 
 
@@ -351,7 +361,9 @@ def _yolo_folders(place: Path) -> tuple[dict[str, Source], list[str]]:
     for part, spelt in SPELLINGS.items():
         given = next((content[name] for name in spelt if content.get(name)), None)
         values = given if isinstance(given, list) else [given] if given else []
-        places = [_yolo_place(place, content.get("path"), str(value), path) for value in values]
+        if not all(isinstance(value, str) for value in values):
+            raise InputError(f"{path}: its {part} {values!r:.60} is no path, nor a list of paths; correct it")
+        places = [_yolo_place(place, content.get("path"), value, path) for value in values]
         if missing := [str(p) for p in places if not p.exists()]:
             if part == "train":
                 raise InputError(f"{path}: its {part} {missing[0]} is not there; correct the path")
@@ -382,23 +394,24 @@ def _yolo_place(place: Path, root: str | None, value: str, path: Path) -> Path:
 
 def _read_yolo(place: Path, source: Source, fault: Fault) -> Annotated:
     names, _ = _yolo_names(place)
-    found: list[Path] = []
+    found: dict[Path, Path] = {}  # picture -> the folder or list that has it
     for entry in source:
         if entry.is_dir():
             files = _by_stem(entry, pictures.SUFFIXES, fault)
-            found += files.values()
+            found |= dict.fromkeys(files.values(), entry)
             labels = _by_stem(_label_place(place, entry), {".txt"}, fault)
             for stem in labels.keys() - files.keys() - {"classes"}:
                 fault(f"{labels[stem]}: no picture {stem!r} in {entry}; put it there or take the file out")
         else:
             lines = filter(None, map(str.strip, annotations.read_text(entry).splitlines()))
-            found += [_yolo_place(place, str(entry.parent.relative_to(place)), line, entry) for line in lines]
+            listed = (_yolo_place(place, str(entry.parent.relative_to(place)), line, entry) for line in lines)
+            found |= dict.fromkeys(listed, entry)
     items: list[Item] = []
     polygons = 0
-    for picture in dict.fromkeys(found):
+    for picture, entry in found.items():
         label, objects = _label_place(place, picture).with_suffix(".txt"), []
         if not picture.is_file():
-            fault(f"{picture}: listed, but missing; put it there or take it out of its list")
+            fault(f"{picture}: listed, but missing; put it there or take it out of {entry}")
             continue
         if label.is_file():
             objects, more = annotations.read_yolo(label, names, fault)

@@ -1,0 +1,617 @@
+"""Files from strangers: each reader gives its result or one line that names the file, whatever is in it.
+
+Every reader has a small sound sample, of which many mutated ones are made: bytes are flipped, cut, put in and moved, or
+values of the parsed file are taken out, doubled, nested and exchanged for odd ones. A failure is told by its number,
+which makes it again.
+"""
+
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import time
+import traceback
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import fewshot
+from fewshot import InputError, detectron2, methods, mmfewshot, torchvision_base, weights
+from fewshot.data import annotations, cache, classification, detection, k_shot, layouts, own_classes, pictures
+from fewshot.data.classification import open_dataset
+from fewshot.data.transforms import IMAGENET
+from fewshot.detectors.tfa import TFA
+from fewshot.fpn import fpn
+
+LIBRARY = Path(fewshot.__file__).parent
+DEEP = "@deep@"  # stands for what is nested too deeply to be written by a library
+ODD = [None, True, False, -1, 0, 1, 1.5, 10**6, 10**30, -(10**30), float("inf"), float("-inf"), float("nan"), 1e300, "", "0"]
+ODD += ["\0", "a\nb", " ", "../../etc/passwd", "/etc/passwd", "x" * 5000, "x/" * 3000, "\ud800", "é☃", "nan", "inf", "-1"]
+ODD += [[], {}, [[]], [None], {"a": 1}, [1e300] * 4, [float("nan")] * 4, DEEP]
+TEXTS = [str(value) for value in ODD if not isinstance(value, (list, dict))] + ["1_0", "٣", "1e5", "0x10", "#", ",", '"']
+Mutate = Callable[[bytes, random.Random], bytes]
+
+
+# how a file is mutated
+
+
+def bytewise(data: bytes, rng: random.Random) -> bytes:
+    """Up to eight places of a file flipped, cut out, filled in, overwritten or moved, or its end cut off."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 16, 200))
+        match rng.randrange(6):
+            case 0 if at < len(data):
+                data[at] ^= 1 << rng.randrange(8)
+            case 1:
+                del data[at : at + length]
+            case 2:
+                data[at:at] = rng.randbytes(length)
+            case 3:
+                data[at : at + length] = rng.choice((b"\0", b"\xff", b"\x7f")) * length
+            case 4:
+                there = rng.randrange(len(data) + 1)
+                data[there:there] = data[at : at + length]
+            case _ if rng.random() < 0.2:
+                del data[at:]
+    return bytes(data)
+
+
+def exchanged(tree: Any, rng: random.Random, odd: list = ODD) -> Any:
+    """A copy of nested dicts and lists where one value is odd, missing, double, nested or another one of them."""
+    places = []  # (container, key)
+
+    def copied(node: Any) -> Any:
+        if isinstance(node, dict):
+            new = {}
+            new.update((key, (copied(value), places.append((new, key)))[0]) for key, value in node.items())
+            return new
+        if isinstance(node, (list, tuple)):
+            new = [copied(value) for value in node]
+            places.extend((new, i) for i in range(len(new)))
+            return new
+        return node
+
+    whole = [copied(tree)]
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        container, key = rng.choice([*places, (whole, 0)])
+        if key not in (container if isinstance(container, dict) else range(len(container))):
+            continue
+        match rng.randrange(8):
+            case 0 if container is not whole:
+                del container[key]
+            case 1 if isinstance(container, list):
+                container.insert(key, container[key])
+            case 1:
+                container[f"{key} "] = container.pop(key)
+            case 2:
+                container[key] = [container[key]]
+            case 3 if container is not whole:
+                other, place = rng.choice(places)
+                if place in (other if isinstance(other, dict) else range(len(other))):
+                    container[key] = json.loads(json.dumps(other[place])) if is_json(other[place]) else other[place]
+            case 4 if isinstance(container[key], str):
+                container[key] += rng.choice(TEXTS)
+            case 5 if isinstance(container[key], (int, float)):
+                container[key] = rng.choice((-container[key], str(container[key]), float(container[key])))
+            case _:
+                container[key] = rng.choice(odd)
+    return whole[0]
+
+
+def is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def encoded(text: str, rng: random.Random) -> bytes:
+    """Text in UTF-8, and now and then in another encoding, or behind a byte order mark."""
+    text = text.replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000)
+    encoding = rng.choice(["utf-8"] * 12 + ["utf-8-sig", "utf-16", "utf-32", "latin-1", "cp500"])
+    return text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
+
+
+def as_json(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.4:
+        return bytewise(data, rng)
+    tree = exchanged(json.loads(data), rng)
+    return encoded(json.dumps(tree, ensure_ascii=rng.random() < 0.7), rng)
+
+
+def as_yaml(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.3:
+        return bytewise(data, rng)
+    if rng.random() < 0.5:
+        lines = data.decode().splitlines()
+        lines[rng.randrange(len(lines))] = rng.choice(YAML)
+        return encoded("\n".join(lines), rng)
+    return encoded(yaml.safe_dump(exchanged(yaml.safe_load(data), rng), sort_keys=False), rng)
+
+
+YAML = ["names: !!int foo", "names: &a [*a]", "nc: 2001-99-99", "- : :", "? [a]", "nc: !!bool x", "nc: !!timestamp x", "!!x"]
+YAML += ["names: !!python/object/apply:os.system [exit]", "nc: .", "nc: 0x", "nc: !!float _", "? {a: b}\n: c", "names: {yes: a}"]
+YAML += ["names: " + "[" * 3000, "names: {0: a, 0.5: b}", "nc: 1:99:99", "path: [a]", "train: {a: b}", "\t: a", "--- a", "%TAG"]
+YAML += ["names: {99999999999999999999: a}", "nc: !!binary x", "nc: !!null x", "names: !!set {a, b}", "names: !!omap [a: b]"]
+YAML += [f"a: &{n} [{', '.join([f'*{m}'] * 9)}]" if m else f"a: &{n} [x]" for m, n in zip(" abcdefgh".strip(), "bcdefghi")]
+YAML += ["train: &a [x,x,x,x,x,x,x,x,x]\nval: &b [" + "*a," * 9 + "]\ntest: [" + "*b," * 9 + "]"]
+
+
+def as_xml(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.4:
+        return bytewise(data, rng)
+    tree = ElementTree.fromstring(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        parent = rng.choice([node for node in tree.iter() if len(node)])
+        child = parent[rng.randrange(len(parent))]
+        match rng.randrange(6):
+            case 0 if len(tree) > 1:
+                parent.remove(child)
+            case 1:
+                parent.append(child)
+            case 2:
+                child.tag = rng.choice(["xmin", "object", "size", "name", "_"])
+            case 3:
+                child.append(ElementTree.fromstring("<name>inside</name>"))
+            case _:
+                child.text = rng.choice(TEXTS)
+        if not any(len(node) for node in tree.iter()):
+            break
+    text = ElementTree.tostring(tree, "unicode").replace(DEEP, "<a>" * 50_000 + "</a>" * 50_000)
+    declared = rng.choice([""] * 6 + ['<?xml version="1.0" encoding="%s"?>' % e for e in ("utf-16", "latin-1", "cp037", "?", "euc-jp")])
+    return encoded(declared + text, rng)
+
+
+def as_words(data: bytes, rng: random.Random) -> bytes:
+    """Of a text of lines and words; commas part them too."""
+    if rng.random() < 0.4:
+        return bytewise(data, rng)
+    lines = data.decode().split("\n")
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        number = rng.randrange(len(lines))
+        words = lines[number].replace(",", " , ").split(" ")
+        place = rng.randrange(len(words))
+        match rng.randrange(4):
+            case 0:
+                lines.insert(number, lines[rng.randrange(len(lines))])
+            case 1:
+                del words[place]
+            case _:
+                words[place] = rng.choice(TEXTS)
+        lines[number] = " ".join(words).replace(" , ", ",")
+    return encoded("\n".join(lines), rng)
+
+
+def as_pickle(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.4:
+        return bytewise(data, rng)
+    arrays = [np.zeros((2, 0)), np.array(["a", None]), np.float32([np.nan]), np.int64(7), b"x", {1}, np.zeros(9, "M8[s]")]
+    return pickle.dumps(exchanged(pickle.loads(data), rng, [*ODD, *arrays]), rng.randrange(6))
+
+
+def as_zip(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.6:
+        return bytewise(data, rng)
+    made = io.BytesIO()
+    kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w", rng.choice(kinds)) as new, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of double names
+        for name in old.namelist():
+            content = old.read(name)
+            chance = rng.random()
+            if chance > 0.1:
+                name = rng.choice([f"../../{name}", "/abs.png", "", "a" * 5000 + ".png", name + "/"]) if chance < 0.15 else name
+                new.writestr(name, bytewise(content, rng) if 0.15 < chance < 0.2 else content)
+    return made.getvalue()
+
+
+def as_npy(data: bytes, rng: random.Random) -> bytes:
+    start = data.index(b"\n") + 1
+    if rng.random() < 0.3:
+        return bytewise(data, rng)
+    if rng.random() < 0.6:
+        header = bytewise(data[10 : start - 1], rng).replace(b"\n", b"")
+    else:
+        header = repr(exchanged({"descr": [("pixels", "u1", (3, 8, 8))], "fortran_order": False, "shape": (3,)}, rng)).encode("utf-8", "replace")
+    return data[:8] + struct.pack("<H", len(header) + 1) + header + b"\n" + data[start:]
+
+
+def as_safetensors(data: bytes, rng: random.Random) -> bytes:
+    """Mostly of what the file says of itself, which is json in json; also of the tensors' types, shapes and places."""
+    if rng.random() < 0.1:
+        return bytewise(data, rng)
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    if rng.random() < 0.8:
+        about = exchanged({key: json.loads(value) for key, value in header["__metadata__"].items() if key != "format"}, rng)
+        if not isinstance(about, dict):
+            about = {"method": about}
+        header["__metadata__"] = {key: json.dumps(value).replace(f'"{DEEP}"', "[" * 100_000) for key, value in about.items()}
+    else:
+        header = exchanged(header, rng, [*ODD, "F64", "BF16", "I8", "BOOL", "F8_E4M3", "F4", "C64", "U64"])
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def as_pth(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.3:
+        return bytewise(data, rng)
+    tree = torch.load(io.BytesIO(data), weights_only=True)
+    huge = [torch.zeros(1).expand(10**9, 10**3), torch.zeros(1), torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 3, dtype=torch.bool)]
+    huge += [torch.zeros(3, 3).to_sparse(), torch.zeros(2, 2, device="meta")]
+    made = io.BytesIO()
+    torch.save(exchanged(tree, rng, [*ODD, *huge]), made)
+    return made.getvalue()
+
+
+# the readers
+
+
+class Reader(NamedTuple):
+    make: Callable[[Path], Path]  # writes a sound sample into a folder; the file of it that is to be mutated
+    read: Callable[[Path], Any]  # reads all of the sample, given the folder
+    mutate: Mutate
+
+
+def picture(path: Path, side: int = 40, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(side).integers(0, 255, (side, side, 3), np.uint8)).save(path, **options)
+
+
+def written(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def xml(name: str) -> str:
+    box = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>30</xmax><ymax>35</ymax></bndbox>"
+    objects = "".join(f"<object><name>{n}</name><difficult>0</difficult>{box}</object>" for n in (name, "cat"))
+    return f"<annotation><size><width>40</width><height>40</height></size>{objects}</annotation>"
+
+
+def voc(folder: Path) -> Path:
+    for n in range(3):
+        picture(folder / "VOCdevkit" / "VOC2007" / "JPEGImages" / f"00000{n}.jpg")
+        written(folder / "VOCdevkit" / "VOC2007" / "Annotations" / f"00000{n}.xml", xml("dog"))
+    for name in ("trainval", "test"):
+        listed = written(folder / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{name}.txt", "000000\n000001\n000002\n")
+    return listed.with_name("trainval.txt")
+
+
+def voc_xml(folder: Path) -> Path:
+    voc(folder)
+    return folder / "VOCdevkit" / "VOC2007" / "Annotations" / "000001.xml"
+
+
+def read_published_voc(folder: Path) -> Any:
+    k_shot.select_shots(detection.open_detection("voc", folder, part="train").restrict(["dog"]), 2, 0)
+
+
+def own(layout: str, folder: Path) -> None:
+    """All that is done with own data before training, also where faults are collected."""
+    place = next(folder.iterdir()) if layout == "voc" else folder
+    place = place / "VOC2007" if layout == "voc" else place
+    faults: list[str] = []
+    try:
+        layouts.read_all(place, layout=layout, fault=faults.append)
+    except InputError as error:
+        faults.append(str(error))
+    split = detection.open_split(str(place), "", novel=["dog"], layout=layout)
+    assert not faults
+    k_shot.select_shots(split.train, 1, 0)
+    for dataset in (split.train, split.test):
+        for i in range(len(dataset)):
+            dataset.image(i)
+
+
+def coco(file: str, folder: Path) -> Path:
+    for n in range(5):
+        picture(folder / "images" / f"{n}.png")
+    images = [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 40} for n in range(5)]
+    box = {"bbox": [2, 3, 20, 30], "area": 600, "iscrowd": 0}
+    objects = [{"id": i, "image_id": n, "category_id": c, **box} for i, (n, c) in enumerate((n, c) for n in range(5) for c in (1, 2))]
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
+    return written(folder / file, json.dumps({"images": images, "annotations": objects, "categories": categories}))
+
+
+def read_published_coco(folder: Path) -> None:
+    names, records, _ = annotations.read_coco(folder, "train")
+    dataset = detection.DetectionSet("coco", "train", list(names), [], records, "coco").restrict(list(names))
+    k_shot.select_shots(dataset, 1, 0)
+    annotations.read_coco_json(folder / "annotations" / "instances_train2017.json", "take")
+
+
+def published_coco(folder: Path) -> Path:
+    path = coco("annotations/instances_train2017.json", folder)
+    (folder / "images").rename(folder / "train2017")
+    return path
+
+
+def yolo(mutated: str, folder: Path) -> Path:
+    for n in range(5):
+        picture(folder / "images" / f"{n}.png")
+        written(folder / "labels" / f"{n}.txt", "0 0.5 0.5 0.5 0.5\n1 0.1 0.1 0.5 0.1 0.5 0.5\n")
+    written(folder / "train.txt", "".join(f"./images/{n}.png\n" for n in range(3)))
+    content = {"path": ".", "train": "train.txt", "val": "images", "nc": 2, "names": ["dog", "cat"]}
+    written(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False))
+    return folder / mutated
+
+
+def shots(kind: str, folder: Path) -> Path:
+    path = coco("train.json", folder)
+    data = detection.open_split(str(folder), "", novel=["dog"]).train
+    if kind == "shots.json":
+        return written(folder / kind, json.dumps(k_shot.shots_of(k_shot.select_shots(data, 1, 0))))
+    os.makedirs(folder / "lists")
+    for name, text in k_shot.lists_of(k_shot.select_shots(data, 1, 0), 1, kind).items():
+        path = written(folder / "lists" / name, text)
+    return path
+
+
+def read_shots(given: str, folder: Path) -> None:
+    train = detection.open_split(str(folder), "", novel=["dog"]).train
+    chosen = k_shot.choose_shots(train, 1, 0, folder / given)
+    json.dumps(k_shot.files(chosen))
+    for record in chosen.records:
+        assert np.isfinite(record.boxes).all() and (record.boxes[:, :2] < (record.width, record.height)).all()
+
+
+def mini_imagenet(folder: Path) -> Path:
+    rows = ["filename,label"]
+    for n in range(16):
+        picture(folder / "mini_imagenet" / "images" / f"n{n:02d}" / f"n{n:02d}00000001.jpg", 12)
+        rows.append(f"n{n:02d}00000001.jpg,n{n:02d}")
+    return written(folder / "mini_imagenet" / "val.csv", "\n".join(rows))
+
+
+def looked_at(dataset: classification.ImageSet) -> None:
+    for i in range(0, len(dataset), max(1, len(dataset) // 4)):
+        dataset.pixels(i)
+
+
+def novel_classes(file: str, folder: Path) -> Path:
+    for n in range(12):
+        picture(folder / "data" / f"c{n}" / "0.png", 8)
+    division = {"train": ["c0", "c1"], "val": ["c2"], "test": ["c3"]}
+    return written(folder / file, json.dumps(division) if file.endswith("json") else "c3\nc4\nc5\n")
+
+
+def encoded_picture(side: int = 8, **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (200, 30, 90)).save(file, **options)
+    return file.getvalue()
+
+
+def tiered(mutated: str, folder: Path) -> Path:
+    names = [f"class {n:03d}" for n in range(97)]
+    content = {"label_specific": np.arange(97), "label_specific_str": names}
+    (folder / "val_labels.pkl").write_bytes(pickle.dumps(content, 2))
+    buffers = [np.frombuffer(encoded_picture(format="PNG"), np.uint8)] * 97
+    (folder / "val_images_png.pkl").write_bytes(pickle.dumps(buffers, 2))
+    return folder / mutated
+
+
+def cifar(mutated: str, folder: Path) -> Path:
+    home = folder / "cifar-100-python"
+    home.mkdir()
+    listed = {name for part in classification.CIFAR_FS.values() for name in part.split()}
+    names = sorted(listed | {f"other{n:02d}" for n in range(100 - len(listed))})
+    content = {"data": np.zeros((100, 3072), np.uint8), "fine_labels": list(range(100)), "coarse_labels": [n // 5 for n in range(100)]}
+    for part in ("train", "test"):
+        (home / part).write_bytes(pickle.dumps(content, 2))
+    (home / "meta").write_bytes(pickle.dumps({"fine_label_names": names}, 2))
+    return home / mutated
+
+
+def read_cifar(folder: Path) -> None:
+    looked_at(open_dataset("cifar_fs", folder, "val"))
+    looked_at(open_dataset("fc100", folder, "test"))
+
+
+def omniglot(folder: Path) -> Path:
+    for part in classification.OMNIGLOT_PARTS:
+        with zipfile.ZipFile(folder / f"{part}.zip", "w") as archive:
+            for n in range(3):
+                for drawing in range(2):
+                    content = encoded_picture(105, format="PNG")
+                    archive.writestr(f"{part}/Script_{part}/character{n:02d}/{drawing}.png", content)
+    return folder / "images_background.zip"
+
+
+def picture_file(suffix: str, folder: Path, **options) -> Path:
+    picture(folder / f"a{suffix}", 20, **options)
+    return folder / f"a{suffix}"
+
+
+def read_picture(folder: Path) -> None:
+    (path,) = folder.iterdir()
+    layouts._size(path, annotations.refuse)
+    pictures.tensor(path)
+
+
+def squares(folder: Path) -> Path:
+    for n in range(3):
+        picture(folder / "train" / f"c{n}" / "0.png", 8)
+    open_dataset("folder", folder, "train", cache=True)
+    return next((folder / classification.CACHE_FOLDER).iterdir())
+
+
+def classifier(method: str, folder: Path) -> Path:
+    args = {"backbone": "conv4", "distance": "squared", "ways": 5, "test_steps": 5, "inner_lr": 0.1, "temperature": 64.0}
+    about = {"method": method, "args": args, "classes": ["a", "b"], "size": 32, "stored": 32, "normalisation": IMAGENET.to_dict()}
+    about |= {"dataset": "folder", "augment": True, "temperature": 64.0, "commit": "0", "step": 10}
+    about |= {"results": {"ways": 5, "tasks": 10, "shots": {"5": {"accuracy": 71.25, "ci95": 1.5}}}}
+    weights.save(folder / "model.safetensors", methods.built(about), about)
+    return folder / "model.safetensors"
+
+
+def detector(folder: Path) -> Path:
+    model = TFA(fpn("small", channels=16), 2, width=32, rpn_channels=16)
+    about = {"method": "tfa", "args": {"backbone": "small"}, "stage": "base", "classes": ["a", "b"], "base": ["a", "b"], "novel": []}
+    about |= {"pictures": {"short": 64, "long": 96, "multiple": 32, "enlarge": True}, **model.describe()}
+    weights.save(folder / "model.safetensors", model, about | {"results": {"AP50": {"base": 12.5, "all": 12.5}}})
+    return folder / "model.safetensors"
+
+
+def read_model(folder: Path) -> None:
+    model = fewshot.load(folder / "model.safetensors")
+    json.dumps(model.about)
+    model.generate_model_card()
+    if hasattr(model, "pipeline"):
+        model.pipeline.resized(100, 50)
+
+
+def light(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes that are next to nothing in a file."""
+    return {name: torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
+
+
+def mm_classifier(folder: Path) -> Path:
+    state = {}
+    for n in range(4):
+        state[f"backbone.layers.{n}.layers.0.weight"] = torch.zeros(64, 64 if n else 3, 3, 3)
+        for key in ("layers.0.bias", "layers.1.weight", "layers.1.bias", "layers.1.running_mean", "layers.1.running_var"):
+            state[f"backbone.layers.{n}.{key}"] = torch.zeros(64)
+        state[f"backbone.layers.{n}.layers.1.num_batches_tracked"] = torch.tensor(0)
+    state |= {"head.fc.weight": torch.zeros(5, 1600), "head.fc.bias": torch.zeros(5)}
+    torch.save({"meta": {"CLASSES": ["a", "b"], "config": "type='MAML'"}, "state_dict": state}, folder / "maml_conv4.pth")
+    return folder / "maml_conv4.pth"
+
+
+def read_checkpoint(folder: Path) -> None:
+    (path,) = folder.iterdir()
+    state, meta = mmfewshot.read(path)
+    mmfewshot.convert(state, meta, path.stem)
+
+
+def read_defrcn(folder: Path) -> None:
+    (path,) = folder.iterdir()
+    detectron2.convert(weights.read_state(path), path, of="voc1")
+
+
+def read_torchvision(folder: Path) -> None:
+    (path,) = folder.iterdir()
+    torchvision_base.converted(weights.read_state(path), [torchvision_base.BACKGROUND, "a", "b"], str(path))
+
+
+READERS: dict[str, Reader] = {
+    "VOC xml": Reader(voc_xml, read_published_voc, as_xml),
+    "VOC list": Reader(voc, read_published_voc, as_words),
+    "own VOC xml": Reader(voc_xml, partial(own, "voc"), as_xml),
+    "own VOC list": Reader(voc, partial(own, "voc"), as_words),
+    "COCO json": Reader(published_coco, read_published_coco, as_json),
+    "own COCO json": Reader(partial(coco, "train.json"), partial(own, "coco"), as_json),
+    "YOLO txt": Reader(partial(yolo, "labels/1.txt"), partial(own, "yolo"), as_words),
+    "YOLO list": Reader(partial(yolo, "train.txt"), partial(own, "yolo"), as_words),
+    "YOLO data.yaml": Reader(partial(yolo, "data.yaml"), partial(own, "yolo"), as_yaml),
+    "shots.json": Reader(partial(shots, "shots.json"), partial(read_shots, "shots.json"), as_json),
+    "shot lists, txt": Reader(partial(shots, "txt"), partial(read_shots, "lists"), as_words),
+    "shot lists, json": Reader(partial(shots, "coco"), partial(read_shots, "lists"), as_json),
+    "novel classes, json": Reader(
+        partial(novel_classes, "novel.json"),
+        lambda folder: looked_at(open_dataset("folder", folder / "data", "val", novel=folder / "novel.json")),
+        as_json,
+    ),
+    "novel classes, txt": Reader(
+        partial(novel_classes, "novel.txt"),
+        lambda folder: looked_at(open_dataset("folder", folder / "data", "val", novel=folder / "novel.txt")),
+        as_words,
+    ),
+    "mini-ImageNet csv": Reader(
+        mini_imagenet, lambda folder: looked_at(open_dataset("mini_imagenet", folder, "val")), as_words
+    ),
+    "tiered-ImageNet labels": Reader(
+        partial(tiered, "val_labels.pkl"), lambda f: looked_at(open_dataset("tiered_imagenet", f, "val")), as_pickle
+    ),
+    "tiered-ImageNet pictures": Reader(
+        partial(tiered, "val_images_png.pkl"), lambda f: looked_at(open_dataset("tiered_imagenet", f, "val")), as_pickle
+    ),
+    "CIFAR pickle": Reader(partial(cifar, "train"), read_cifar, as_pickle),
+    "CIFAR names": Reader(partial(cifar, "meta"), read_cifar, as_pickle),
+    "Omniglot zip": Reader(omniglot, lambda folder: looked_at(open_dataset("omniglot", folder, "train")), as_zip),
+    **{
+        f"picture {suffix[1:]}": Reader(partial(picture_file, suffix), read_picture, bytewise)
+        for suffix in (".png", ".jpg", ".bmp", ".gif", ".tif", ".webp", ".ppm")
+    },
+    "cache npy": Reader(squares, lambda folder: looked_at(open_dataset("folder", folder, "train", cache=True)), as_npy),
+    "classifier": Reader(partial(classifier, "proto_net"), read_model, as_safetensors),
+    "MAML": Reader(partial(classifier, "maml"), read_model, as_safetensors),
+    "detector": Reader(detector, read_model, as_safetensors),
+    "mmfewshot classifier": Reader(mm_classifier, read_checkpoint, as_pth),
+}
+
+
+@pytest.fixture(autouse=True)
+def few_characters(monkeypatch):
+    """Omniglot of six characters of two drawings."""
+    monkeypatch.setattr(classification, "OMNIGLOT_CHARACTERS", 6)
+    monkeypatch.setattr(classification, "OMNIGLOT_DRAWINGS", 2)
+    splits = {"train": slice(0, 3), "val": slice(3, 4), "test": slice(4, 6)}
+    monkeypatch.setattr(classification, "OMNIGLOT_SPLITS", splits)
+
+
+def outcome(read: Callable[[], Any], name: str) -> str:
+    """"result", "refused", or what else came of it."""
+    try:
+        read()
+        return "result"
+    except InputError as error:
+        text = str(error)
+        if name not in text and " part, only " not in text:  # of what a folder lacks the folder is named
+            return f"does not name the file: {text!r:.200}"
+        if len(text.splitlines()) != 1 or "\0" in text or text.encode(errors="replace") != text.encode("utf-8", "ignore"):
+            return f"more than a line, or no text: {text!r:.200}"
+        return "refused" if len(text) < 2000 else f"{len(text)} characters long: {text!r:.200}"
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in frames if Path(f.filename).is_relative_to(LIBRARY)] or frames
+        return f"{type(error).__name__} in {Path(ours[-1].filename).name}:{ours[-1].lineno}: {error!r:.120}"
+
+
+def tried(name: str, count: int, folder: Path, first: int = 0) -> Counter[str]:
+    """Outcomes of so many mutated files, each told from the number that makes it again."""
+    reader = READERS[name]
+    path = reader.make(folder)
+    sound, called = path.read_bytes(), path.name.removesuffix(".pth")
+    assert outcome(lambda: reader.read(folder), called) == "result"
+    found: Counter[str] = Counter()
+    examples: dict[str, int] = {}
+    for number in range(first, first + count):
+        path.write_bytes(reader.mutate(sound, random.Random(f"{name} {number}")))
+        result = outcome(lambda: reader.read(folder), called)
+        found[result] += 1
+        examples.setdefault(result, number)
+    print(f"{name}: {count} tried, {found['result']} read, {found['refused']} refused")
+    wrong = {result: examples[result] for result in found if result not in ("result", "refused")}
+    assert not wrong, "\n".join(f"{found[w]} x {w} (first: number {n})" for w, n in wrong.items())
+    return found
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files(name, tmp_path):
+    assert tried(name, 60, tmp_path)["refused"] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore")
+def test_many_mutated_files(name, tmp_path):
+    tried(name, 2000, tmp_path, first=60)
