@@ -120,20 +120,20 @@ def test_background_is_what_no_box_covers(monkeypatch):
             touched = any(min(x2, c) > max(x1, a) and min(y2, d) > max(y1, b) for a, b, c, d in boxes.tolist())
             if x2 <= 70 and y2 <= 50 and not touched:  # the last column and row are padded
                 expected.append(float(row * 9 + column))
-    found = uncovered(map, stride, (50, 70), boxes)
+    found = uncovered(map, (50, 70), boxes, stride)
     assert found.flatten().tolist() == expected and len(expected) == 6 * 8 - 3 - 1
     monkeypatch.setattr(prototype, "CELLS", 5)
-    some = uncovered(map, stride, (50, 70), boxes).flatten().tolist()
+    some = uncovered(map, (50, 70), boxes, stride).flatten().tolist()
     assert len(some) == 5 and set(some) <= set(expected) and {some[0], some[-1]} == {expected[0], expected[-1]}
-    assert uncovered(map, stride, (50, 70), torch.tensor([[0.0, 0, 70, 50]])).shape == (0, 1)
+    assert uncovered(map, (50, 70), torch.tensor([[0.0, 0, 70, 50]]), stride).shape == (0, 1)
 
 
 def test_vectors_are_means_over_regions_and_prototypes_means_over_supports():
     """Boxes along the cells: RoIAlign of one bin is the mean of what they hold."""
-    model = detector(roi_size=1, clusters=2)
-    maps, stride = model.maps(NORMALISED), model.stride
+    model = detector("meta_rcnn", roi_size=1, clusters=2)
+    (map,), (stride,) = model.maps(NORMALISED), model.strides
     box = torch.tensor([[1.0, 2, 4, 6]]) * stride
-    assert torch.allclose(model.vectors(maps, [box, box])[1], maps[1, :, 2:6, 1:4].mean((1, 2)), atol=1e-5)
+    assert torch.allclose(model.vectors([map], [box, box])[1], map[1, :, 2:6, 1:4].mean((1, 2)), atol=1e-5)
     boxes = [torch.cat([box, box + stride]), box]
     vectors, free = model.support_features(NORMALISED, SIZES, boxes)
     assert len(vectors) == 3 and free.shape[1] == vectors.shape[1]
@@ -146,6 +146,21 @@ def test_vectors_are_means_over_regions_and_prototypes_means_over_supports():
     assert model.cells.sum() == len(free) + 4
     model.make_room(4, keep=True)
     assert torch.allclose(model.prototypes[0], vectors.mean(0), atol=1e-6) and model.shots.tolist() == [3, 0, 1, 0]
+
+
+@torch.no_grad()
+def test_a_pyramid_gives_each_region_from_the_level_of_its_size():
+    model, images = detector("tfa", roi_size=2), torch.randn(2, 3, 128, 160)
+    levels = model.trunk(images)
+    assert model.strides == (4, 8, 16) and len(model.maps(images)) == 3
+    boxes = torch.tensor([[3.0, 5, 40, 50], [2, 2, 152, 122]])  # sides of 41 and 134 pixels; 112 part the levels
+    found = model.vectors(model.maps(images), [boxes[:0], boxes])
+    for vector, box, level, stride in zip(found, boxes, levels, model.strides):
+        (cut,) = torchvision.ops.roi_align(level[1:], [box[None]], 2, 1 / stride, aligned=True)
+        assert torch.allclose(vector, cut.flatten(), atol=1e-5)
+    _, free = model.support_features(images, [(128, 160)] * 2, [boxes[:0], boxes])
+    cells = [prototype.CELLS, prototype.CELLS, 8 * 10]  # of a picture without boxes
+    assert len(free) > sum(cells) and torch.equal(free[0], levels[0][0, :, 0, 0])
 
 
 def test_background_of_the_first_supports_stays_only_where_there_is_no_other():
@@ -235,7 +250,7 @@ def test_a_network_of_torchvision_describes_pictures_of_any_size(tmp_path):
     model = detector("defrcn", backbone=maps).train()
     assert not maps.training, "its norms stay as they are"
     picture = torch.randint(0, 256, (1, 3, 96, 160), dtype=torch.uint8)
-    found = model.maps(model.trunk.normalisation(picture))
+    (found,) = model.maps(model.trunk.normalisation(picture))
     assert torch.allclose(found, net.features(IMAGENET(picture)), atol=1e-3) and found.shape == (1, 1280, 3, 5)
 
 

@@ -146,7 +146,7 @@ def test_copies_stay_in_line(recipe):
         assert [name for name in ("main", "train_base", "finetune", "fit") if name not in functions] == []
         inside = source[source.index("def train_base") : source.index("if __name__")]
         assert "args.stage" not in inside, "no stage asks which stage it is"
-    assert len(source.splitlines()) <= (225 if recipe in DETECTORS else 140 if trains or recipe in PROTOTYPES else 120)
+    assert len(source.splitlines()) <= (225 if recipe in DETECTORS + PROTOTYPES else 140 if trains else 120)
     fields = {f.name: f for f in dataclasses.fields(load(recipe).Args)}
     common = ["dataset", "data_root", "shots", "seed", "workers", "out", "resume", "overwrite", "test_only", "wandb"]
     of_classifiers = ["init", "backbone", "weights", "size", "imbalance"]

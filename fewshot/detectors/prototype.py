@@ -22,7 +22,7 @@ from fewshot.trunks import C4, Trunk
 
 FIRST_STAGE = ("trunk", "rpn", "affine_rpn")  # parts of detectors that propose
 PROBE = 224  # pixels: a multiple of what maps' cells usually cover
-CELLS = 100  # of a picture's background that are looked at
+CELLS = 100  # of a map of a support's picture that are taken for background
 ROUNDS = 20  # of k-means, which hardly moves after so many
 MOST = 100  # detections of a picture
 
@@ -62,7 +62,7 @@ class FrozenMaps(nn.Module):
 
 
 class PrototypeDetector(nn.Module):
-    """Names the regions that another detector proposes by cosines to prototypes.
+    """Names the regions that another detector proposes by cosines to prototypes; they keep their boxes.
 
     Args:
         base: a detector, with its weights; its trunk and RPN are taken over, the rest is left behind.
@@ -113,12 +113,10 @@ class PrototypeDetector(nn.Module):
         self.roi_size, self.temperature, self.objectness = roi_size, temperature, objectness
         self.nms, self.decay = nms, decay
         self.requires_grad_(False)
-        if backbone is None and isinstance(self.trunk, FPN):
-            level = len(self.trunk.lateral) - 2
-            channels, self.stride = self.trunk.lateral[level].in_channels, self.trunk.strides[level]
-        else:
-            source = self.trunk if backbone is None else backbone
-            channels, self.stride = source.out_channels, source.stride
+        source = self.trunk if backbone is None else backbone
+        channels = source.out_channels
+        pyramid = isinstance(source, FPN)
+        self.strides = source.strides[: source.roi_levels] if pyramid else (source.stride,)
         self.register_buffer("prototypes", torch.zeros(classes, channels * roi_size**2))
         self.register_buffer("shots", torch.zeros(classes))
         self.register_buffer("background", torch.zeros(clusters, channels))
@@ -169,16 +167,19 @@ class PrototypeDetector(nn.Module):
             place[:, :h, :w] = F.interpolate(inner, (h, w), mode="bilinear", align_corners=False)[0]
         return small, resized
 
-    def maps(self, images: Tensor) -> Tensor:
-        """Maps (b, C, h, w) of normalised images, of which a cell covers `stride` pixels."""
+    def maps(self, images: Tensor) -> Sequence[Tensor]:
+        """Maps (b, C, h, w) of normalised images, of which a cell covers `strides` pixels: several of a pyramid."""
         if self.backbone is not None:
-            return self.backbone(self.backbone.normalisation(self.trunk.normalisation.pixels(images))).float()
-        maps = self.trunk.body(images)[-2] if isinstance(self.trunk, FPN) else self.trunk(images)
-        return maps.float()
+            return [self.backbone(self.backbone.normalisation(self.trunk.normalisation.pixels(images))).float()]
+        maps = self.trunk(images)
+        return [maps] if isinstance(maps, Tensor) else maps[: len(self.strides)]
 
-    def vectors(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Vectors (boxes of all images, C * roi_size²) of boxes on their maps: RoIAlign, channel by channel."""
-        return faster_rcnn.roi_align(maps, boxes, self.roi_size, self.stride).flatten(1)
+    def vectors(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Vectors (boxes of all images, C * roi_size²) of boxes, channel by channel: RoIAlign.
+
+        In a pyramid each is cut from the level that fits its size.
+        """
+        return faster_rcnn.pyramid_align(maps, boxes, self.roi_size, self.strides).flatten(1)
 
     # ---------------------------------------------------------------------------------------------------- the supports
     @torch.no_grad()
@@ -186,8 +187,9 @@ class PrototypeDetector(nn.Module):
         self, images: Tensor, sizes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Vectors of all boxes (n, D) on normalised images, and cells of the maps (m, C) that no box covers."""
-        maps = self.maps(images)
-        free = [uncovered(map, self.stride, size, box) for map, size, box in zip(maps, sizes, boxes, strict=True)]
+        maps, free = self.maps(images), []
+        for level, stride in zip(maps, self.strides, strict=True):
+            free += [uncovered(*own, stride) for own in zip(level.float(), sizes, boxes, strict=True)]
         return self.vectors(maps, boxes), torch.cat(free)
 
     def make_room(self, classes: int, keep: bool = False) -> None:
@@ -273,10 +275,10 @@ def _first_stage(detector: nn.Module) -> nn.Module:
     return detector
 
 
-def uncovered(map: Tensor, stride: int, size: tuple[int, int], boxes: Tensor) -> Tensor:
-    """Cells (m, C) of a map (C, h, w) that lie in the picture of `size` (height, width) and touch no box (n, 4).
+def uncovered(map: Tensor, size: tuple[int, int], boxes: Tensor, stride: int) -> Tensor:
+    """Cells (m, C) of a map (C, h, w) that lie in the picture of `size` (height, width) and overlap no box (n, 4).
 
-    At most `CELLS`, from all over the picture.
+    At most `CELLS`, from all over the picture. `stride`: pixels per cell.
     """
     y, x = torch.meshgrid(*(torch.arange(n, device=map.device) * stride for n in map.shape[1:]), indexing="ij")
     squares = torch.stack([x, y, x + stride, y + stride], -1).flatten(0, 1)
