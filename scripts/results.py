@@ -2,6 +2,7 @@
 
     python scripts/results.py
     python scripts/results.py runs/tfa runs/meta_rcnn --metric AP75 --plot shots.png
+    python scripts/results.py runs --cd-fsod
     python scripts/results.py --compare runs/tfa/glyphs-split1-small runs/fsce/glyphs-split1-small
     python scripts/results.py --compare runs/proto_net/cub-conv4-seed0 runs/maml/cub-conv4-seed0
 
@@ -9,6 +10,9 @@ The tables are Markdown: one of settings, then one of the single runs and how ea
 Runs are averaged only if they differ in nothing but --seed (and in what has no part in the result, as --workers); else
 each has its own row, and a line says in what they differ. A copy of a run counts once; a --test-only of it in another
 way is a row of its own.
+
+--cd-fsod makes the benchmark's table, mAP of its six data sets, of the runs that kept to its protocol: its shots, all
+of its test pictures. The runs of a method and shots share a row, unless a data set has them in several settings.
 
 --compare takes two folders or result files, and their difference on what both were tested on: one classifier each, run
 with --save-tasks, task by task; otherwise seed by seed, which for detectors means the same shots.
@@ -28,6 +32,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from fewshot import InputError
+from fewshot.data import cd_fsod
 from fewshot.intervals import mean_interval
 
 GROUPS = ("base", "novel", "all")
@@ -35,12 +40,15 @@ TEST = re.compile(r"test-[0-9a-f]{8}\.json")  # what --test-only leaves
 # What two runs must have in common for the difference of their results to be one of methods or settings.
 ALIKE = ("dataset", "data_root", "novel_classes", "novel", "split", "shot_lists", "stage", "trained_on")
 ALIKE += ("test_pictures", "test_objects", "ways", "queries", "tasks")
+# What no data set has in common with another
+OF_DATA = ("dataset", "data_root", "test_pictures", "test_objects", "test_proposals")
 
 
 @dataclass
 class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # where to look, at any depth; or result files
-    metric: str = "AP50"  # of detectors; COCO has AP, AP50, AP75, APs, ..., the others AP50, AP75, AP, AP50s, ...
+    metric: str | None = None  # of detectors: AP, AP75, APs, AP50s, ...; by default AP50, with --cd-fsod AP
+    cd_fsod: bool = False  # the table of CD-FSOD instead: a row per method and shots, a column per data set
     compare: bool = False  # the difference of two folders or result files instead, with its interval
     details: bool = True  # also the table of single runs
     json: Path | None = None  # also write all rows to this file
@@ -250,6 +258,48 @@ def main_table(found: list[Row], metric: str) -> str:
     return markdown(lines)
 
 
+def on_benchmark(found: list[Row]) -> list[Row]:
+    """Those that kept to CD-FSOD's protocol, as their results tell."""
+    kept = [row for row in found if row.runs[0].args.get("benchmark") == cd_fsod.NAME]
+    if not kept:
+        raise InputError(
+            f"--cd-fsod: none of these runs kept to {cd_fsod.NAME}'s protocol: --dataset {', '.join(cd_fsod.FOLDERS)} "
+            "in the published layout, without --shot-lists and --test-images"
+        )
+    return kept
+
+
+def cd_fsod_table(found: list[Row], metric: str) -> str:
+    """The benchmark's form: a row per method and shots, a column per data set, their mean where all six are there.
+
+    Where a data set has several settings of a method and shots, each has a row, across the data sets.
+    """
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in sorted(found, key=lambda row: (_number(row.runs[0].where), row.runs[0].where["method"])):
+        groups[row.runs[0].where["method"], row.runs[0].where["shots"]].append(row)
+    lines = [["method", "shots", *(folders[0] for folders in cd_fsod.FOLDERS.values()), "mean", "differing in"]]
+    spread = []
+    for (method, shots), group in groups.items():
+        by_data: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in group:
+            by_data[row.runs[0].where["data"]].append(row.runs[0].args)
+        names = list(dict.fromkeys(name for many in by_data.values() for name in differing(many)))
+        settings: dict[str, list[Row]] = defaultdict(list)
+        for row in group:
+            setting = ", ".join(f"{name} {_short(row.runs[0].args.get(name))}" for name in names)
+            settings[setting].append(row)
+        for setting, same in settings.items():
+            values = {row.runs[0].where["data"]: row.values["all"] for row in same}
+            mean = sum(value for value, _ in values.values()) / len(values), None
+            cells = [number(values.get(name), 1) for name in cd_fsod.FOLDERS]
+            cells += [number(mean if len(values) == len(cd_fsod.FOLDERS) else None, 1), setting]
+            lines.append([method, shots, *cells])
+            many = [row.runs[0].args for row in same]
+            if others := [name for name in differing(many) if name not in OF_DATA]:
+                spread.append(f"Settings of {method}, shots {shots}, differ between data sets: {told(others, many)}.")
+    return "\n".join([markdown(lines), "", f"{cd_fsod.NAME}, {metric} of all classes.", *spread])
+
+
 def details(found: list[Row]) -> str:
     """Single runs: their results, and how these came about."""
     head = "run seed result base commit hardware processes precision time memory command"
@@ -396,23 +446,27 @@ def comparison(a: Path, b: Path, differences: list[dict[str, Any]]) -> str:
 
 
 def main(args: Args) -> None:
+    metric = args.metric or ("AP" if args.cd_fsod else "AP50")
     if args.compare:
         if len(args.folders) != 2:
             raise InputError("--compare needs two folders or result files: --compare A B")
         if args.plot:
             raise InputError("--plot draws runs over shots, not a difference: leave one of the two out")
-        content = compare(*args.folders, args.metric)
+        if args.cd_fsod:
+            raise InputError("--cd-fsod is a table of runs, not a difference: leave one of the two out")
+        content = compare(*args.folders, metric)
         print(comparison(*args.folders, content))
     else:
-        found = rows(collect(args.folders, args.metric))
+        found = rows(collect(args.folders, metric))
+        found = on_benchmark(found) if args.cd_fsod else found
         kinds = [[r for r in found if r.runs[0].classifies == classifiers] for classifiers in (False, True)]
-        parts = [main_table(kind, args.metric) for kind in kinds if kind]
+        parts = [(cd_fsod_table if args.cd_fsod else main_table)(kind, metric) for kind in kinds if kind]
         parts += ["\n".join([legend(found), *not_averaged(found)])]
         print("\n\n".join(parts + ([details(found)] if args.details else [])))
         content = [_content(row) for row in found]
         if args.plot:
             try:
-                draw(found, args.metric).savefig(args.plot, dpi=150)
+                draw(found, metric).savefig(args.plot, dpi=150)
             except ValueError as error:  # matplotlib's, of a suffix that it does not know
                 raise InputError(f"--plot {args.plot}: {error}") from None
     if args.json:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_recipes import QUICK, metrics, run_here
+from test_results import call, cells
 from torchvision.io import write_png
 
 import fewshot
@@ -201,3 +202,8 @@ def test_a_detector_of_other_data_learns_and_is_tested_by_the_protocol(tmp_path,
     run_here("tfa", f"{flags} --test-images 2 --seed 1")
     run_here("tfa", f"{flags} --shot-lists {tmp_path / 'out' / '5shot-seed0' / 'shots.json'}")
     assert not any("benchmark" in metrics(tmp_path / "other" / f"5shot-seed{s}")["protocol"] for s in (0, 1))
+    capsys.readouterr()
+    call(tmp_path, "--cd-fsod")
+    row, *single = cells(capsys.readouterr().out)
+    assert row.keys() == {"method", "shots", "clipart1k"} and (row["method"], row["shots"]) == ("tfa", "5")
+    assert [Path(run["run"]) for run in single] == [tmp_path / "out" / f"5shot-seed{seed}" for seed in (0, 1)]

@@ -275,6 +275,68 @@ def test_the_difference_of_two_detectors_is_paired_by_seed(runs, tmp_path, capsy
         call(a, b, "--compare")
 
 
+def target(
+    folder: Path, name: str, value: float, *, method: str = "tfa", shots: int = 5, seed: int = 0, **more
+) -> Path:
+    """A finished run of CD-FSOD's protocol, or with `benchmark` None one that did not keep to it."""
+    path = detector(folder / f"{method}-{name}-{shots}-{seed}", seed, 1.0, shots, method, dataset=name, **more)
+    content = json.loads(path.read_text())
+    content["AP"] = {"novel": value, "all": value}
+    content["protocol"] |= {"split": None, "benchmark": "CD-FSOD"} | {k: v for k, v in more.items() if k == "benchmark"}
+    path.write_text(json.dumps(content))
+    return path
+
+
+SIX = {"artaxor": 10.0, "clipart1k": 20.0, "dior": 30.0, "deepfish": 40.0, "neu_det": 50.0, "uodd": 66.0}
+
+
+def test_cd_fsod_in_the_benchmarks_form(tmp_path, capsys):
+    for name, value in SIX.items():
+        target(tmp_path, name, value, test_proposals=len(name))
+        target(tmp_path, name, value + 2, seed=1, test_proposals=len(name))
+        target(tmp_path, name, value / 2, shots=1)
+    for name in ("uodd", "artaxor"):
+        target(tmp_path, name, 7.0, method="fsce", shots=1, lr={"uodd": 0.1, "artaxor": 0.2}[name])
+    target(tmp_path / "own", "neu_det", 99.0, benchmark=None)  # such as one's own folder of that name
+    detector(tmp_path / "glyphs", 0, 99.0)
+    call(tmp_path, "--cd-fsod", "--no-details", "--json", tmp_path / "rows.json")
+    said = capsys.readouterr().out
+    fsce, one, five = cells(said)
+    head = ["method", "shots", "ArTaxOr", "clipart1k", "DIOR", "FISH", "NEU-DET", "UODD", "mean"]
+    assert list(five) == list(one) == head
+    assert list(one.values()) == ["tfa", "1", "5.0", "10.0", "15.0", "20.0", "25.0", "33.0", "18.0"]
+    # two seeds of each: a t of one degree, 12.706, times their standard deviation over the root of two is 12.706
+    assert five["UODD"] == "67.0 ± 12.7" and five["mean"] == "37.0"
+    assert list(fsce.values()) == ["fsce", "1", "7.0", "-", "-", "-", "-", "7.0", "-"]  # no mean of a part
+    assert "Settings of fsce, shots 1, differ between data sets: lr (0.2 / 0.1)." in said
+    assert "test_proposals" not in said and "AP of all classes" in said and "99.0" not in said
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 14
+    call(tmp_path, "--cd-fsod", "--metric", "AP50", "--no-details")
+    assert [row["mean"] for row in cells(capsys.readouterr().out)] == ["-", "70.0", "70.0"]
+
+
+def test_cd_fsods_settings_have_rows_of_their_own_across_data_sets(tmp_path, capsys):
+    for name, value in SIX.items():
+        for base, more in (("a" * 64, 0), ("b" * 64, 6)):
+            target(tmp_path / base[0], name, value + more, base=base)
+    call(tmp_path, "--cd-fsod", "--no-details")
+    rows = {row["differing in"]: row for row in cells(capsys.readouterr().out)}
+    assert {setting: row["mean"] for setting, row in rows.items()} == {
+        "base aaaaaaaa": "36.0",
+        "base bbbbbbbb": "42.0",
+    }
+
+
+def test_cd_fsod_without_its_runs_is_refused(runs):
+    for flags, message in [
+        ([runs, "--metric", "AP50"], "none of these runs kept to CD-FSOD's protocol"),
+        ([runs, runs, "--compare"], "leave one of the two out"),
+    ]:
+        with pytest.raises(InputError, match=message) as error:
+            call(*flags, "--cd-fsod")
+        assert "\n" not in str(error.value)
+
+
 def test_the_picture_over_shots_has_whole_numbers(runs, tmp_path):
     for shots in (1, 2, 3, 10, 30, "all"):
         for seed, novel in [(0, 10.0), (1, 20.0)]:
