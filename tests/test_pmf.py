@@ -285,9 +285,16 @@ def test_a_loaded_model_adapts_when_it_predicts(tmp_path):
 
 
 def test_a_trained_model_is_tested_with_other_steps_and_rates(tmp_path):
-    flags = f"--size 16 --tasks 2 --shots 2 --out {tmp_path}"
-    run_here("pmf", f"{flags} --iters 2 --val-tasks 2 --train-queries 2 --test-steps 1 --test-lr 0.01")
-    run_here("pmf", f"--tasks 2 --shots 2 --out {tmp_path} --test-only --test-steps 0")
-    run_here("pmf", f"--tasks 2 --shots 2 --out {tmp_path} --test-only --test-steps 2 --test-lr 0.5")
-    results = [metrics(tmp_path), *test_results(tmp_path)]
-    assert len(results) == 3 and all(set(result["shots"]) == {"2"} for result in results)
+    flags, fine_tuning = f"--tasks 2 --shots 2 --out {tmp_path}", "--test-steps 2 --test-lr 0.01"
+    run_here("pmf", f"{flags} {fine_tuning} --size 16 --iters 2 --val-tasks 2 --train-queries 2 --save-tasks")
+    trained, before = metrics(tmp_path), weights.load(tmp_path / "model.safetensors")[0]
+    assert trained["tasks"] == 2 and len(trained["shots"]) == 1
+    assert before.keys() == PMF(backbones.build("conv4", 16)).state_dict().keys()
+    for other in (fine_tuning, "--test-steps 0", "--test-steps 2 --test-lr 0.5"):
+        run_here("pmf", f"{flags} --test-only {other}")
+    found = test_results(tmp_path)
+    results = {tuple(r["settings"]["tested"][key] for key in ("test_steps", "test_lr")): r["shots"] for r in found}
+    assert results.keys() == {(2, 0.01), (0, "auto"), (2, 0.5)}
+    assert results[2, 0.01] == trained["shots"], "what is drawn follows from the task"
+    after = weights.load(tmp_path / "model.safetensors")[0]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
