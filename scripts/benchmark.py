@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py glyphs
     python scripts/benchmark.py meta-test --json meta_test.json
+    python scripts/benchmark.py transductive --threads 1
     python scripts/benchmark.py train --dataset mini_imagenet --data-root data
     python scripts/benchmark.py detect --backbone resnet50 --short 480 --long 640
 
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import plain_transductive
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, fpn, heads, task_heads, trunks
+from fewshot import backbones, fpn, heads, logistic, task_heads, transductive, trunks
 from fewshot.data import detection, episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.data.glyphs import glyph, scene
@@ -42,6 +45,8 @@ from fewshot.meta_test import CHUNK_BYTES
 
 LONG = 4.0  # seconds: what takes longer is timed once
 WAYS, QUERIES = 5, 15  # of the tasks that are timed
+SEPARATION = 0.25  # of classes' features, in standard deviations within a class: one shot is right every other time
+LOGISTIC_AT_ONCE = 256  # tasks, as the recipe has it
 
 
 @dataclass
@@ -70,6 +75,14 @@ def seconds(work: Callable[[], object], repeat: int = 5) -> float:
 
     first = once()
     return first if first > LONG else sorted(once() for _ in range(repeat))[repeat // 2]
+
+
+def only(methods: tuple[str, ...], known: dict) -> dict:
+    """The `known` methods of these names, by default all."""
+    for name in methods:
+        if name not in known:
+            raise SystemExit(f"no method {name!r}: choose from {', '.join(known)}")
+    return {name: method for name, method in known.items() if not methods or name in methods}
 
 
 def glyph_rows() -> list[Row]:
@@ -123,6 +136,11 @@ def glyph_rows() -> list[Row]:
     ]
 
 
+def tasks_at_once(width: int, shots: int) -> int:
+    """Tasks whose features stay in the processor's cache, as many as meta_test takes."""
+    return max(1, CHUNK_BYTES // (4 * width * WAYS * (shots + QUERIES)))
+
+
 def plain_prototype(support: Tensor, query: Tensor, shots: int) -> Tensor:
     """One task as one writes it first: logits (queries, ways) of features (ways * shots, D) and (queries, D)."""
     prototypes = torch.stack([support[k * shots : (k + 1) * shots].mean(0) for k in range(WAYS)])
@@ -150,11 +168,10 @@ def meta_test_rows() -> list[Row]:
             steps = {"steps": 150 if shots == 1 else 600}
             support = torch.randn(512, WAYS, 1, width) + 0.5 * torch.randn(512, WAYS, shots, width)
             support, query = support.flatten(1, 2).relu(), torch.randn(512, WAYS * QUERIES, width).relu()
-            chunk = max(1, CHUNK_BYTES // (4 * width * WAYS * (shots + QUERIES)))
+            chunk = tasks_at_once(width, shots)
             many, few = (512, 20), (512, 3 if shots == 1 else 1)  # tasks that each side does
             cases = {
                 "prototypes": (
-                    # in chunks that stay in the cache, as meta_test has them
                     lambda s, q, chunk=chunk: [
                         heads.prototype(s[i : i + chunk], q[i : i + chunk], WAYS) for i in range(0, len(s), chunk)
                     ],
@@ -191,6 +208,77 @@ def meta_test_rows() -> list[Row]:
                 )
                 rows.append(Row(f"{name}, {shots}-shot, {width} features", fast, slow, "tasks/s"))
     return rows
+
+
+Classifier = Callable[[Tensor, Tensor, int], Tensor]  # supports, queries and the number of ways -> scores
+
+
+def transductive_methods(mean: Tensor) -> dict[str, tuple[Callable, Classifier, Classifier]]:
+    """What prepares features (tasks, n, D), as the recipes do; the method for many tasks; its plain version for one."""
+
+    def cl2n(support: Tensor, query: Tensor) -> Iterator[Tensor]:
+        return (transductive.unit(transductive.centred(x, mean)) for x in (support, query))
+
+    def l2n(support: Tensor, query: Tensor) -> Iterator[Tensor]:
+        return (transductive.unit(x) for x in (support, query))
+
+    return {
+        "simple_shot": (cl2n, transductive.simple_shot, plain_transductive.simple_shot),
+        "bd_cspn": (cl2n, transductive.bd_cspn, plain_transductive.bd_cspn),
+        "laplacian_shot": (cl2n, transductive.laplacian_shot, plain_transductive.laplacian_shot),
+        "tim_gd": (l2n, transductive.tim_gd, plain_transductive.tim_gd),
+        "tim_adm": (l2n, transductive.tim_adm, plain_transductive.tim_adm),
+        "alpha_tim": (l2n, transductive.alpha_tim, plain_transductive.alpha_tim),
+        "pt_map": (transductive.power, transductive.pt_map, plain_transductive.pt_map),
+        "logistic": (l2n, logistic.logistic, plain_transductive.logistic),
+    }
+
+
+def features_of_classes(width: int) -> Tensor:
+    """Features (20, 600, width) of as many pictures as mini-ImageNet tests on, of unit length and not below 0."""
+    r = torch.Generator().manual_seed(0)
+    centres = SEPARATION * torch.randn(20, 1, width, generator=r)
+    return transductive.unit((centres + torch.randn(20, 600, width, generator=r)).relu())
+
+
+def drawn_tasks(features: Tensor, shots: int, tasks: int) -> tuple[Tensor, Tensor]:
+    """Rows of `features` (classes, pictures, D) in one: supports (tasks, ways * shots), queries (tasks, m)."""
+    pictures = np.arange(features[..., 0].numel()).reshape(features.shape[:2])
+    drawn = [episodes.draw(pictures, WAYS, shots, QUERIES, 0, i) for i in range(tasks)]
+    return tuple(torch.from_numpy(np.stack(x)).flatten(1) for x in list(zip(*drawn))[1:])
+
+
+def in_chunks(
+    prepare: Callable, method: Classifier, features: Tensor, support: Tensor, query: Tensor, chunk: int
+) -> Tensor:
+    """Scores (tasks, m, ways) of tasks given as rows of features (n, D), as meta_test makes them."""
+    chunks = zip(support.split(chunk), query.split(chunk))
+    return torch.cat([method(*prepare(features[s], features[q]), WAYS) for s, q in chunks])
+
+
+def one_by_one(prepare: Callable, method: Classifier, features: Tensor, support: Tensor, query: Tensor) -> Tensor:
+    """The same by a method for one task."""
+    tasks = (prepare(features[s][None], features[q][None]) for s, q in zip(support, query))
+    return torch.stack([method(*(x[0] for x in task), WAYS) for task in tasks])
+
+
+def transductive_rows(methods: tuple[str, ...], tasks: int, width: int = 640, loop: int = 20) -> Iterator[Row]:
+    """Tasks per second from pictures' features on: all `tasks`, beside a loop over the first `loop` of them."""
+    features = features_of_classes(width)
+    cases = only(methods, transductive_methods(features.mean((0, 1))))
+    for shots in (1, 5):
+        support, query = drawn_tasks(features, shots, tasks)
+        for name, (prepare, method, plain) in cases.items():
+            chunk = LOGISTIC_AT_ONCE if name == "logistic" else tasks_at_once(width, shots)
+            fast = seconds(
+                lambda: in_chunks(prepare, method, features.flatten(0, 1), support, query, chunk),  # noqa: B023
+                repeat=3,
+            )
+            slow = seconds(
+                lambda: one_by_one(prepare, plain, features.flatten(0, 1), support[:loop], query[:loop]),  # noqa: B023
+                repeat=3,
+            )
+            yield Row(f"{name}, {shots}-shot, {tasks} tasks / loop", tasks / fast, loop / slow, "tasks/s")
 
 
 def plain_maml_test(network: nn.Module, support: Tensor, query: Tensor, steps: int, lr: float) -> Tensor:
@@ -346,9 +434,7 @@ def detect_rows(
         "FSDetView": lambda classes: FSDetView(trunks.c4(backbone, meta=True, **style), classes),
         "Attention-RPN": lambda classes: AttentionRPN(trunks.c4(backbone, **style), classes),
     }
-    for name, build in make.items():
-        if methods and name not in methods:
-            continue
+    for name, build in only(methods, make).items():
         model = made(build, 20).train()
         step = seconds(lambda: sum(detector_steps(model, images, 20).values()).backward(), repeat=1)  # noqa: B023
         yield Row(f"{name}: training, pictures of {short} x {long}", pictures / step, None, "pictures/s")
@@ -378,6 +464,7 @@ def detect_rows(
 BENCHMARKS = {
     "glyphs": glyph_rows,
     "meta-test": lambda: meta_test_rows() + maml_rows(),
+    "transductive": transductive_rows,
     "train": train_rows,
     "detect": detect_rows,
 }
@@ -385,14 +472,15 @@ BENCHMARKS = {
 
 @dataclass
 class Args:
-    what: tyro.conf.Positional[str]  # glyphs, meta-test, train or detect
+    what: tyro.conf.Positional[str]  # glyphs, meta-test, transductive, train or detect
     dataset: DatasetName = "glyphs"  # for train: whose pictures
     data_root: str = "data"  # folder that holds the data set
     backbone: Literal["mobilenet_v2", "resnet18", "resnet50", "resnet101"] = "mobilenet_v2"  # for detect
     short: int = 240  # for detect: height of the pictures
     long: int = 320  # for detect: width of the pictures
-    methods: tuple[str, ...] = ()  # for detect: only these, e.g. "Meta R-CNN" TFA
+    methods: tuple[str, ...] = ()  # for detect and transductive: only these, e.g. "Meta R-CNN" TFA, or tim_gd
     device: Literal["cpu", "cuda"] = "cpu"  # for detect: where the detectors run
+    tasks: int = 2000  # for transductive: how many ours does; the loop does 20
     json: Path | None = None  # also write the rows to this file
     threads: int | None = None  # of torch; by default all cores
 
@@ -403,6 +491,7 @@ def main(args: Args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     chosen = {
+        "transductive": (args.methods, args.tasks),
         "train": (args.dataset, args.data_root),
         "detect": (args.backbone, args.short, args.long, args.methods, args.device),
     }
