@@ -5,7 +5,8 @@
     python scripts/predict.py runs/tfa/voc-split1/10shot-seed0 --query photos
 
 `--support` holds a folder per class; a new class needs only its folder. For detection a support's object is where
-`name.xml` beside the picture (VOC) or a json file in `--support` (COCO's format) has a box, else the whole picture.
+`name.xml` beside the picture (VOC) or a json file in `--support` (COCO's format) has a box, else the whole picture. Of
+several boxes of the class a prototype detector takes all, the others the first.
 A classifier rejects, as none of these, what is farther from every class than 95 % of the supports are from the others
 of their class: `--reject` sets that share, fewer are rejected with a larger one.
 """
@@ -82,7 +83,7 @@ def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
 
 
 def read_boxes(folder: Path, paths: Sequence[Path], pictures: Sequence[Tensor], labels: Sequence[str]) -> list[Tensor]:
-    """The box (4,) xyxy of every support's object: of xml or json where there is one, else the whole picture."""
+    """Boxes (n, 4) xyxy of every support's objects: of xml or json where there is one, else the whole picture."""
     listed: dict[str, list[tuple[str, Tensor]]] = {}
     for path in sorted(folder.glob("*.json")):
         names, records = annotations.read_coco_json(path, "refuse")
@@ -96,7 +97,7 @@ def read_boxes(folder: Path, paths: Sequence[Path], pictures: Sequence[Tensor], 
         if objects and not mine:
             raise InputError(f"{path}: annotated, but without a {label}; correct the annotation or move the picture")
         whole = torch.tensor([0.0, 0.0, picture.shape[2], picture.shape[1]])
-        boxes.append(mine[0] if mine else whole)
+        boxes.append(torch.stack(mine or [whole]))
     return boxes
 
 
@@ -148,7 +149,10 @@ def main(args: Args) -> None:
             if args.reject is None:
                 _calibrate(model)
         else:
-            model.support(pictures, read_boxes(args.support, supports, pictures, labels), labels)
+            boxes = read_boxes(args.support, supports, pictures, labels)
+            each = [i for i, some in enumerate(boxes) for _ in (some if model.compares_regions else some[:1])]
+            boxes = torch.cat(boxes if model.compares_regions else [some[:1] for some in boxes])
+            model.support([pictures[i] for i in each], boxes, [labels[i] for i in each])
         counts = ", ".join(f"{name} {labels.count(name)}" for name in dict.fromkeys(labels))
         print(f"{model.method} knows {counts}")
     if args.calibrate:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -431,6 +432,31 @@ def test_support_replaces_what_was_known(run, monkeypatch):
     other.pipeline = Pipeline(160)
     other.support([doubled], [(20, 20, 120, 140)], ["house"])
     assert torch.allclose(other.network.prototypes, vector, atol=0.05 * vector.abs().max().item())
+
+
+def test_predict_takes_every_box_of_a_support(run, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    import predict
+
+    (tmp_path / "known" / "house").mkdir(parents=True)
+    torchvision.io.write_png(scene(0), str(tmp_path / "known" / "house" / "a.png"))
+    torchvision.io.write_png(scene(1), str(tmp_path / "photo.png"))
+    boxes = [(10, 10, 60, 70), (80, 80, 150, 150)]
+    corners = (
+        f"<xmin>{a + 1}</xmin><ymin>{b + 1}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>"
+        for a, b, c, d in boxes
+    )
+    objects = "".join(f"<object><name>house</name><bndbox>{c}</bndbox></object>" for c in corners)
+    (tmp_path / "known" / "house" / "a.xml").write_text(f"<annotation>{objects}</annotation>")
+    args = predict.Args(str(run), (tmp_path / "photo.png",), support=tmp_path / "known", out=tmp_path / "out")
+    args.score_above, args.device = 0.0, "cpu"
+    predict.main(args)
+    (picture,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    model = fewshot.load(run)
+    model.support([scene(0)] * 2, boxes, ["house"] * 2)
+    expected = model.predict(scene(1), score_above=0)
+    assert len(expected.scores) > 5
+    assert [o["score"] for o in picture["objects"]] == pytest.approx(expected.scores.tolist(), abs=1e-6)
 
 
 def test_bad_input_is_named(run, tfa, tmp_path):
