@@ -15,7 +15,7 @@ from test_recipes import QUICK, launch, metrics, run_here, test_results
 from torch import Tensor, nn
 
 import fewshot
-from fewshot import InputError, fpn, methods, trunks, weights
+from fewshot import InputError, fpn, methods, torchvision_base, trunks, weights
 from fewshot.data import detection
 from fewshot.data.pipeline import Pipeline
 from fewshot.data.transforms import CAFFE, IMAGENET, Normalisation
@@ -191,6 +191,7 @@ def test_a_region_has_its_likeliest_class_and_the_best_hundred_stay():
     assert torch.equal(boxes[0], proposals[0, :4]) and torch.equal(boxes[1], proposals[2, :4])
     expected = model.scores(vectors, proposals[:, 4])
     assert torch.allclose(scores, torch.cat([expected[:1, 0], expected[2:101, 1]]))
+    assert [len(column) for column in model.named(proposals[:0], vectors[:0])] == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- any first stage
@@ -214,6 +215,19 @@ def test_any_detector_proposes(name, tmp_path):
     methods.fill(again, state, "the file")
     for one, two in zip(again.eval().detect(NORMALISED, SIZES), found):
         assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_torchvisions_coco_model_proposes(tmp_path, monkeypatch):
+    """With random weights here. It knows other classes than the data, so that only these' novel ones are looked for."""
+    torch.manual_seed(0)
+    random = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    given = torchvision_base.converted(random.state_dict(), torchvision_base.categories("mobilenet_v3_large"))
+    monkeypatch.setattr(torchvision_base, "coco", lambda backbone: given)
+    flags = f"--base coco_mobile --shots 1 --test-images 2 --test-proposals 20 --roi-size 1 --out {tmp_path}"
+    run_here(METHOD, flags)
+    model = fewshot.load(tmp_path / "1shot-seed0")
+    assert model.classes == [f"glyph-{i}" for i in range(15, 20)] and model.pipeline.short == 320
+    assert set(metrics(tmp_path / "1shot-seed0")["AP50"]) == {"novel", "all"}
 
 
 @torch.no_grad()
@@ -442,10 +456,7 @@ def test_predict_takes_every_box_of_a_support(run, tmp_path):
     torchvision.io.write_png(scene(0), str(tmp_path / "known" / "house" / "a.png"))
     torchvision.io.write_png(scene(1), str(tmp_path / "photo.png"))
     boxes = [(10, 10, 60, 70), (80, 80, 150, 150)]
-    corners = (
-        f"<xmin>{a + 1}</xmin><ymin>{b + 1}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>"
-        for a, b, c, d in boxes
-    )
+    corners = (f"<xmin>{a + 1}</xmin><ymin>{b + 1}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>" for a, b, c, d in boxes)
     objects = "".join(f"<object><name>house</name><bndbox>{c}</bndbox></object>" for c in corners)
     (tmp_path / "known" / "house" / "a.xml").write_text(f"<annotation>{objects}</annotation>")
     args = predict.Args(str(run), (tmp_path / "photo.png",), support=tmp_path / "known", out=tmp_path / "out")
@@ -485,7 +496,7 @@ def test_bad_input_is_named(run, tfa, tmp_path):
         (f"--base {run}", f"is a model of {METHOD}: give a detector that proposes regions"),
         (f"--base {tfa} --short 100", "are for a --backbone: leave them out, or give one"),
         (f"--base {tfa} --backbone torchvision/vit_b_16", "gives no map"),
-        (f"--base {tfa} --temperature 0", "temperature cannot be 0.0: roi_size from 1"),
+        (f"--base {tfa} --temperature 0", "temperature is 0.0: must be from 0.001 to 1000"),
         (f"--base {tfa} --split 2", "was trained on glyph-10, which is novel here"),
         (f"--base {tfa} --shots 0", "--shots 0: give a whole number of at least 1"),
     ):

@@ -25,6 +25,8 @@ PROBE = 224  # pixels: a multiple of what maps' cells usually cover
 CELLS = 100  # of a map of a support's picture that are taken for background
 ROUNDS = 20  # of k-means, which hardly moves after so many
 MOST = 100  # detections of a picture
+LIMITS = {"roi_size": (1, 100), "clusters": (0, 10_000), "temperature": (0.001, 1000)}
+LIMITS |= {"objectness": (0, 1), "nms": (0, 1), "decay": (0, 100)}
 
 
 class FrozenMaps(nn.Module):
@@ -101,11 +103,12 @@ class PrototypeDetector(nn.Module):
         decay: float = 0.5,
     ):
         super().__init__()
-        possible = {"roi_size": roi_size >= 1, "clusters": clusters >= 0, "temperature": temperature > 0}
-        possible |= {"objectness": 0 <= objectness <= 1, "nms": 0 <= nms <= 1, "decay": decay >= 0}
-        if wrong := [name for name, fits in possible.items() if not fits]:
-            limits = "roi_size from 1, clusters and decay from 0, temperature above 0, objectness and nms from 0 to 1"
-            raise InputError(f"{wrong[0]} cannot be {locals()[wrong[0]]}: {limits}")
+        self.numbers = {"roi_size": roi_size, "clusters": clusters, "temperature": temperature}
+        self.numbers |= {"objectness": objectness, "nms": nms, "decay": decay}
+        for name, value in self.numbers.items():
+            low, high = LIMITS[name]
+            if not low <= value <= high:
+                raise InputError(f"{name.replace('_', '-')} is {value}: must be from {low} to {high}")
         self.pictures = Pipeline(**about.get("pictures", {}))
         self.first_stage = {"method": about["method"], "classes": about["classes"], **base.describe()}
         self.first_stage["pictures"] = self.pictures.describe()
@@ -124,10 +127,8 @@ class PrototypeDetector(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `rebuilt` makes this detector anew from, for json."""
-        sizes = {"roi_size": self.roi_size, "clusters": len(self.cells), "temperature": self.temperature}
-        sizes |= {"objectness": self.objectness, "nms": self.nms, "decay": self.decay}
         names = {"first_stage": self.first_stage, "frozen_backbone": self.backbone and self.backbone.name}
-        return {**self.trunk.describe(), **names, "sizes": sizes}
+        return {**self.trunk.describe(), **names, "sizes": self.numbers}
 
     @property
     def trunk(self) -> Trunk:
@@ -247,7 +248,8 @@ class PrototypeDetector(nn.Module):
             raise RuntimeError("no class has a prototype yet: call add_supports with the features of some supports")
         proposals = self.propose(images, sizes)
         vectors = self.vectors(self.maps(images), proposals).split([len(p) for p in proposals])
-        return [self.named(*columns) for columns in zip(proposals, vectors, strict=True)]
+        with torch.autocast(images.device.type, enabled=False):
+            return [self.named(*columns) for columns in zip(proposals, vectors, strict=True)]
 
     def named(self, proposals: Tensor, vectors: Tensor) -> Detections:
         """Detections among one image's proposals (n, 5), whose vectors are (n, D)."""
