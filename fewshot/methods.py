@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewshot import InputError, backbones, feat, frn, heads, logistic, task_heads, transductive, weights
+from fewshot.described import NESTED, Said, check_flags, check_known
 from fewshot.detectors import build, prototype
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.defrcn import DeFRCN
@@ -257,21 +258,41 @@ DETECTORS: dict[str, type[nn.Module]] = {
 def built(about: About) -> nn.Module:
     """The model that a file describes, before its weights are filled in.
 
+    Of what `weights.load` gave it is first built without memory, to see that it has the file's tensors and no others.
+
     Raises:
-        InputError: its method is none of these.
+        InputError: its method is none of these, or it is not what its tensors are of.
     """
+    if not isinstance(about, Said):
+        return _made(about)
+    try:
+        check_flags(about)
+        check_known(about, "pictures", NESTED["pictures"])
+        with torch.device("meta"):
+            model = _made(about)
+        weights.check_fit(model, about.shapes, about.source, unused(model))
+        return _made(about)
+    except InputError as error:
+        raise error if about.source in str(error) else InputError(f"{about.source}: {error}") from None
+
+
+def _made(about: About) -> nn.Module:
     method = about.get("method")
     if "first_stage" in about:  # stands on another detector
-        return prototype.rebuilt(built(about["first_stage"]), about)
+        return prototype.rebuilt(_made(about["first_stage"]), about)
     if method in DETECTORS:
         return build.rebuilt(DETECTORS[method], about)
     if method in CLASSIFIERS:
         return CLASSIFIERS[method](about)
     known = ", ".join([*CLASSIFIERS, *DETECTORS])
-    what = f"a model of {method!r}, which is none of {known}"
+    what = f"a model of {method!r:.60}, which is none of {known}"
     raise InputError(f"{what}: give the model of its recipe, fewshot.load(..., model=MyModel(...))")
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Give a model of `built` its file's weights: `weights.fill`, but for what the file has for training alone."""
-    weights.fill(model, state, source, fresh=model.unused if isinstance(model, FeatureClassifier) else ())
+    weights.fill(model, state, source, unused(model))
+
+
+def unused(model: nn.Module) -> tuple[str, ...]:
+    return model.unused if isinstance(model, FeatureClassifier) else ()

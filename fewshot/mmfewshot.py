@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewshot import InputError, methods
-from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
+from fewshot import InputError, methods, weights
+from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL, is_text
 from fewshot.data.transforms import CAFFE, CAFFE_MPSR, IMAGENET
 from fewshot.methods import DETECTORS
 
@@ -113,8 +113,8 @@ def head_name(key: str) -> str:
 
 def detector_name(key: str, method: str) -> str | None:
     """The reference's name of a detector's tensor -> ours; None where it is no part of such a detector."""
-    if method in PYRAMIDS and key.startswith("backbone.layer"):
-        return f"trunk.stages.{int(key[len('backbone.layer')]) - 1}." + key.split(".", 2)[2]
+    if method in PYRAMIDS and (match := re.match(r"backbone\.layer(\d)\.(.+)", key)):
+        return f"trunk.stages.{int(match[1]) - 1}.{match[2]}"
     if key.startswith("backbone."):
         return key.replace("backbone.", "trunk.", 1)
     if match := re.match(r"neck\.(lateral|fpn)_convs\.(\d)\.conv\.(weight|bias)$", key):
@@ -123,9 +123,8 @@ def detector_name(key: str, method: str) -> str | None:
         return "rpn." + key.removeprefix("rpn_head.rpn_")
     if key.startswith("roi_head.shared_head.layer4."):
         return key.replace("roi_head.shared_head.layer4.", "trunk.stage4.", 1)
-    if key.startswith(AGGREGATOR):
-        number, rest = key.removeprefix(AGGREGATOR).split(".", 1)
-        return f"{('product', 'difference')[int(number)]}.{rest}"
+    if match := re.match(rf"{re.escape(AGGREGATOR)}([01])\.(.+)", key):
+        return f"{('product', 'difference')[int(match[1])]}.{match[2]}"
     if key.startswith(VAE):
         layer, _, kind = key.removeprefix(VAE).rpartition(".")
         return f"vae.{VAE_LAYERS[layer]}.{kind}" if layer in VAE_LAYERS else None
@@ -154,7 +153,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     named = [(f, f"numpy.core.multiarray.{f.__name__}") for f in arrays[-2:]]
     try:
         with torch.serialization.safe_globals([*arrays, *named]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = weights.unpickled(Path(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
@@ -164,14 +163,14 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} holds {what}, which is not read since that would run its code: where it was made, save "
             "{'state_dict': checkpoint['state_dict'], 'meta': {'CLASSES': checkpoint['meta']['CLASSES']}} anew"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]}") from None
+    except weights.UNPICKLING_ERRORS as error:
+        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]:.300}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict of tensors")
-    state = content.get("state_dict", content)
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} is no checkpoint: it has no state_dict of tensors")
-    return dict(state), content.get("meta") or {}
+    state, meta = content.get("state_dict", content), content.get("meta")
+    if flaw := weights.state_flaw(state):
+        raise InputError(f"{path} is no checkpoint: {flaw}")
+    return dict(state), meta if isinstance(meta, dict) else {}
 
 
 def convert(
@@ -200,6 +199,21 @@ def convert(
     Raises:
         InputError: naming the tensor that is missing, left over or does not fit, or what has to be said by an argument.
     """
+    try:
+        return _converted(state, meta, name, method, classes, split, aligned)
+    except InputError as error:
+        raise error if name in str(error) else InputError(f"{name}: {error}") from None
+
+
+def _converted(
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    name: str,
+    method: str | None,
+    classes: Sequence[str] | None,
+    split: int | None,
+    aligned: bool | None,
+) -> Converted:
     dropped: Counter = Counter()
     tensors = {}
     for key, value in state.items():
@@ -242,10 +256,11 @@ def convert(
                 ours[f"head.{head_name(rest)}"] = value
             else:
                 raise InputError(f"{key} in {name} is no part of a classifier of mmfewshot 0.1.0")
-    model = methods.built(about)
+    with torch.device("meta"):  # it need not be there to be compared with
+        model = methods.built(about)
     # no class is known yet
-    ours |= {buffer: value for buffer, value in model.named_buffers() if buffer in PROTOTYPES}
-    methods.fill(model, ours, name)  # stops at what is missing, left over or of another shape
+    ours |= {n: torch.zeros_like(t, device="cpu") for n, t in model.named_buffers() if n in PROTOTYPES}
+    weights.check_fit(model, {n: t.shape for n, t in ours.items()}, name, methods.unused(model))
     return Converted(ours, about, dropped)
 
 
@@ -293,9 +308,9 @@ def _classes(
     state: Mapping[str, Tensor], meta: Mapping[str, Any], given: Sequence[str] | None, split: int | None
 ) -> list[str]:
     """Class names in label order."""
-    weight = state.get("roi_head.bbox_head.fc_cls.weight")
-    number = None if weight is None else len(weight) - 1
-    names = list(given or meta.get("CLASSES") or ())
+    last = "roi_head.bbox_head.fc_cls.weight"
+    number = _rows(state, last) - 1 if last in state else None
+    names = _named(meta, given)
     if not names and split and number in (15, 20):
         novel = VOC_NOVEL[split].split()
         names = [name for name in VOC_CLASSES if name not in novel] + (novel if number == 20 else [])
@@ -308,6 +323,20 @@ def _classes(
     return names
 
 
+def _named(meta: Mapping[str, Any], given: Sequence[str] | None) -> list[str]:
+    names = given or meta.get("CLASSES")
+    if names is not None and not (isinstance(names, (list, tuple)) and all(map(is_text, names))):
+        raise InputError(f"CLASSES in its meta is {names!r:.60}, and no list of names: give --classes")
+    return list(names or ())
+
+
+def _rows(state: Mapping[str, Tensor], key: str) -> int:
+    """How many rows, or filters, a weight has."""
+    if key not in state or not state[key].dim():
+        raise InputError(f"{key} is missing or a single number: is it a whole checkpoint of mmfewshot?")
+    return len(state[key])
+
+
 def _detector_about(
     state: Mapping[str, Tensor], method: str, classes: list[str], aligned: bool | None, text: str
 ) -> dict[str, Any]:
@@ -316,14 +345,14 @@ def _detector_about(
         raise InputError("its backbone is neither a ResNet-50 nor a ResNet-101: backbone.layer3 has another length")
     novel = _novel(classes)
     architecture: dict[str, Any] = {"name": f"resnet{depth}", "style": "caffe", "norm": "frozen"}
-    sizes: dict[str, Any] = {"rpn_channels": len(state["rpn_head.rpn_conv.weight"])}
+    sizes: dict[str, Any] = {"rpn_channels": _rows(state, "rpn_head.rpn_conv.weight")}
     about: dict[str, Any] = {"method": method, "args": {"backbone": architecture["name"]}}
     about |= {"stage": "finetune" if novel else "base", "classes": classes, "novel": novel}
     about |= {"base": [name for name in classes if name not in novel]}
     if method in PYRAMIDS:
-        architecture["channels"] = len(state["neck.lateral_convs.0.conv.weight"])
+        architecture["channels"] = _rows(state, "neck.lateral_convs.0.conv.weight")
         hidden = "cls_fcs" if method == "mpsr" else "shared_fcs"
-        sizes["width"] = len(state[f"roi_head.bbox_head.{hidden}.0.weight"])
+        sizes["width"] = _rows(state, f"roi_head.bbox_head.{hidden}.0.weight")
         about["pictures"] = {"short": 800, "long": 1333, "multiple": 1 if method == "mpsr" else 32}
     else:
         if method != "attention_rpn":
@@ -337,10 +366,10 @@ def _detector_about(
     if method in ("tfa", "fsce"):
         about["cosine"] = "roi_head.bbox_head.fc_cls.bias" not in state
     if method == "fsce":
-        contrast = state.get("roi_head.bbox_head.contrastive_head.2.weight")
-        about["dimensions"] = 0 if contrast is None else len(contrast)
+        contrast = "roi_head.bbox_head.contrastive_head.2.weight"
+        about["dimensions"] = _rows(state, contrast) if contrast in state else 0
     if method == "attention_rpn":
-        sizes["relation_channels"] = len(state["roi_head.bbox_head.patch_relation_branch.0.weight"])
+        sizes["relation_channels"] = _rows(state, "roi_head.bbox_head.patch_relation_branch.0.weight")
         about["context"] = 16
     normalisation = CAFFE_MPSR if method == "mpsr" else CAFFE
     return about | {"architecture": architecture, "sizes": sizes, "normalisation": normalisation.to_dict()}
@@ -372,11 +401,11 @@ def _classifier_about(
     if method in ("baseline_plus", "neg_margin"):
         args["test_temperature"] = 2.0 if method == "baseline_plus" and backbone == "conv4" else 5.0
     if method == "maml":
-        args |= {"ways": len(state["head.fc.weight"]), "test_steps": 5, "inner_lr": 0.01}
+        args |= {"ways": _rows(state, "head.fc.weight"), "test_steps": 5, "inner_lr": 0.01}
     return {
         "method": method,
         "args": args,
-        "classes": list(classes or meta.get("CLASSES") or ()),
+        "classes": _named(meta, classes),
         "size": 84,
         "stored": 256,
         "augment": True,

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import pickle
+import struct
 import subprocess
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewshot import InputError
+from fewshot.described import Said, Shapes, checked
 
 FORMAT = 1  # of the metadata; a reader refuses newer ones
 
@@ -41,7 +44,7 @@ def save_state(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[
         raise InputError(f"{path} cannot be written ({error}): make room on the disk, or give another folder") from None
 
 
-def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Said]:
     """(state dict, metadata) of a file that `save` wrote.
 
     Raises:
@@ -51,26 +54,34 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a model file of this project ({error})") from error
+    except (SafetensorError, LookupError, RuntimeError) as error:  # also of types that torch has not
+        raise InputError(f"{path}: not a model file of this project ({error!s:.300})") from error
 
 
-def describe_file(path: str | Path) -> dict[str, Any]:
-    """What a file that `save` wrote says of itself. Raises InputError as `load` does."""
+def describe_file(path: str | Path) -> Said:
+    """What a file that `save` wrote says of itself, `described.checked`. Raises InputError as `load` does."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such model file")
+
+    def said(fields: dict[str, Any]) -> Said:
+        about = Said(fields)
+        about.source = str(path)
+        return about
+
     try:
         with safe_open(path, "pt") as file:
-            about = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a model file of this project ({error})") from error
-    if "fewshot_format" not in about:
+            texts = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+            about = said({key: json.loads(value, object_hook=said) for key, value in texts.items()})
+            about.shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a model file of this project ({error!s:.300})") from error
+    if not isinstance(about.get("fewshot_format"), int):
         raise InputError(f"{path}: not a model file of this project (it does not describe itself)")
     if about["fewshot_format"] > FORMAT:
         raise InputError(
             f"{path}: written by a newer version (format {about['fewshot_format']}, this one reads {FORMAT})"
         )
-    return about
+    return checked(about)
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -84,15 +95,43 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict") or state.get("model") or state
-        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise AttributeError("it has no state dict of tensors alone")
+        state = unpickled(path)
+        state = next((state[key] for key in ("state_dict", "model") if key in state), state)
+        if flaw := state_flaw(state):
+            raise ValueError(flaw)
         return state
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+    except (SafetensorError, *UNPICKLING_ERRORS) as error:
         pickled = isinstance(error, pickle.UnpicklingError)
-        reason = "it is no file of tensors alone" if pickled else str(error).partition("\n")[0]
+        reason = "it is no file of tensors alone" if pickled else f"{str(error).partition(chr(10))[0]:.300}"
         raise InputError(f"{path} cannot be read as weights ({reason}): give a .safetensors or .pth file") from error
+
+
+# whatever torch stumbles over in a file that is damaged
+UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError)
+UNPICKLING_ERRORS += (LookupError, OverflowError, MemoryError, RecursionError, struct.error, zipfile.BadZipFile)
+
+
+def unpickled(path: Path) -> Any:
+    """What a PyTorch file holds, of which no code is run. Raises one of `UNPICKLING_ERRORS`, also for a zip bomb."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size:  # torch does not compress
+            raise ValueError(f"it would unpack to {size} bytes")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def state_flaw(state: Any) -> str | None:
+    """What keeps something from being a state dict of tensors, each of which is as large as what is in the file."""
+    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        return "it has no state dict of tensors alone"
+    for name, t in state.items():
+        if not isinstance(name, str):
+            return f"the name {name!r:.60} is no text"
+        dense = t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
+        if not dense or t.untyped_storage().nbytes() < t.nbytes:
+            return f"{name!r:.100} is no plain tensor"
+    return None
 
 
 def downloaded(published: Any, name: str, advice: str) -> dict[str, torch.Tensor]:
@@ -125,15 +164,21 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], source: str | Path, f
     Raises:
         InputError: any other tensor is missing, left over or of another shape; the message names it and `source`.
     """
-    wanted = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(fresh))}
+    check_fit(model, {name: tensor.shape for name, tensor in state.items()}, source, fresh)
     given = {n: t for n, t in state.items() if not n.startswith(tuple(fresh))}
+    model.load_state_dict(given, strict=False)
+
+
+def check_fit(model: nn.Module, shapes: Shapes, source: str | Path, fresh: Sequence[str] = ()) -> None:
+    """Raises InputError as `fill` does; the model may be on torch's meta device, where it takes no memory."""
+    wanted = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(fresh))}
+    given = {n: tuple(shape) for n, shape in shapes.items() if not n.startswith(tuple(fresh))}
     for name in sorted(wanted.keys() ^ given.keys()):
         what = "is missing from" if name in wanted else "does not belong to this model but is in"
-        raise InputError(f"{name} {what} {source}: was it made with another backbone or recipe?")
-    for name, tensor in given.items():
-        if tensor.shape != wanted[name].shape:
-            raise InputError(f"{name} is {tuple(tensor.shape)} in {source}, this model has {tuple(wanted[name].shape)}")
-    model.load_state_dict(given, strict=False)
+        raise InputError(f"{name:.200} {what} {source}: was it made with another backbone or recipe?")
+    for name, shape in given.items():
+        if shape != wanted[name].shape:
+            raise InputError(f"{name} is {shape} in {source}, this model has {tuple(wanted[name].shape)}")
 
 
 def fill_part(module: nn.Module, path: str | Path, prefix: str, without: Sequence[str] = ()) -> None:

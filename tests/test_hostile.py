@@ -39,10 +39,48 @@ from fewshot.fpn import fpn
 
 LIBRARY = Path(fewshot.__file__).parent
 DEEP = "@deep@"  # stands for what is nested too deeply to be written by a library
-ODD = [None, True, False, -1, 0, 1, 1.5, 10**6, 10**30, -(10**30), float("inf"), float("-inf"), float("nan"), 1e300, "", "0"]
-ODD += ["\0", "a\nb", " ", "../../etc/passwd", "/etc/passwd", "x" * 5000, "x/" * 3000, "\ud800", "é☃", "nan", "inf", "-1"]
+ODD = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    1.5,
+    10**6,
+    10**30,
+    -(10**30),
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    1e300,
+    "",
+    "0",
+]
+ODD += [
+    "\0",
+    "a\nb",
+    " ",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "x" * 5000,
+    "x/" * 3000,
+    "\ud800",
+    "é☃",
+    "nan",
+    "inf",
+    "-1",
+]
 ODD += [[], {}, [[]], [None], {"a": 1}, [1e300] * 4, [float("nan")] * 4, DEEP]
-TEXTS = [str(value) for value in ODD if not isinstance(value, (list, dict))] + ["1_0", "٣", "1e5", "0x10", "#", ",", '"']
+TEXTS = [str(value) for value in ODD if not isinstance(value, (list, dict))] + [
+    "1_0",
+    "٣",
+    "1e5",
+    "0x10",
+    "#",
+    ",",
+    '"',
+]
 Mutate = Callable[[bytes, random.Random], bytes]
 
 
@@ -145,11 +183,44 @@ def as_yaml(data: bytes, rng: random.Random) -> bytes:
     return encoded(yaml.safe_dump(exchanged(yaml.safe_load(data), rng), sort_keys=False), rng)
 
 
-YAML = ["names: !!int foo", "names: &a [*a]", "nc: 2001-99-99", "- : :", "? [a]", "nc: !!bool x", "nc: !!timestamp x", "!!x"]
-YAML += ["names: !!python/object/apply:os.system [exit]", "nc: .", "nc: 0x", "nc: !!float _", "? {a: b}\n: c", "names: {yes: a}"]
-YAML += ["names: " + "[" * 3000, "names: {0: a, 0.5: b}", "nc: 1:99:99", "path: [a]", "train: {a: b}", "\t: a", "--- a", "%TAG"]
-YAML += ["names: {99999999999999999999: a}", "nc: !!binary x", "nc: !!null x", "names: !!set {a, b}", "names: !!omap [a: b]"]
-YAML += [f"a: &{n} [{', '.join([f'*{m}'] * 9)}]" if m else f"a: &{n} [x]" for m, n in zip(" abcdefgh".strip(), "bcdefghi")]
+YAML = [
+    "names: !!int foo",
+    "names: &a [*a]",
+    "nc: 2001-99-99",
+    "- : :",
+    "? [a]",
+    "nc: !!bool x",
+    "nc: !!timestamp x",
+    "!!x",
+]
+YAML += [
+    "names: !!python/object/apply:os.system [exit]",
+    "nc: .",
+    "nc: 0x",
+    "nc: !!float _",
+    "? {a: b}\n: c",
+    "names: {yes: a}",
+]
+YAML += [
+    "names: " + "[" * 3000,
+    "names: {0: a, 0.5: b}",
+    "nc: 1:99:99",
+    "path: [a]",
+    "train: {a: b}",
+    "\t: a",
+    "--- a",
+    "%TAG",
+]
+YAML += [
+    "names: {99999999999999999999: a}",
+    "nc: !!binary x",
+    "nc: !!null x",
+    "names: !!set {a, b}",
+    "names: !!omap [a: b]",
+]
+YAML += [
+    f"a: &{n} [{', '.join([f'*{m}'] * 9)}]" if m else f"a: &{n} [x]" for m, n in zip(" abcdefgh".strip(), "bcdefghi")
+]
 YAML += ["train: &a [x,x,x,x,x,x,x,x,x]\nval: &b [" + "*a," * 9 + "]\ntest: [" + "*b," * 9 + "]"]
 
 
@@ -174,7 +245,9 @@ def as_xml(data: bytes, rng: random.Random) -> bytes:
         if not any(len(node) for node in tree.iter()):
             break
     text = ElementTree.tostring(tree, "unicode").replace(DEEP, "<a>" * 50_000 + "</a>" * 50_000)
-    declared = rng.choice([""] * 6 + ['<?xml version="1.0" encoding="%s"?>' % e for e in ("utf-16", "latin-1", "cp037", "?", "euc-jp")])
+    declared = rng.choice(
+        [""] * 6 + ['<?xml version="1.0" encoding="%s"?>' % e for e in ("utf-16", "latin-1", "cp037", "?", "euc-jp")]
+    )
     return encoded(declared + text, rng)
 
 
@@ -201,7 +274,15 @@ def as_words(data: bytes, rng: random.Random) -> bytes:
 def as_pickle(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.4:
         return bytewise(data, rng)
-    arrays = [np.zeros((2, 0)), np.array(["a", None]), np.float32([np.nan]), np.int64(7), b"x", {1}, np.zeros(9, "M8[s]")]
+    arrays = [
+        np.zeros((2, 0)),
+        np.array(["a", None]),
+        np.float32([np.nan]),
+        np.int64(7),
+        b"x",
+        {1},
+        np.zeros(9, "M8[s]"),
+    ]
     return pickle.dumps(exchanged(pickle.loads(data), rng, [*ODD, *arrays]), rng.randrange(6))
 
 
@@ -210,13 +291,21 @@ def as_zip(data: bytes, rng: random.Random) -> bytes:
         return bytewise(data, rng)
     made = io.BytesIO()
     kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w", rng.choice(kinds)) as new, warnings.catch_warnings():
+    with (
+        zipfile.ZipFile(io.BytesIO(data)) as old,
+        zipfile.ZipFile(made, "w", rng.choice(kinds)) as new,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # of double names
         for name in old.namelist():
             content = old.read(name)
             chance = rng.random()
             if chance > 0.1:
-                name = rng.choice([f"../../{name}", "/abs.png", "", "a" * 5000 + ".png", name + "/"]) if chance < 0.15 else name
+                name = (
+                    rng.choice([f"../../{name}", "/abs.png", ".png", "a" * 5000 + ".png", name + "/"])
+                    if chance < 0.15
+                    else name
+                )
                 new.writestr(name, bytewise(content, rng) if 0.15 < chance < 0.2 else content)
     return made.getvalue()
 
@@ -228,7 +317,9 @@ def as_npy(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.6:
         header = bytewise(data[10 : start - 1], rng).replace(b"\n", b"")
     else:
-        header = repr(exchanged({"descr": [("pixels", "u1", (3, 8, 8))], "fortran_order": False, "shape": (3,)}, rng)).encode("utf-8", "replace")
+        header = repr(
+            exchanged({"descr": [("pixels", "u1", (3, 8, 8))], "fortran_order": False, "shape": (3,)}, rng)
+        ).encode("utf-8", "replace")
     return data[:8] + struct.pack("<H", len(header) + 1) + header + b"\n" + data[start:]
 
 
@@ -239,10 +330,14 @@ def as_safetensors(data: bytes, rng: random.Random) -> bytes:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     if rng.random() < 0.8:
-        about = exchanged({key: json.loads(value) for key, value in header["__metadata__"].items() if key != "format"}, rng)
+        about = exchanged(
+            {key: json.loads(value) for key, value in header["__metadata__"].items() if key != "format"}, rng
+        )
         if not isinstance(about, dict):
             about = {"method": about}
-        header["__metadata__"] = {key: json.dumps(value).replace(f'"{DEEP}"', "[" * 100_000) for key, value in about.items()}
+        header["__metadata__"] = {
+            key: json.dumps(value).replace(f'"{DEEP}"', "[" * 100_000) for key, value in about.items()
+        }
     else:
         header = exchanged(header, rng, [*ODD, "F64", "BF16", "I8", "BOOL", "F8_E4M3", "F4", "C64", "U64"])
     text = json.dumps(header).encode()
@@ -253,7 +348,13 @@ def as_pth(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return bytewise(data, rng)
     tree = torch.load(io.BytesIO(data), weights_only=True)
-    huge = [torch.zeros(1).expand(10**9, 10**3), torch.zeros(1), torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 3, dtype=torch.bool)]
+    huge = [
+        torch.zeros(1).expand(10**9, 10**3),
+        torch.zeros(1),
+        torch.tensor(1.0),
+        torch.zeros(0),
+        torch.zeros(2, 3, dtype=torch.bool),
+    ]
     huge += [torch.zeros(3, 3).to_sparse(), torch.zeros(2, 2, device="meta")]
     made = io.BytesIO()
     torch.save(exchanged(tree, rng, [*ODD, *huge]), made)
@@ -291,7 +392,9 @@ def voc(folder: Path) -> Path:
         picture(folder / "VOCdevkit" / "VOC2007" / "JPEGImages" / f"00000{n}.jpg")
         written(folder / "VOCdevkit" / "VOC2007" / "Annotations" / f"00000{n}.xml", xml("dog"))
     for name in ("trainval", "test"):
-        listed = written(folder / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{name}.txt", "000000\n000001\n000002\n")
+        listed = written(
+            folder / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{name}.txt", "000000\n000001\n000002\n"
+        )
     return listed.with_name("trainval.txt")
 
 
@@ -301,7 +404,9 @@ def voc_xml(folder: Path) -> Path:
 
 
 def read_published_voc(folder: Path) -> Any:
-    k_shot.select_shots(detection.open_detection("voc", folder, part="train").restrict(["dog"]), 2, 0)
+    dataset = detection.open_detection("voc", folder, part="train").restrict(["dog"])
+    for i in range(len(dataset)):
+        dataset.image(i)
 
 
 def own(layout: str, folder: Path) -> None:
@@ -326,7 +431,10 @@ def coco(file: str, folder: Path) -> Path:
         picture(folder / "images" / f"{n}.png")
     images = [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 40} for n in range(5)]
     box = {"bbox": [2, 3, 20, 30], "area": 600, "iscrowd": 0}
-    objects = [{"id": i, "image_id": n, "category_id": c, **box} for i, (n, c) in enumerate((n, c) for n in range(5) for c in (1, 2))]
+    objects = [
+        {"id": i, "image_id": n, "category_id": c, **box}
+        for i, (n, c) in enumerate((n, c) for n in range(5) for c in (1, 2))
+    ]
     categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
     return written(folder / file, json.dumps({"images": images, "annotations": objects, "categories": categories}))
 
@@ -413,7 +521,11 @@ def cifar(mutated: str, folder: Path) -> Path:
     home.mkdir()
     listed = {name for part in classification.CIFAR_FS.values() for name in part.split()}
     names = sorted(listed | {f"other{n:02d}" for n in range(100 - len(listed))})
-    content = {"data": np.zeros((100, 3072), np.uint8), "fine_labels": list(range(100)), "coarse_labels": [n // 5 for n in range(100)]}
+    content = {
+        "data": np.zeros((100, 3072), np.uint8),
+        "fine_labels": list(range(100)),
+        "coarse_labels": [n // 5 for n in range(100)],
+    }
     for part in ("train", "test"):
         (home / part).write_bytes(pickle.dumps(content, 2))
     (home / "meta").write_bytes(pickle.dumps({"fine_label_names": names}, 2))
@@ -454,8 +566,22 @@ def squares(folder: Path) -> Path:
 
 
 def classifier(method: str, folder: Path) -> Path:
-    args = {"backbone": "conv4", "distance": "squared", "ways": 5, "test_steps": 5, "inner_lr": 0.1, "temperature": 64.0}
-    about = {"method": method, "args": args, "classes": ["a", "b"], "size": 32, "stored": 32, "normalisation": IMAGENET.to_dict()}
+    args = {
+        "backbone": "conv4",
+        "distance": "squared",
+        "ways": 5,
+        "test_steps": 5,
+        "inner_lr": 0.1,
+        "temperature": 64.0,
+    }
+    about = {
+        "method": method,
+        "args": args,
+        "classes": ["a", "b"],
+        "size": 32,
+        "stored": 32,
+        "normalisation": IMAGENET.to_dict(),
+    }
     about |= {"dataset": "folder", "augment": True, "temperature": 64.0, "commit": "0", "step": 10}
     about |= {"results": {"ways": 5, "tasks": 10, "shots": {"5": {"accuracy": 71.25, "ci95": 1.5}}}}
     weights.save(folder / "model.safetensors", methods.built(about), about)
@@ -464,7 +590,14 @@ def classifier(method: str, folder: Path) -> Path:
 
 def detector(folder: Path) -> Path:
     model = TFA(fpn("small", channels=16), 2, width=32, rpn_channels=16)
-    about = {"method": "tfa", "args": {"backbone": "small"}, "stage": "base", "classes": ["a", "b"], "base": ["a", "b"], "novel": []}
+    about = {
+        "method": "tfa",
+        "args": {"backbone": "small"},
+        "stage": "base",
+        "classes": ["a", "b"],
+        "base": ["a", "b"],
+        "novel": [],
+    }
     about |= {"pictures": {"short": 64, "long": 96, "multiple": 32, "enlarge": True}, **model.describe()}
     weights.save(folder / "model.safetensors", model, about | {"results": {"AP50": {"base": 12.5, "all": 12.5}}})
     return folder / "model.safetensors"
@@ -487,11 +620,19 @@ def mm_classifier(folder: Path) -> Path:
     state = {}
     for n in range(4):
         state[f"backbone.layers.{n}.layers.0.weight"] = torch.zeros(64, 64 if n else 3, 3, 3)
-        for key in ("layers.0.bias", "layers.1.weight", "layers.1.bias", "layers.1.running_mean", "layers.1.running_var"):
+        for key in (
+            "layers.0.bias",
+            "layers.1.weight",
+            "layers.1.bias",
+            "layers.1.running_mean",
+            "layers.1.running_var",
+        ):
             state[f"backbone.layers.{n}.{key}"] = torch.zeros(64)
         state[f"backbone.layers.{n}.layers.1.num_batches_tracked"] = torch.tensor(0)
     state |= {"head.fc.weight": torch.zeros(5, 1600), "head.fc.bias": torch.zeros(5)}
-    torch.save({"meta": {"CLASSES": ["a", "b"], "config": "type='MAML'"}, "state_dict": state}, folder / "maml_conv4.pth")
+    torch.save(
+        {"meta": {"CLASSES": ["a", "b"], "config": "type='MAML'"}, "state_dict": state}, folder / "maml_conv4.pth"
+    )
     return folder / "maml_conv4.pth"
 
 
@@ -568,7 +709,7 @@ def few_characters(monkeypatch):
 
 
 def outcome(read: Callable[[], Any], name: str) -> str:
-    """"result", "refused", or what else came of it."""
+    """ "result", "refused", or what else came of it."""
     try:
         read()
         return "result"
@@ -576,7 +717,11 @@ def outcome(read: Callable[[], Any], name: str) -> str:
         text = str(error)
         if name not in text and " part, only " not in text:  # of what a folder lacks the folder is named
             return f"does not name the file: {text!r:.200}"
-        if len(text.splitlines()) != 1 or "\0" in text or text.encode(errors="replace") != text.encode("utf-8", "ignore"):
+        if (
+            len(text.splitlines()) != 1
+            or "\0" in text
+            or text.encode(errors="replace") != text.encode("utf-8", "ignore")
+        ):
             return f"more than a line, or no text: {text!r:.200}"
         return "refused" if len(text) < 2000 else f"{len(text)} characters long: {text!r:.200}"
     except Exception as error:

@@ -115,7 +115,7 @@ def read_voc(root: Path, part: Part, offset: Sequence[float], fault: Fault = ref
             raise InputError(f"{ids} is missing: unpack {year} {name} there")
         else:
             names = [inside(line.split()[0], ids) for line in read_text(ids).splitlines() if line.strip()]
-            records += filter(None, (_voc_record(folder, name, fault) for name in names))
+            records += filter(None, (_voc_record(folder, name, ids, fault) for name in names))
     if part == "train":
         for record in records:
             record.boxes += np.float32(offset)
@@ -123,10 +123,10 @@ def read_voc(root: Path, part: Part, offset: Sequence[float], fault: Fault = ref
     return with_pictures(records, fault), notes
 
 
-def _voc_record(folder: Path, name: str, fault: Fault) -> Record | None:
+def _voc_record(folder: Path, name: str, ids: Path, fault: Fault) -> Record | None:
     path = folder / "Annotations" / f"{name}.xml"
     if not path.is_file():
-        fault(f"{path}: missing though listed in ImageSets/Main; unpack {folder.name} again")
+        fault(f"{path}: missing though listed in ImageSets/Main/{ids.name}; unpack {folder.name} again")
     elif found := read_xml(path, published=True, fault=fault):
         width, height, objects = found
         picture = folder / "JPEGImages" / f"{name}.jpg"

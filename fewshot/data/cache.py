@@ -12,6 +12,7 @@ import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,16 @@ LAYOUT = 1  # counts up when a picture comes to be stored in another way, so tha
 CHUNK = 512  # pictures decoded before they are written
 
 
+# numpy reads the header as a line of Python
+HEADER_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, SyntaxError, TokenError, OverflowError)
+HEADER_ERRORS += (AttributeError, MemoryError, RecursionError)
+
+
+def kind(side: int) -> np.dtype:
+    """Of a picture's record, whose square has so many pixels a side."""
+    return np.dtype([("aspect", "<f8"), ("pixels", "u1", (3, side, side))])
+
+
 class Squares:
     """The squares in a file: `pixels` uint8 (n, 3, S, S) and `aspects` float64 (n,), read when they are looked at.
 
@@ -35,9 +46,18 @@ class Squares:
     def __init__(self, path: Path):
         try:
             records = np.load(path, mmap_mode="r")
+            if (
+                not isinstance(records, np.ndarray)
+                or records.ndim != 1
+                or records.dtype != kind(records["pixels"].shape[-1])
+            ):
+                raise ValueError("it holds something else")
             self.pixels, self.aspects = np.asarray(records["pixels"]), np.asarray(records["aspect"])
-        except (OSError, EOFError, ValueError, LookupError) as error:
-            raise InputError(f"{path}: not readable as a cache ({error}); delete it to have it made again") from error
+        except HEADER_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{path}: not readable as a cache ({reason:.300}); delete it to have it made again"
+            ) from error
         self.path = path
 
     def __reduce__(self) -> tuple:
@@ -68,18 +88,20 @@ def squares(dataset: ImageSet, folder: Path, version: object) -> Squares:
                 f"{folder}: cannot keep decoded pictures here ({error}); make it writable, or make room, or give a "
                 "folder of your own that has a link to the data in it, or do without the cache"
             ) from error
-    return Squares(path)
+    found = Squares(path)
+    if found.pixels.shape != (len(dataset), 3, dataset.stored, dataset.stored):
+        raise InputError(f"{path}: not readable as a cache of this set; delete it to have it made again")
+    return found
 
 
 def _write(path: Path, dataset: ImageSet) -> None:
     """Decode all pictures into a file of this process's own, which becomes `path` once it is whole."""
     n, side = len(dataset), dataset.stored
-    kind = np.dtype([("aspect", "<f8"), ("pixels", "u1", (3, side, side))])
-    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (n,)}
+    header = {"descr": np.lib.format.dtype_to_descr(kind(side)), "fortran_order": False, "shape": (n,)}
 
     def record(index: int) -> bytes:
         pixels = dataset.pixels(index).numpy()
-        return np.array((dataset.aspect(index), pixels), kind).tobytes()
+        return np.array((dataset.aspect(index), pixels), kind(side)).tobytes()
 
     own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     progress = tqdm(total=n, desc=f"decoding {dataset.name} {dataset.split}", leave=False, dynamic_ncols=True)

@@ -5,14 +5,15 @@
 them, where it has the data set.
 """
 
-import codecs
 import csv
+import lzma
 import os
 import pickle
 import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +23,7 @@ from PIL import Image
 
 from fewshot import InputError
 from fewshot.data import pictures, transforms
-from fewshot.data.annotations import inside, read_text
+from fewshot.data.annotations import inside, is_text, read_text
 from fewshot.data.glyphs import glyph
 from fewshot.data.image_set import ImageSet, Source, Split
 from fewshot.data.label_orders import CIFAR_FS, FC100, MINI_ORDER, TIERED_ORDER
@@ -40,9 +41,11 @@ GLYPHS_PER_CLASS = 600
 OMNIGLOT_PARTS = "images_background", "images_evaluation"
 OMNIGLOT_CHARACTERS, OMNIGLOT_DRAWINGS = 1623, 20  # in both parts; of each character
 OMNIGLOT_SIDE = 105  # of the drawings, in pixels
+OMNIGLOT_BYTES = 100_000_000  # of an archive once unpacked: a dozen times what the larger one holds
 # The published split of 1200 and 423 characters is by chance, as is ours; 172 of the 1200 validate (Snell et al. 2017).
 OMNIGLOT_SPLITS = {"train": slice(0, 1028), "val": slice(1028, 1200), "test": slice(1200, 1623)}
 OMNIGLOT_SEED = 0
+CIFAR_LABELS = ("fine", 100), ("coarse", 20)  # what pictures are labelled by, and of how many classes
 
 
 def open_splits(
@@ -264,10 +267,11 @@ def _find(root: Path, name: DatasetName, subfolders: tuple[str, ...], wanted: tu
 def _open_omniglot(root: Path, split: Split, size: int) -> ImageSet:
     archives = tuple(f"{part}.zip" for part in OMNIGLOT_PARTS)
     home = _find(root, "omniglot", ("omniglot-py", "omniglot"), OMNIGLOT_PARTS + archives)
-    characters: dict[str, list[tuple[str, bytes]]] = {}  # ALPHABET/characterNN -> its drawings
+    characters: dict[str, list[tuple[str, bytes, Path]]] = {}  # ALPHABET/characterNN -> its drawings
     for part in OMNIGLOT_PARTS:
+        place = home / part if (home / part).is_dir() else home / f"{part}.zip"
         for file, encoded in _omniglot_drawings(home, part):
-            characters.setdefault(file.rpartition("/")[0], []).append((file, encoded))
+            characters.setdefault(file.rpartition("/")[0], []).append((file, encoded, place))
     counts = [len(drawings) for drawings in characters.values()]
     if len(counts) != OMNIGLOT_CHARACTERS or set(counts) != {OMNIGLOT_DRAWINGS}:
         raise InputError(
@@ -278,7 +282,9 @@ def _open_omniglot(root: Path, split: Split, size: int) -> ImageSet:
     shuffled = np.random.default_rng(OMNIGLOT_SEED).permutation(sorted(characters)).tolist()
     chosen = shuffled[OMNIGLOT_SPLITS[split]]
     stored = min(size, OMNIGLOT_SIDE)
-    ink = np.stack([[_ink(encoded, file, stored) for file, encoded in sorted(characters[name])] for name in chosen])
+    ink = np.stack(
+        [[_ink(x, f"{place}: {file}", stored) for file, x, place in sorted(characters[name])] for name in chosen]
+    )
     classes = [f"{name}/rot{90 * turns:03d}" for name in chosen for turns in range(4)]
     labels = np.arange(len(classes)).repeat(OMNIGLOT_DRAWINGS)
     return _drawn("omniglot", split, classes, labels, _Drawings(ink), size, stored)
@@ -291,10 +297,17 @@ def _omniglot_drawings(home: Path, part: str) -> list[tuple[str, bytes]]:
         return [(path.relative_to(folder).as_posix(), path.read_bytes()) for path in folder.glob("*/*/*.png")]
     try:
         with zipfile.ZipFile(archive) as opened:
+            if (size := sum(entry.file_size for entry in opened.infolist())) > OMNIGLOT_BYTES:
+                raise ValueError(f"its files are {size} bytes once unpacked")
             files = [name for name in opened.namelist() if name.endswith(".png")]
             return [(name.removeprefix(f"{part}/"), opened.read(name)) for name in files]
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+    except ZIP_ERRORS as error:
         raise InputError(f"{archive}: not readable ({error}); put it there again, or unpack it to {folder}") from error
+
+
+# whatever unpacks a broken archive stumbles over; NotImplementedError, of kinds of compression, is a RuntimeError
+ZIP_ERRORS = (OSError, EOFError, ValueError, RuntimeError, LookupError)
+ZIP_ERRORS += (zlib.error, lzma.LZMAError, struct.error, zipfile.BadZipFile)
 
 
 def _ink(encoded: bytes, name: str, size: int) -> np.ndarray:
@@ -306,8 +319,9 @@ def _ink(encoded: bytes, name: str, size: int) -> np.ndarray:
 def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, size: int) -> ImageSet:
     """A part of CIFAR-100's classes with all their pictures, those for training and those for testing."""
     home = _find(root, name, ("cifar100",), ("cifar-100-python",)) / "cifar-100-python"
-    parts = [_unpickle(home / part, "data", "fine_labels", "coarse_labels") for part in ("train", "test")]
-    names = _unpickle(home / "meta", "fine_label_names")["fine_label_names"]
+    parts = [_unpickle(home / part, _cifar_flaw, "data", "fine_labels", "coarse_labels") for part in ("train", "test")]
+    names = _unpickle(home / "meta", lambda x: _names_flaw(x["fine_label_names"], 100), "fine_label_names")
+    names = names["fine_label_names"]
     fine, coarse = (np.concatenate([part[f"{key}_labels"] for part in parts]) for key in ("fine", "coarse"))
     if name == "fc100":
         chosen = np.unique(fine[np.isin(coarse, FC100[split])])
@@ -315,9 +329,33 @@ def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, si
         split_of = {listed: part for part, classes in CIFAR_FS.items() for listed in classes.split()}
         chosen = np.array([i for i, listed in enumerate(names) if split_of.get(listed, "train") == split])
     ours = np.isin(fine, chosen)
+    if missing := sorted(set(chosen.tolist()) - set(fine.tolist())):
+        raise InputError(f"{home / 'train'}: no picture of class {names[missing[0]]!r:.60}; get the published archive")
     pixels = np.concatenate([part["data"] for part in parts])[ours].reshape(-1, 3, 32, 32)
     labels = np.searchsorted(chosen, fine[ours])
     return _open_photographs(name, split, [names[i] for i in chosen], labels, _Pixels(pixels), size)
+
+
+def _cifar_flaw(found: dict[str, Any]) -> str | None:
+    pixels = found["data"]
+    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (3 * 32 * 32,)):
+        return "its 'data' are no rows of 3072 bytes"
+    return next(filter(None, (_numbers_flaw(found[f"{k}_labels"], n, len(pixels)) for k, n in CIFAR_LABELS)), None)
+
+
+def _numbers_flaw(numbers: Any, below: int, many: int | None = None) -> str | None:
+    """What keeps `numbers` from being a list of whole ones from 0 on, `many` if that is given."""
+    array = np.array([]) if isinstance(numbers, dict) else np.asarray(numbers)
+    if array.dtype.kind not in "iu" or array.ndim != 1 or len(array) != (len(array) if many is None else many):
+        return f"its labels are not {many or 'some'} whole numbers"
+    return None if (array >= 0).all() and (array < below).all() else f"one of its labels is not from 0 to {below - 1}"
+
+
+def _names_flaw(names: Any, many: int | None = None) -> str | None:
+    """What keeps `names` from being a list of different texts."""
+    if not isinstance(names, list) or not all(map(is_text, names)) or len(set(names)) != (many or len(names)):
+        return f"its class names are not {many or 'some'} different texts"
+    return None
 
 
 def _open_cub(root: Path, split: Split, size: int) -> ImageSet:
@@ -363,9 +401,10 @@ def _open_mini_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     for file, wnid in rows:
         names.setdefault(inside(wnid, table), []).append(inside(file, table))
     classes = _in_order(names, MINI_ORDER[split], table)
-    paths = {
-        wnid: dict(zip(files, _mini_imagenet_files(home / "images", wnid, files))) for wnid, files in names.items()
-    }
+    try:
+        paths = {w: dict(zip(files, _mini_imagenet_files(home / "images", w, files))) for w, files in names.items()}
+    except InputError as error:
+        raise InputError(f"{error} (listed in {table})") from None
     label = {wnid: i for i, wnid in enumerate(classes)}
     labels = np.array([label[wnid] for _, wnid in rows])
     source = _Files([str(paths[wnid][file]) for file, wnid in rows])
@@ -405,8 +444,8 @@ def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path
 def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     home = _find(root, "tiered_imagenet", ("tiered_imagenet",), (f"{split}_labels.pkl",))
     table = home / f"{split}_labels.pkl"
-    found = _unpickle(table, "label_specific_str", "label_specific")
-    names, specific = list(found["label_specific_str"]), np.asarray(found["label_specific"])
+    found = _unpickle(table, _tiered_flaw, "label_specific_str", "label_specific")
+    names, specific = found["label_specific_str"], np.asarray(found["label_specific"])
     classes = _in_order(names, TIERED_ORDER[split], table)
     label = {name: i for i, name in enumerate(classes)}
     labels = np.array([label[name] for name in names])[specific]
@@ -419,10 +458,23 @@ def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
                 raise InputError(f"{unpacked / file}: missing; unpack {pickled.name} again, or remove {unpacked}")
         source = _Files([str(unpacked / file) for file in files])
     else:
-        source = _Buffers(str(pickled), _unpickle(pickled))
+        source = _Buffers(str(pickled), _unpickle(pickled, _buffers_flaw))
         if len(source.buffers) != len(labels):
             raise InputError(f"{pickled}: {len(source.buffers)} pictures for the {len(labels)} labels of {table.name}")
     return _open_photographs("tiered_imagenet", split, classes, labels, source, size)
+
+
+def _tiered_flaw(found: dict[str, Any]) -> str | None:
+    names, labels = found["label_specific_str"], found["label_specific"]
+    if flaw := _names_flaw(names) or _numbers_flaw(labels, len(names)):
+        return flaw
+    empty = set(range(len(names))) - set(np.asarray(labels).tolist())
+    return f"no picture is of class {names[min(empty)]!r:.60}" if empty else None
+
+
+def _buffers_flaw(buffers: Any) -> str | None:
+    sound = isinstance(buffers, list) and all(isinstance(b, np.ndarray) and b.dtype == np.uint8 for b in buffers)
+    return None if sound else "not a list of arrays of bytes"
 
 
 class _Array(np.ndarray):
@@ -441,16 +493,23 @@ def _scalar(dtype: np.dtype, raw: bytes | str) -> np.generic:
     return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.str)[0]
 
 
+def _bytes(text: str, encoding: str) -> bytes:
+    return text.encode({"latin1": "latin1"}[encoding])  # how Python 3 writes bytes for Python 2
+
+
 # All that the published pickles call. numpy's own functions would make objects of any bytes, and so crash.
 HARMLESS = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-    **{("numpy", "ndarray"): None, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): codecs.encode},
+    **{("numpy", "ndarray"): None, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _bytes},
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Calls nothing but `HARMLESS`: a pickle may name any function and have it called."""
+class _Unpickler(pickle._Unpickler):
+    """Calls nothing but `HARMLESS`: a pickle may name any function and have it called.
+
+    It is the one in Python: that in C takes 64 GiB for two bytes that number an object highly.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in HARMLESS:
@@ -458,17 +517,19 @@ class _Unpickler(pickle.Unpickler):
         return HARMLESS[module, name]
 
 
-def _unpickle(path: Path, *keys: str) -> Any:
-    """The content of a pickle: a dictionary with these keys, if any are given."""
+def _unpickle(path: Path, check: Callable[[Any], str | None], *keys: str) -> Any:
+    """The content of a pickle: a dictionary with these keys, if any are given, of which `check` finds no flaw."""
     try:
         with path.open("rb") as file:
             found = _Unpickler(file, encoding="latin1").load()  # Python 2 wrote the published ones
         if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
             raise ValueError(f"not a dictionary with {', '.join(keys)}")
+        if flaw := check(found):
+            raise ValueError(flaw)
         return found
     except Exception as error:  # a broken pickle calls anything with anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: not readable ({reason}); get the published archive again") from error
+        raise InputError(f"{path}: not readable ({reason:.300}); get the published archive again") from error
 
 
 def _in_order(names: Collection[str], order: str, table: Path) -> list[str]:

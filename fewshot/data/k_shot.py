@@ -165,6 +165,8 @@ def _read_list(
         if id in skipped:
             continue
         if record is not None:
+            if wrong := [box for box in record.boxes.tolist() if not _is_box(box, by_id[id])]:
+                raise InputError(f"{path}: box {wrong[0]} is not on picture {picture}; correct the list")
             columns = {k: getattr(record, k) for k in ("boxes", "labels", "difficult", "areas")}
         record = by_id[id] if record is None else replace(by_id[id], **columns)
         if not (record.labels == label).any():
@@ -302,7 +304,9 @@ def load_shots(path: str | Path, dataset: DetectionSet) -> DetectionSet:
         if not (isinstance(id, str) and isinstance(boxes, list) and _are_texts(names)):
             raise InputError(f"{what} has no id, boxes and classes: {picture!r:.60}; {another}")
         if id not in by_id:
-            raise InputError(f"{path}: picture {id:.200} is not in the {dataset.part} part of {dataset.name}; {another}")
+            raise InputError(
+                f"{path}: picture {id:.200} is not in the {dataset.part} part of {dataset.name}; {another}"
+            )
         if id in records or not len(boxes) == len(names) > 0:
             raise InputError(f"{what}: picture {id} comes twice, or has not a class for each box; {another}")
         for name, box in zip(names, boxes):

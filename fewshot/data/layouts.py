@@ -349,7 +349,9 @@ def _yolo_names(place: Path) -> tuple[dict[int, str], dict[str, Any]]:
         twice = Counter(names.values()).most_common(1)[0][0]
         raise InputError(f"{path}: class {twice!r} is named twice; name it once")
     if content.get("nc", len(names)) != len(names):
-        raise InputError(f"{path}: nc says {content['nc']!r:.60} classes, names has {len(names)}; correct one of the two")
+        raise InputError(
+            f"{path}: nc says {content['nc']!r:.60} classes, names has {len(names)}; correct one of the two"
+        )
     return dict(sorted(names.items())), content
 
 

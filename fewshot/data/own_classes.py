@@ -87,7 +87,7 @@ def listed(path: Path, classes: Sequence[str], seed: int) -> dict[Split, list[st
         if name not in classes:
             near = difflib.get_close_matches(name, classes, 1)
             hint = f"write {near[0]!r}, if that is meant" if near else f"the classes are {', '.join(classes)}"
-            raise InputError(f"{path}: there is no class folder {name!r}; {hint}")
+            raise InputError(f"{path}: there is no class folder {name!r:.200}; {hint}")
         if names.count(name) > 1:
             raise InputError(f"{path}: class {name!r} is listed twice; a class is in one split, once")
     if empty := [part for part, some in division.items() if not some]:
@@ -105,7 +105,7 @@ def listed(path: Path, classes: Sequence[str], seed: int) -> dict[Split, list[st
 def _parsed(path: Path, text: str) -> dict[Split, list[str]]:
     try:
         division = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not json ({error}); correct it, or give a .txt with a novel class in every line"
         ) from None
