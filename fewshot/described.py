@@ -102,6 +102,11 @@ NESTED: dict[str, dict[str, Check]] = {
         "shared_proposals": whole(1, 1_000_000),
         "proposal_score": number(0, 1),
         "roi_size": whole(1, 64),
+        "clusters": whole(0, 65536),
+        "temperature": number(1e-9, 1e9),
+        "objectness": number(0, 1),
+        "nms": number(0, 1),
+        "decay": number(0, 1e9),
         "aligned": truth,
         "convention": either("mmdet", "torchvision", "detectron2"),
     },
@@ -151,7 +156,7 @@ SIDES = {
     ("sizes", "rpn_channels"): ("rpn.conv.weight",),
     ("sizes", "width"): ("fc2.weight", "cls_fc2.weight"),
     ("sizes", "relation_channels"): ("relation.patch.0.weight",),
-    ("architecture", "channels"): ("trunk.lateral.0.weight",),
+    ("architecture", "channels"): ("trunk.lateral.0.weight", "base.trunk.lateral.0.weight"),
     ("", "dimensions"): ("contrast.2.weight",),
 }
 
