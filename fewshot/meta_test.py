@@ -191,8 +191,9 @@ def _tasks(
 
     Each process does every n-th chunk of tasks. `number` is that of the first task.
     """
-    support, query, labels = (torch.from_numpy(part).to(features.device) for part in drawn)
-    tasks, shots = len(labels), support.shape[1] // ways
+    tasks, shots = len(drawn.labels), drawn.support.shape[1] // ways
+    rows = torch.from_numpy(np.concatenate(drawn, 1)).to(features.device)  # in one go: a copy waits for the device
+    support, query, labels = rows.split([part.shape[1] for part in drawn], 1)
     bytes_per_task = (support.shape[1] + query.shape[1]) * features[0].numel() * 4
     chunk = getattr(model, "tasks_at_once", None) or max(1, CHUNK_BYTES // bytes_per_task)
     correct = torch.zeros(tasks, device=features.device)

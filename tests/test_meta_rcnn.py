@@ -25,7 +25,7 @@ from fewshot.mmfewshot import detector_name
 our_key = partial(detector_name, method="meta_rcnn")
 
 
-@pytest.fixture(scope="module", params=["meta_rcnn", "meta_rcnn_r101_15"])
+@pytest.fixture(scope="module", params=["meta_rcnn", pytest.param("meta_rcnn_r101_15", marks=pytest.mark.slow)])
 def case(request) -> tuple[MetaRCNN, dict]:
     """A detector with the reference's weights, and its results: ResNet-50 and 20 classes, ResNet-101 and 15."""
     expected = golden(request.param)

@@ -51,9 +51,10 @@ def as_reference(found: Found, classes: list[str]) -> Detections:
     return Detections(found.boxes, found.scores, torch.tensor([classes.index(name) for name in found.names]))
 
 
-@pytest.mark.parametrize(
-    "case", ["tfa", "fsce", "mpsr", "attention_rpn", "meta_rcnn", "meta_rcnn_r101_15", "fsdetview", "vfa"]
-)
+R101 = pytest.param("meta_rcnn_r101_15", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", ["tfa", "fsce", "mpsr", "attention_rpn", "meta_rcnn", R101, "fsdetview", "vfa"])
 def test_detectors(case, tmp_path, script, capsys):
     stored = detector_checkpoint(case, tmp_path / "model.pth")
     script.main(script.Args(tmp_path / "model.pth"))

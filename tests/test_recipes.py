@@ -70,10 +70,8 @@ def some(cases: list, fast: set) -> list:
     ]
 
 
-# the recipes that differ in how they train or test; their copies do the same, and are tried with -m slow
-DIFFERENT = {"attention_rpn", "baseline", "maml", "meta_rcnn", "mpsr", "proto_net"}
-# of these, what a launcher does differently: an episode, a task's adaptation, two stages
-LAUNCHED = {"maml", "meta_rcnn", "proto_net"}
+# the recipes that differ in how they run: an episode, a task's adaptation, two stages; the others are slow tests
+DIFFERENT = {"maml", "meta_rcnn", "proto_net"}
 MOMENTS = ("base", "between", "finetune")
 
 
@@ -363,7 +361,7 @@ def test_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
     assert result_of(tmp_path / "straight" / run_of) == result_of(tmp_path / "killed" / run_of)
 
 
-@pytest.mark.parametrize("recipe", some(RECIPES, LAUNCHED))
+@pytest.mark.parametrize("recipe", some(RECIPES, DIFFERENT))
 def test_two_processes_test_to_the_same_numbers(recipe, tmp_path):
     run_here(recipe, f"{QUICK[recipe]} --out {tmp_path}")
     tested = "--test-images 12" if recipe in DETECTORS else f"--tasks {metrics(tmp_path)['tasks']}"
@@ -387,7 +385,7 @@ def test_both_stages_in_several_processes(recipe, processes, tmp_path):
     assert again.returncode == 0 and again.stdout.count("is finished") == 2, again.stderr[-3000:]
 
 
-@pytest.mark.parametrize("recipe", some(RECIPES, LAUNCHED))
+@pytest.mark.parametrize("recipe", some(RECIPES, DIFFERENT))
 def test_bf16_under_accelerate_launch(recipe, tmp_path):
     flags = f"{QUICK[recipe]} --out {tmp_path} --workers 1"
     config = ROOT / "accelerate_configs" / "cpu.yaml"
