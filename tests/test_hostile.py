@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import struct
 import time
 import traceback
@@ -30,8 +31,8 @@ import yaml
 from PIL import Image
 
 import fewshot
-from fewshot import InputError, detectron2, methods, mmfewshot, torchvision_base, weights
-from fewshot.data import annotations, cache, classification, detection, k_shot, layouts, own_classes, pictures
+from fewshot import InputError, methods, mmfewshot, weights
+from fewshot.data import annotations, classification, detection, k_shot, layouts, pictures
 from fewshot.data.classification import open_dataset
 from fewshot.data.transforms import IMAGENET
 from fewshot.detectors.tfa import TFA
@@ -246,7 +247,7 @@ def as_xml(data: bytes, rng: random.Random) -> bytes:
             break
     text = ElementTree.tostring(tree, "unicode").replace(DEEP, "<a>" * 50_000 + "</a>" * 50_000)
     declared = rng.choice(
-        [""] * 6 + ['<?xml version="1.0" encoding="%s"?>' % e for e in ("utf-16", "latin-1", "cp037", "?", "euc-jp")]
+        [""] * 6 + [f'<?xml version="1.0" encoding="{e}"?>' for e in ("utf-16", "latin-1", "cp037", "?", "euc-jp")]
     )
     return encoded(declared + text, rng)
 
@@ -611,11 +612,6 @@ def read_model(folder: Path) -> None:
         model.pipeline.resized(100, 50)
 
 
-def light(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of these shapes that are next to nothing in a file."""
-    return {name: torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
-
-
 def mm_classifier(folder: Path) -> Path:
     state = {}
     for n in range(4):
@@ -640,16 +636,6 @@ def read_checkpoint(folder: Path) -> None:
     (path,) = folder.iterdir()
     state, meta = mmfewshot.read(path)
     mmfewshot.convert(state, meta, path.stem)
-
-
-def read_defrcn(folder: Path) -> None:
-    (path,) = folder.iterdir()
-    detectron2.convert(weights.read_state(path), path, of="voc1")
-
-
-def read_torchvision(folder: Path) -> None:
-    (path,) = folder.iterdir()
-    torchvision_base.converted(weights.read_state(path), [torchvision_base.BACKGROUND, "a", "b"], str(path))
 
 
 READERS: dict[str, Reader] = {
@@ -760,3 +746,134 @@ def test_mutated_files(name, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_many_mutated_files(name, tmp_path):
     tried(name, 2000, tmp_path, first=60)
+
+
+# files made to harm
+
+
+class Runs:
+    """Has a command run when it is unpickled."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+LAUGHS = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
+XML = {
+    "laughs": f'<!DOCTYPE a [<!ENTITY l0 "{"ha" * 50}">{LAUGHS}]><annotation><size>&l9;</size></annotation>',
+    "foreign": '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>' + xml("&x;"),
+}
+
+
+def refusal(read: Callable[[], Any], path: Path) -> str:
+    """The message; reading took next to no time and no memory worth mentioning."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(InputError) as caught:
+        read()
+    assert time.process_time() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    assert path.name in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_code_in_files_is_not_run(tmp_path):
+    done = tmp_path / "done"
+    planted = Runs(f"touch {done}")
+    torch.save({"state_dict": {"a": planted}}, tmp_path / "a.pth")
+    for read in (mmfewshot.read, weights.read_state):
+        refusal(lambda read=read: read(tmp_path / "a.pth"), tmp_path / "a.pth")
+    cifar("meta", tmp_path)
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": planted}))
+    assert "posix.system" in refusal(lambda: read_cifar(tmp_path), tmp_path / "cifar-100-python" / "meta")
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(
+        b"\x80\x02]r\xff\xff\xff\x7f."
+    )  # object number 2^31 of its memo
+    refusal(lambda: read_cifar(tmp_path), tmp_path / "cifar-100-python" / "meta")
+    assert not done.exists()
+
+
+def test_bombs_are_refused(tmp_path, monkeypatch):
+    for name, content in XML.items():
+        written(tmp_path / f"{name}.xml", content)
+        refusal(lambda name=name: annotations.read_xml(tmp_path / f"{name}.xml"), tmp_path / f"{name}.xml")
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(10**6))), (b"IEND", b"")]
+    parts = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    refusal(lambda: pictures.tensor(tmp_path / "a.png"), tmp_path / "a.png")
+
+    path = omniglot(tmp_path)
+    monkeypatch.setattr(classification, "OMNIGLOT_BYTES", 10**6)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images_background/a/b/c.png", bytes(10**7))
+    assert "once unpacked" in refusal(lambda: open_dataset("omniglot", tmp_path, "train"), path)
+
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as old,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    for read in (mmfewshot.read, weights.read_state):
+        assert "unpack" in refusal(lambda read=read: read(tmp_path / "b.pth"), tmp_path / "b.pth")
+    torch.save({"rpn_head.rpn_conv.weight": torch.zeros(1).expand(10**9, 10**3)}, tmp_path / "c.pth")
+    for read in (mmfewshot.read, weights.read_state):
+        assert "no plain tensor" in refusal(lambda read=read: read(tmp_path / "c.pth"), tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("sizes", {"rpn_channels": 10**6}, "'rpn_channels' is 1000000"),
+        ("sizes", {"rpn_channels": 4096}, "'rpn_channels' is 4096"),
+        ("sizes", {"width": 65536}, "'width' is 65536"),
+        ("sizes", {"other": 1}, "unknown 'other'"),
+        ("architecture", {"weights": "imagenet"}, "unknown 'weights'"),
+        ("architecture", {"weights": "/etc/passwd"}, "unknown 'weights'"),
+        ("architecture", {"channels": 60_000}, "'channels' is 60000"),
+        ("architecture", {"name": "resnet101"}, "resnet101 has no"),
+        ("classes", [f"c{n}" for n in range(50_000)], "cls.bias is (3,)"),
+        ("pictures", {"other": 1}, "unknown 'other'"),
+    ],
+)
+def test_a_detectors_file_does_not_steer_load(field, value, words, tmp_path):
+    state, about = weights.load(detector(tmp_path))
+    about = dict(about) | {field: about[field] | value if isinstance(value, dict) else value}
+    weights.save_state(tmp_path / "model.safetensors", state, about)
+    assert words in refusal(lambda: fewshot.load(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("args", {"backbone": "torchvision/vit_h_14"}, "features."),
+        ("args", {"backbone": "timm/hf-hub:someone/model"}, "no network"),
+        ("args", {"backbone": "../../model"}, "no"),
+        ("args", {"ways": 90_000}, "head"),
+        ("size", 10**9, "'size' is 1000000000"),
+        ("size", 4096, "head"),
+    ],
+)
+def test_a_classifiers_file_does_not_steer_load(field, value, words, tmp_path):
+    state, about = weights.load(classifier("maml", tmp_path))
+    about = dict(about) | {field: about[field] | value if isinstance(value, dict) else value}
+    weights.save_state(tmp_path / "model.safetensors", state, about)
+    assert words in refusal(lambda: fewshot.load(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+
+
+def test_lying_headers_of_model_files(tmp_path):
+    path = classifier("proto_net", tmp_path)
+    sound = path.read_bytes()
+    (length,) = struct.unpack("<Q", sound[:8])
+    tensor = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
+    for header in (json.dumps({"a": tensor}).encode(), b"{" * 10_000, b"[]"):
+        path.write_bytes(struct.pack("<Q", len(header)) + header + sound[8 + length :])
+        assert "not a model file" in refusal(lambda: fewshot.load(path), path)
+    for size in (2**62, 2**26, 0):
+        path.write_bytes(struct.pack("<Q", size) + sound[8:])
+        refusal(lambda: fewshot.load(path), path)
