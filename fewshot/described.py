@@ -181,7 +181,7 @@ def checked(about: Said) -> Said:
 def check_flags(about: Mapping[str, Any]) -> None:
     """Raises InputError unless the flags are what this project's methods can be built from."""
     if isinstance(about, Said):
-        _check(about, about["args"], FLAGS, "args")
+        _check(about, about.get("args", {}), FLAGS, "args")
 
 
 def check_known(about: Mapping[str, Any], part: str, known: Collection[str]) -> None:

@@ -852,7 +852,7 @@ def test_a_detectors_file_does_not_steer_load(field, value, words, tmp_path):
     ("field", "value", "words"),
     [
         ("args", {"backbone": "torchvision/vit_l_16"}, "features."),
-        ("args", {"backbone": "timm/hf-hub:someone/model"}, "no network"),
+        ("args", {"backbone": "torchvision/hf-hub:someone/model"}, "no network"),
         ("args", {"backbone": "../../model"}, "write torchvision/NAME"),
         ("args", {"ways": 90_000}, "head"),
         ("size", 10**9, "'size' is 1000000000"),
