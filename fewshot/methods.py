@@ -268,6 +268,11 @@ def built(about: About) -> nn.Module:
     try:
         check_flags(about)
         check_known(about, "pictures", NESTED["pictures"])
+        if about.get("method") in DETECTORS:
+            pyramid = issubclass(DETECTORS[about["method"]], (TFA, MPSR))
+            if pyramid != ("channels" in about["architecture"]):
+                has = "no channels" if pyramid else "channels"
+                raise InputError(f"a model of {about['method']} whose architecture has {has}, as if of another method")
         with torch.device("meta"):
             model = _made(about)
         weights.check_fit(model, about.shapes, about.source, unused(model))

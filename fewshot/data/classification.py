@@ -449,6 +449,8 @@ def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     classes = _in_order(names, TIERED_ORDER[split], table)
     label = {name: i for i, name in enumerate(classes)}
     labels = np.array([label[name] for name in names])[specific]
+    if empty := set(range(len(classes))) - set(labels.tolist()):
+        raise InputError(f"tiered_imagenet {split}: class {classes[min(empty)]} has no picture; get {table} again")
 
     unpacked, pickled = home / split, home / f"{split}_images_png.pkl"
     if unpacked.is_dir():
@@ -466,10 +468,7 @@ def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
 
 def _tiered_flaw(found: dict[str, Any]) -> str | None:
     names, labels = found["label_specific_str"], found["label_specific"]
-    if flaw := _names_flaw(names) or _numbers_flaw(labels, len(names)):
-        return flaw
-    empty = set(range(len(names))) - set(np.asarray(labels).tolist())
-    return f"no picture is of class {names[min(empty)]!r:.60}" if empty else None
+    return _names_flaw(names) or _numbers_flaw(labels, len(names))
 
 
 def _buffers_flaw(buffers: Any) -> str | None:
