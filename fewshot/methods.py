@@ -268,7 +268,7 @@ def built(about: About) -> nn.Module:
     try:
         check_flags(about)
         check_known(about, "pictures", NESTED["pictures"])
-        if about.get("method") in DETECTORS:
+        if about.get("method") in DETECTORS and "first_stage" not in about:
             pyramid = issubclass(DETECTORS[about["method"]], (TFA, MPSR))
             if pyramid != ("channels" in about["architecture"]):
                 has = "no channels" if pyramid else "channels"
