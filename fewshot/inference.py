@@ -179,8 +179,8 @@ class Classifier(Model):
     ) -> None:
         """Learn classes from supports, instead of those learnt before.
 
-        Methods that fine-tune do it here, with what is random in it drawn from `seed`; MAML adapts at every
-        prediction, since its batch norms see supports and queries together. Where these, or the models of recipes of
+        Methods that fine-tune do it here, with what is random in it drawn from `seed`; MAML and P>M>F adapt at
+        every prediction, MAML since its batch norms see supports and queries together. Where these, or the models of recipes of
         your own, need as many supports of every class, classes of fewer show some of theirs again.
 
         Args:

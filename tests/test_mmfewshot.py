@@ -179,7 +179,7 @@ def test_what_a_checkpoint_may_say_and_lack(tmp_path, script):
     with pytest.raises(InputError, match="is a classifier, and 'feat' is none of"):  # ours, but not mmfewshot's
         script.main(script.Args(path, method="feat"))
     assert not (tmp_path / "unknown.safetensors").exists()
-    for content, message in (([1, 2], "holds a list"), ({"state_dict": {}}, "no state_dict"), (Path("x"), "would run")):
+    for content, message in (([1, 2], "holds a list"), ({"state_dict": {}}, "no state dict"), (Path("x"), "would run")):
         torch.save(content, path)
         with pytest.raises(InputError, match=message):
             mmfewshot.read(path)
