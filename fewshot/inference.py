@@ -179,9 +179,9 @@ class Classifier(Model):
     ) -> None:
         """Learn classes from supports, instead of those learnt before.
 
-        Methods that fine-tune do it here, with what is random in it drawn from `seed`; MAML and P>M>F adapt at
-        every prediction, MAML since its batch norms see supports and queries together. Where these, or the models of recipes of
-        your own, need as many supports of every class, classes of fewer show some of theirs again.
+        Methods that fine-tune do it here, with what is random in it drawn from `seed`; MAML and P>M>F adapt at every
+        prediction, MAML since its batch norms see supports and queries together. Where these, or the models of recipes
+        of your own, need as many supports of every class, classes of fewer show some of theirs again.
 
         Args:
             images: one or more of every class. labels: the class of each.
