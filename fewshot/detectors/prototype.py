@@ -117,12 +117,10 @@ class PrototypeDetector(nn.Module):
         self.nms, self.decay = nms, decay
         self.requires_grad_(False)
         source = self.trunk if backbone is None else backbone
-        channels = source.out_channels
-        pyramid = isinstance(source, FPN)
-        self.strides = source.strides[: source.roi_levels] if pyramid else (source.stride,)
-        self.register_buffer("prototypes", torch.zeros(classes, channels * roi_size**2))
+        self.strides = source.strides[: source.roi_levels] if isinstance(source, FPN) else (source.stride,)
+        self.register_buffer("prototypes", torch.zeros(classes, source.out_channels * roi_size**2))
         self.register_buffer("shots", torch.zeros(classes))
-        self.register_buffer("background", torch.zeros(clusters, channels))
+        self.register_buffer("background", torch.zeros(clusters, source.out_channels))
         self.register_buffer("cells", torch.zeros(clusters))
 
     def describe(self) -> dict[str, Any]:
