@@ -120,7 +120,7 @@ def read_voc(root: Path, part: Part, offset: Sequence[float], fault: Fault = ref
         for record in records:
             record.boxes += np.float32(offset)
         notes += _beyond(devkit, records)
-    return with_pictures(records, fault), notes
+    return with_pictures(records, devkit, fault), notes
 
 
 def _voc_record(folder: Path, name: str, ids: Path, fault: Fault) -> Record | None:
@@ -223,7 +223,7 @@ def read_coco(root: Path, part: Part, fault: Fault = refuse) -> Annotated:
     for record in coco.records:
         year = re.search(r"(train|val)20\d\d", record.path) or re.search(r"(train|val)20\d\d", path.name)
         record.path = str(pictures / (year[0] if year else "") / Path(record.path).name)
-    return coco._replace(records=with_pictures(coco.records, fault))
+    return coco._replace(records=with_pictures(coco.records, path, fault))
 
 
 def read_coco_json(path: Path, flawed: Literal["skip", "take", "refuse"]) -> tuple[list[str], list[Record]]:
@@ -240,6 +240,7 @@ def read_json_annotations(path: Path, flawed: Literal["skip", "take", "refuse"],
     """What a json in COCO's format holds: as `read_coco_json`, and with ids and notes."""
     categories, images, annotations = _coco_lists(path, fault)
     _check_unique(path, categories, images if flawed == "refuse" else [], fault)
+    categories = {category["name"]: category for category in categories}.values()  # the same unless a fault was passed
     categories = sorted(categories, key=lambda category: category["id"])
     label = {category["id"]: i for i, category in enumerate(categories)}
     by_id = {image["id"]: image for image in images}
@@ -247,7 +248,7 @@ def read_json_annotations(path: Path, flawed: Literal["skip", "take", "refuse"],
     dropped: Dropped = {}
     for item in annotations:
         if flaw := _annotation_flaw(item, by_id, label, flawed == "refuse"):
-            fault(f"{path}: annotation {item.get('id')!r} of image {item.get('image_id')!r}: {flaw}")
+            fault(f"{path}: annotation {item.get('id')!r:.60} of image {item.get('image_id')!r:.60}: {flaw}")
             continue
         x, y, w, h = item["bbox"]
         area = w * h if item.get("area") is None else item["area"]
@@ -326,7 +327,7 @@ def _check_unique(path: Path, categories: list[dict], images: list[dict], fault:
     ):
         value, count = max(Counter(values).items(), key=lambda item: item[1], default=("", 0))
         if count > 1:
-            fault(f"{path}: {field} {value!r} is listed {count} times; list it once")
+            fault(f"{path}: {field} {value!r:.200} is listed {count} times; list it once")
 
 
 def _coco_lists(path: Path, fault: Fault) -> tuple[list[dict], list[dict], list[dict]]:
@@ -351,12 +352,12 @@ def _annotation_flaw(item: dict, images: Mapping[Any, dict], labels: Mapping[int
     """What makes an annotation useless; a box without area only if asked about `empty` ones."""
     picture, category, bbox, area = (item.get(key) for key in ("image_id", "category_id", "bbox", "area"))
     if not (_is_id(picture) and _is_id(category) and picture in images and category in labels):
-        return f"its image or category {category!r} is not listed; correct the file"
+        return f"its image or category {category!r:.60} is not listed; correct the file"
     if not (isinstance(bbox, list) and len(bbox) == 4 and _finite(*bbox)):
         return f"bbox {bbox!r:.60} is not [x, y, width, height] in pixels; correct it or take it out"
     if empty and min(bbox[2:]) <= 0:
         return f"box {bbox} has no area; correct it or take it out"
-    return None if area is None or _finite(area) else f"area {area!r} is no number; correct it or take it out"
+    return None if area is None or _finite(area) else f"area {area!r:.60} is no number; correct it or take it out"
 
 
 def _category_flaw(item: dict) -> str | None:
@@ -434,8 +435,11 @@ def _missing_in(root: Path) -> str:
     return f"{holds(root)}; give --data-root"
 
 
-def with_pictures(records: list[Record], fault: Fault = refuse) -> list[Record]:
-    """Find out now, not after hours, that pictures are missing: one listing per folder instead of a look at each."""
+def with_pictures(records: list[Record], source: str | Path, fault: Fault = refuse) -> list[Record]:
+    """Find out now, not after hours, that pictures are missing: one listing per folder instead of a look at each.
+
+    `source` is what annotates them, for messages.
+    """
     folders = {os.path.dirname(record.path) for record in records}
     there = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
     found = [r for r in records if os.path.basename(r.path) in there[os.path.dirname(r.path)]]
@@ -443,6 +447,7 @@ def with_pictures(records: list[Record], fault: Fault = refuse) -> list[Record]:
         kept = {id(record) for record in found}
         for record in records:
             if id(record) not in kept:
+                advice = f"put it there, or take its annotation out of {source}"
                 missing = f"{len(records) - len(found)} of {len(records)} pictures are"
-                fault(f"{record.path}: annotated, but missing ({missing}); put it there, or take its annotation out")
+                fault(f"{record.path}: annotated, but missing ({missing}); {advice}")
     return found

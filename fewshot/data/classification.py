@@ -302,7 +302,9 @@ def _omniglot_drawings(home: Path, part: str) -> list[tuple[str, bytes]]:
             files = [name for name in opened.namelist() if name.endswith(".png")]
             return [(name.removeprefix(f"{part}/"), opened.read(name)) for name in files]
     except ZIP_ERRORS as error:
-        raise InputError(f"{archive}: not readable ({error}); put it there again, or unpack it to {folder}") from error
+        raise InputError(
+            f"{archive}: not readable ({error!s:.300}); put it there again, or unpack it to {folder}"
+        ) from error
 
 
 # whatever unpacks a broken archive stumbles over; NotImplementedError, of kinds of compression, is a RuntimeError

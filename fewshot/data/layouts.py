@@ -250,7 +250,7 @@ def _read_coco(place: Path, source: Source, fault: Fault) -> Annotated:
             f"{path}: picture {read.records[0].path!r} is in none of {sought}; put the pictures in the first"
         )
     records = [replace(record, path=str(folder / record.path)) for record in read.records]
-    return read._replace(records=annotations.with_pictures(records, fault))
+    return read._replace(records=annotations.with_pictures(records, path, fault))
 
 
 # VOC
