@@ -716,7 +716,7 @@ def outcome(read: Callable[[], Any], name: str) -> str:
             or text.encode(errors="replace") != text.encode("utf-8", "ignore")
         ):
             return f"more than a line, or no text: {text!r:.200}"
-        return "refused" if len(text) < 2000 else f"{len(text)} characters long: {text!r:.200}"
+        return "refused" if len(text) < 20_000 else f"{len(text)} characters long: {text!r:.200}"
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [f for f in frames if Path(f.filename).is_relative_to(LIBRARY)] or frames

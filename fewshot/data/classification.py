@@ -332,7 +332,9 @@ def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, si
         chosen = np.array([i for i, listed in enumerate(names) if split_of.get(listed, "train") == split])
     ours = np.isin(fine, chosen)
     if missing := sorted(set(chosen.tolist()) - set(fine.tolist())):
-        raise InputError(f"{home / 'train'}: no picture of class {names[missing[0]]!r:.60}; get the published archive")
+        raise InputError(
+            f"{home / 'train'}: no picture of {names[missing[0]]!r:.60}, of meta; get the published archive again"
+        )
     pixels = np.concatenate([part["data"] for part in parts])[ours].reshape(-1, 3, 32, 32)
     labels = np.searchsorted(chosen, fine[ours])
     return _open_photographs(name, split, [names[i] for i in chosen], labels, _Pixels(pixels), size)
