@@ -307,7 +307,7 @@ def _omniglot_drawings(home: Path, part: str) -> list[tuple[str, bytes]]:
         ) from error
 
 
-# whatever unpacks a broken archive stumbles over; NotImplementedError, of kinds of compression, is a RuntimeError
+# whatever unpacks a broken archive stumbles over; a kind of compression that is not known is a RuntimeError
 ZIP_ERRORS = (OSError, EOFError, ValueError, RuntimeError, LookupError)
 ZIP_ERRORS += (zlib.error, lzma.LZMAError, struct.error, zipfile.BadZipFile)
 
