@@ -6,6 +6,7 @@ With `run` and `meta_test` this is the only place that knows Accelerate's corner
 from __future__ import annotations
 
 import errno
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -58,6 +59,7 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
     except ValueError:  # not in the main thread: whoever runs recipes in threads handles signals
         handlers = {}
     try:
+        check_together(accelerator)
         if accelerator.gradient_accumulation_steps > 1:
             raise InputError("gradient accumulation is not supported: leave it out, and give a smaller --batch-size")
         if args.resume and args.overwrite:
@@ -82,6 +84,16 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
         ending.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def check_together(accelerator: Accelerator) -> None:
+    """Raises InputError if several processes were started of which each would work alone, as on CPUs by default."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"{started} processes were started, but each works alone without a GPU: set ACCELERATE_USE_CPU=1, or start "
+            "them by accelerate launch --cpu"
+        )
 
 
 def end_trackers(accelerator: Accelerator) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,15 @@ def test_a_signal_ends_the_run_after_the_step_and_resume_goes_on(name, tmp_path,
     assert "step 6 of" in capsys.readouterr().out
     assert json.loads((tmp_path / "b" / "last" / "record.json").read_text())["step"] == 6
     assert torch.equal(straight.weight, train(tmp_path / "b", 12, Args(resume=True)).weight)
+
+
+def test_processes_that_would_each_work_alone_are_refused(monkeypatch):
+    alone = SimpleNamespace(num_processes=1)
+    launch.check_together(alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch.check_together(SimpleNamespace(num_processes=2))
+    with pytest.raises(InputError, match=r"2 processes were started, but each works alone .* ACCELERATE_USE_CPU=1"):
+        launch.check_together(alone)
 
 
 def test_gradient_accumulation_is_refused(tmp_path, monkeypatch):
