@@ -1,102 +1,25 @@
 """Run a detector over a test set, every picture once by any number of processes, and report how good it is."""
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm.auto import tqdm
 
-from fewshot import InputError, bases, calibrate, launch, run
-from fewshot.data import cd_fsod, check
-from fewshot.data.detection import PUBLISHED, PUBLISHED_SPLITS, DetectionSet, DetectionSplit
+from fewshot import InputError, calibrate, launch, run, stages
+from fewshot.data import cd_fsod
+from fewshot.data.detection import PUBLISHED_SPLITS, DetectionSet, DetectionSplit
 from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
 from fewshot.data.transforms import Normalisation
+from fewshot.detectors.build import rebuilt
 from fewshot.evaluate import Detections, coco_json, confusion, evaluate, in_original_pixels, table
 from fewshot.fold import folded
-from fewshot.intervals import mean_interval
-from fewshot.schedule import Schedule
-
-LARGE = 800 * 1333  # pixels of a picture that published detectors look for objects in
-FEWEST = 300  # proposals: on NEU-DET 100 cost a tenth of the AP and save a quarter of the time
-
-
-def stages(accelerator: Accelerator, method: str, args: Any, backbone: str) -> Iterator[tuple[str, Any, str]]:
-    """(stage, its arguments, its folder) of what `--stage`, `--seeds` and `--test-only` ask for and is not there yet.
-
-    The base model is trained first, unless it is there or `--base` is another; then follow the fine-tunings, one for
-    each seed, whose mean result is printed at the end. With `--test-only` the stage is "test". Folders lie in `--out`,
-    by default named by data, split, and the backbone (by default `backbone`) or what is fine-tuned.
-    """
-    split = f"split{args.split}" if args.dataset in PUBLISHED_SPLITS else None
-    begin = args.backbone or (bases.label(args.base) if args.base else backbone)
-    args.out = args.out or run.default_folder(method, args.dataset, split, begin)
-    if args.stage == "base" and args.calibrate:
-        raise InputError("--calibrate is by the shots of fine-tuning: leave it out of base training")
-    if args.calibrate:  # fetched once, and what is wrong with it is said before anything is trained
-        launch.on_main_only(accelerator, lambda: calibrate.backbone(args.calibrate))
-    if not (args.base or args.test_only):
-        args.backbone = begin
-    base, folders = f"{args.out}/base", []
-    wanted = args.stage == "base" or (args.stage == "all" and not args.base and not args.test_only)
-    if wanted and run.due(accelerator, method, args, base, shared=args.stage == "all"):
-        yield "test" if args.test_only else "base", args, base
-    if args.stage == "base":
-        return
-    stage, named = ("finetune", "") if args.stage == "all" else (args.stage, "-novel" * (args.stage == "novel"))
-    args.base = args.base or f"{base}/model.safetensors"
-    for each in run.each_seed(args):
-        folders.append(f"{args.out}/{args.shots}shot-seed{each.seed}{named}")
-        if run.due(accelerator, method, each, folders[-1]):
-            yield "test" if args.test_only else stage, each, folders[-1]
-    _over_seeds(accelerator, args, folders)
-
-
-def announce(
-    accelerator: Accelerator,
-    train: DetectionSet,
-    test: DetectionSet,
-    pictures: Pipeline,
-    schedule: Schedule | None = None,
-) -> None:
-    """Say what the user should hear of the data, and what is about to be done with them, if anything is trained.
-
-    Raises:
-        InputError: own data would end or spoil the run (`check.quick`).
-    """
-    notes = list(train.notes)
-    if train.name not in PUBLISHED:
-        notes += launch.on_main(accelerator, lambda: check.quick(DetectionSplit(train, test, [], []), "all"))
-    objects, steps = sum(len(r.labels) for r in train.records), ""
-    if schedule is not None:
-        passes = schedule.steps * schedule.batch / max(len(train), 1)
-        steps = f"; {schedule.steps} steps of {schedule.batch} pictures: {passes:.2g} passes"
-    sizes = sorted((r.height * r.width, r.height, r.width) for r in train.records) or [(0, 0, 0)]
-    _, height, width = sizes[len(sizes) // 2]
-    new = pictures.resized(height, width)
-    size = (
-        f"as they are, {width} x {height}" if new == (height, width) else f"{width} x {height} -> {new[1]} x {new[0]}"
-    )
-    accelerator.print(
-        *notes,
-        f"{len(train)} pictures ({size}) with {objects} objects of {len(train.classes)} classes{steps}",
-        sep="\n",
-    )
-
-
-def fitting_proposals(pictures: Pipeline, dataset: DetectionSet, most: int = 1000) -> tuple[int, int]:
-    """Proposals for tests on pictures of any size, before and after NMS: published numbers are for large pictures.
-
-    After NMS `most`, cut in proportion to the median picture's area as the network gets it, but at least `FEWEST`: a
-    first stage that was trained on other objects ranks these low.
-    """
-    areas = [float(np.prod(pictures.resized(r.height, r.width))) for r in dataset.records]
-    return 1000, min(max(round(most * float(np.median(areas)) / LARGE), FEWEST), most)
 
 
 @torch.no_grad()
@@ -170,6 +93,24 @@ def test(
     protocol = {"test_proposals": detector.rpn.test_proposals[1], **(protocol or {})}
     also = {"scrambled": scrambled, "calibrated": calibrated}
     report(record, found, dataset, train, protocol, classwise=args.classwise, speed=speed, **also)
+
+
+def test_saved(
+    method: str,
+    detector: type[nn.Module],
+    args: Any,
+    accelerator: Accelerator,
+    folder: str | Path,
+    opened: Callable[[Any], DetectionSplit] = stages.opened,
+    test: Callable[..., None] = test,
+) -> None:
+    """Test the model in `folder` as it is: the recipe's `detector`, made as its file says.
+
+    `opened(args)` is the data, and `test(record, dataset, args)` how it is tested.
+    """
+    about = run.saved(accelerator, args, folder)
+    record = run.Record(accelerator, method, args, folder, rebuilt(detector, about), None, None, about)
+    test(record, opened(args).test.with_novel(about["novel"]).restrict(about["classes"]), args)
 
 
 def _calibration(record: run.Record, choice: str, shots: DetectionSet | None) -> calibrate.Calibration:
@@ -262,15 +203,3 @@ def report(
             result[name] = {key: value for key, value in other.items() if key != "per_class"}
     took = {"pictures_per_second": round(speed, 3)} if speed else {}
     record.finish({**result, "protocol": protocol}, files, took)
-
-
-def _over_seeds(accelerator: Accelerator, args: Any, folders: Sequence[str]) -> None:
-    """Print the mean result of `--seeds`, whose runs are in `folders`, with its 95 % interval by Student's t."""
-    if len(folders) > 1:
-        results = [json.loads(run.result_file(args, folder).read_text()) for folder in folders]
-        for name in [name for name in ("AP50", "AP") if name in results[0]]:
-            for group in results[0][name]:
-                values = [result[name][group] for result in results]
-                mean, half = mean_interval(values)
-                single = ", ".join(f"{value:.1f}" for value in values)
-                accelerator.print(f"{name} {group}: {mean:.1f} ± {half:.1f} over {len(values)} seeds ({single})")

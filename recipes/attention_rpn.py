@@ -11,19 +11,19 @@ one needs only its supports.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import bases, detect, launch, run, trunks, weights
+from fewshot import bases, detect, launch, run, stages, trunks, weights
 from fewshot.data import detection, k_shot
-from fewshot.data.pipeline import Pipeline
 from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.build import rebuilt
 from fewshot.pretrain import name_objects
-from fewshot.schedule import Passes, Schedule, choose
+from fewshot.schedule import Passes, Schedule
 
 METHOD = "attention_rpn"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -116,26 +116,21 @@ class Args:
     def published(self) -> str:  # whose settings are taken
         return self.dataset if self.dataset in SCHEDULE else "own"
 
-    @property
-    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
-        return self.published != "own" or self.short is not None
-
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "finetune": finetune, "test": test_saved}
-        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+        todo = {
+            "base": train_base,
+            "finetune": finetune,
+            "test": partial(detect.test_saved, METHOD, AttentionRPN, test=look),
+        }
+        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
             todo[stage](each, accelerator, folder)
-
-
-def open_data(args: Args) -> detection.DetectionSplit:
-    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All of the detector but the trunk's first stages, on every object of the base classes."""
-    data = open_data(args)
+    data = stages.opened(args)
     train, test = without_small(data.train.restrict(data.base), SMALLEST[args.published]), data.test.restrict(data.base)
     named = args.weights == "objects"
     source = "none" if named or (args.init and not args.weights) else args.weights
@@ -155,7 +150,7 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The head alone on K objects of every class; on COCO also RPN and stage 4, and of the novel classes alone."""
-    base = bases.load(args, open_data(args), METHOD, AttentionRPN)
+    base = bases.load(args, stages.opened(args), METHOD, AttentionRPN)
     classes = base.data.novel if args.dataset == "coco" else base.data.train.classes
     train = k_shot.choose_shots(base.data.train.restrict(classes), args.shots, args.seed, args.shot_lists)
     model = rebuilt(AttentionRPN, base.about, len(train.classes), rois=args.rois)
@@ -170,14 +165,14 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
 
 def searching(args: Args, train: detection.DetectionSet, shots: int) -> QueryAware:
     short, long, size, context = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long, enlarge=args.enlarge)
+    pictures = stages.pictures(args, short, long, flip=False)
     return QueryAware(train, pictures, ways=2, shots=shots, size=args.support_size or size, context=context)
 
 
 def fit(args, accelerator, folder, stage, model, train, test, episodes, batch, most) -> None:
     """One stage: the loop, then the test, with at most so many supports of a class."""
-    schedule = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch).scaled(args, batch)
-    detect.announce(accelerator, train, test, episodes.pipeline, schedule)
+    table = SCHEDULE[args.published], batch
+    schedule = stages.planned(accelerator, args, stage, *table, train, test, episodes.pipeline)
     normalisation, trained = model.trunk.normalisation, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     head, others = ([p for n, p in trained if n.startswith("relation.") == wanted] for wanted in (True, False))
     groups = [{"params": others}, {"params": head, "lr": schedule.lr * (HEAD_LR[args.published] if others else 1)}]
@@ -205,17 +200,10 @@ def fit(args, accelerator, folder, stage, model, train, test, episodes, batch, m
     with torch.no_grad(), accelerator.autocast():
         detector.set_prototypes((*detector.support_features(s.images, s.boxes), s.labels) for s in table)
     record.save_model()
-    look(args, record, test, train)
+    look(record, test, args, train)
 
 
-def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """The model that is there, as it is."""
-    about = run.saved(accelerator, args, folder)
-    record = run.Record(accelerator, METHOD, args, folder, rebuilt(AttentionRPN, about), None, None, about)
-    look(args, record, open_data(args).test.with_novel(about["novel"]).restrict(about["classes"]))
-
-
-def look(args: Args, record: run.Record, test: detection.DetectionSet, train=None) -> None:
+def look(record: run.Record, test: detection.DetectionSet, args: Args, train=None) -> None:
     protocol = {"proposals": "shared by all classes" if args.share_proposals else "of each class"}
     detect.test(record, test, args, train, protocol, share=args.share_proposals)
 

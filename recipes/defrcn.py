@@ -12,17 +12,18 @@ affine layer of its own. Tests can calibrate scores by a network that never saw 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import bases, detect, launch, run, trunks, weights
-from fewshot.data import detection, k_shot
-from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot import bases, detect, launch, run, stages, trunks, weights
+from fewshot.data import k_shot
+from fewshot.data.pipeline import train_loader
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.defrcn import DeFRCN, grow
-from fewshot.schedule import Passes, Schedule, choose
+from fewshot.schedule import Passes, Schedule
 
 METHOD = "defrcn"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -118,26 +119,18 @@ class Args:
     def published(self) -> str:  # whose settings are taken
         return self.dataset if self.dataset in SCHEDULE else "own"
 
-    @property
-    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
-        return self.published != "own" or self.short is not None
-
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "novel": train_novel, "finetune": finetune, "test": test_saved}
-        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+        todo = {"base": train_base, "novel": train_novel, "finetune": finetune}
+        todo |= {"test": partial(detect.test_saved, METHOD, DeFRCN)}
+        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
             todo[stage](each, accelerator, folder)
-
-
-def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
-    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, difficult=difficult, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All of the detector but the trunk's first stages, on every object of the base classes."""
-    data = open_data(args, difficult="keep")
+    data = stages.opened(args, difficult="keep")
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = trunks.begin(args.backbone, args.weights, style=args.style)
     trunk.freeze_pretrained(2)
@@ -148,7 +141,7 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
 
 def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """As `finetune`, with new last layers for the novel classes alone, on K objects of each."""
-    base = bases.load(args, open_data(args), METHOD, DeFRCN)
+    base = bases.load(args, stages.opened(args), METHOD, DeFRCN)
     novel = base.data.novel
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists).restrict(novel)
     model = decoupled(args, base, len(novel))
@@ -158,7 +151,7 @@ def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> Non
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All but stage 4 and the trunk's first stages, on K objects of every class, from the base model."""
-    base = bases.load(args, open_data(args), METHOD, DeFRCN)
+    base = bases.load(args, stages.opened(args), METHOD, DeFRCN)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = decoupled(args, base, len(train.classes))
     weights.fill(model, grow(base.state, base.kept, train.classes), args.base)
@@ -176,13 +169,11 @@ def decoupled(args: Args, base: bases.Base, classes: int) -> DeFRCN:
 
 def fit(args, accelerator, folder, stage, model, train, test, table) -> None:
     """One stage: the loop, then the test."""
-    short, long, flip = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long, flip, enlarge=args.enlarge)
-    batch = BATCH[args.published]
-    schedule = choose(table[args.published], stage, args, pictures=len(train), batch=batch).scaled(args, batch)
-    detect.announce(accelerator, train, test, pictures, schedule)
+    pictures = stages.pictures(args, *PICTURES[args.published])
+    table = table[args.published], BATCH[args.published]
+    schedule = stages.planned(accelerator, args, stage, *table, train, test, pictures)
     if args.published == "own":
-        model.rpn.test_proposals = detect.fitting_proposals(pictures, train)
+        model.rpn.test_proposals = stages.fitting_proposals(pictures, train)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     biases = [p for name, p in trained.items() if name.endswith("bias")]
     rest = [p for name, p in trained.items() if not name.endswith("bias")]
@@ -206,14 +197,6 @@ def fit(args, accelerator, folder, stage, model, train, test, table) -> None:
 
     # test
     detect.test(record, test, args, train)
-
-
-def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """The model that is there, as it is."""
-    about = run.saved(accelerator, args, folder)
-    record = run.Record(accelerator, METHOD, args, folder, rebuilt(DeFRCN, about), None, None, about)
-    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
-    detect.test(record, test, args)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ positives, and a contrastive loss pulls RoIs of one class together so that simil
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import bases, detect, fpn, launch, run, trunks, weights
-from fewshot.data import detection, k_shot
-from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot import bases, detect, fpn, launch, run, stages, trunks, weights
+from fewshot.data import k_shot
+from fewshot.data.pipeline import train_loader
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.tfa import grow
@@ -125,26 +126,17 @@ class Args:
     def published(self) -> str:  # whose settings are taken
         return self.dataset if self.dataset in SCHEDULE else "own"
 
-    @property
-    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
-        return self.published != "own" or self.short is not None
-
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "finetune": finetune, "test": test_saved}
-        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+        todo = {"base": train_base, "finetune": finetune, "test": partial(detect.test_saved, METHOD, FSCE)}
+        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
             todo[stage](each, accelerator, folder)
-
-
-def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
-    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, difficult=difficult, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All of TFA's detector but the trunk's first stage, on every object of the base classes."""
-    data = open_data(args, difficult="keep")
+    data = stages.opened(args, difficult="keep")
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = fpn.begin(args.backbone, args.weights, style=args.style)
     trunk.freeze_pretrained(1)
@@ -155,7 +147,7 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All but the trunk (VOC's first two shots: less), on K objects of every class, with the contrastive loss."""
-    base = bases.load(args, open_data(args), METHOD, FSCE)
+    base = bases.load(args, stages.opened(args), METHOD, FSCE)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     contrast = CONTRAST[args.published].get(args.shots)
     wanted = args.contrastive == "on" or (args.contrastive == "published" and contrast is not None)
@@ -174,14 +166,13 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
 
 def fit(args, accelerator, folder, stage, model, train, test, contrast=(0.0, 0.0, ())) -> None:
     """One stage: the loop, then the test."""
-    short, long, flip = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long, flip, multiple=32, enlarge=args.enlarge)
+    pictures = stages.pictures(args, *PICTURES[args.published], multiple=32)
     batch = BATCH[args.published]
     published = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch)
     schedule = published.scaled(args, batch)
-    detect.announce(accelerator, train, test, pictures, schedule)
+    stages.announce(accelerator, train, test, pictures, schedule)
     if args.published == "own":
-        model.rpn.test_proposals = detect.fitting_proposals(pictures, train)
+        model.rpn.test_proposals = stages.fitting_proposals(pictures, train)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
@@ -204,14 +195,6 @@ def fit(args, accelerator, folder, stage, model, train, test, contrast=(0.0, 0.0
 
     # test
     detect.test(record, test, args, train)
-
-
-def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """The model that is there, as it is."""
-    about = run.saved(accelerator, args, folder)
-    record = run.Record(accelerator, METHOD, args, folder, rebuilt(FSCE, about), None, None, about)
-    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
-    detect.test(record, test, args)
 
 
 if __name__ == "__main__":

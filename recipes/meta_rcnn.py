@@ -10,18 +10,19 @@ only the last layers.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import bases, detect, launch, run, trunks, weights
-from fewshot.data import detection, k_shot
-from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot import bases, detect, launch, run, stages, trunks, weights
+from fewshot.data import k_shot
+from fewshot.data.pipeline import train_loader
 from fewshot.data.support import NWayKShot
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.meta_rcnn import MetaRCNN
-from fewshot.schedule import Passes, Schedule, choose
+from fewshot.schedule import Passes, Schedule
 
 METHOD = "meta_rcnn"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -104,26 +105,17 @@ class Args:
     def published(self) -> str:  # whose settings are taken
         return self.dataset if self.dataset in SCHEDULE else "own"
 
-    @property
-    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
-        return self.published != "own" or self.short is not None
-
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "finetune": finetune, "test": test_saved}
-        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+        todo = {"base": train_base, "finetune": finetune, "test": partial(detect.test_saved, METHOD, MetaRCNN)}
+        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
             todo[stage](each, accelerator, folder)
-
-
-def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
-    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, difficult=difficult, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All of the detector but the trunk's first stages, on every object of the base classes."""
-    data = open_data(args, difficult="keep")
+    data = stages.opened(args, difficult="keep")
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = trunks.begin(args.backbone, args.weights, style=args.style, meta=True)
     trunk.freeze_pretrained(2)
@@ -135,7 +127,7 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The last layers alone, on K objects of every class, from the base model."""
-    base = bases.load(args, open_data(args), METHOD, MetaRCNN)
+    base = bases.load(args, stages.opened(args), METHOD, MetaRCNN)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = rebuilt(MetaRCNN, base.about, len(train.classes), rois=args.rois)
     weights.fill(model, base.state, args.base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
@@ -148,13 +140,12 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
 
 def fit(args, accelerator, folder, stage, model, train, test, supports, multiple=1) -> None:
     """One stage: the loop, then the test."""
-    short, long, flip, *_ = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long, flip, enlarge=args.enlarge)
-    batch, normalisation = BATCH[args.published], model.trunk.normalisation
-    schedule = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch).scaled(args, batch)
-    detect.announce(accelerator, train, test, pictures, schedule)
+    pictures = stages.pictures(args, *PICTURES[args.published][:3])
+    normalisation = model.trunk.normalisation
+    table = SCHEDULE[args.published], BATCH[args.published]
+    schedule = stages.planned(accelerator, args, stage, *table, train, test, pictures)
     if args.published == "own":
-        model.rpn.test_proposals = detect.fitting_proposals(pictures, train, most=PUBLISHED["test_proposals"][1])
+        model.rpn.test_proposals = stages.fitting_proposals(pictures, train, most=PUBLISHED["test_proposals"][1])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()}
@@ -181,14 +172,6 @@ def fit(args, accelerator, folder, stage, model, train, test, supports, multiple
     detector.set_prototypes(*(torch.cat(part) for part in zip(*table)))
     record.save_model()
     detect.test(record, test, args, train)
-
-
-def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """The model that is there, as it is."""
-    about = run.saved(accelerator, args, folder)
-    record = run.Record(accelerator, METHOD, args, folder, rebuilt(MetaRCNN, about), None, None, about)
-    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
-    detect.test(record, test, args)
 
 
 if __name__ == "__main__":

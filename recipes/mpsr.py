@@ -10,19 +10,20 @@ name them. Base classes train everything, then K shots of every class train ever
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import bases, detect, fpn, launch, run, trunks, weights
+from fewshot import bases, detect, fpn, launch, run, stages, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.object_crops import ObjectCrops
-from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot.data.pipeline import train_loader
 from fewshot.data.transforms import CAFFE_MPSR
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.mpsr import MPSR
-from fewshot.schedule import Passes, Schedule, choose
+from fewshot.schedule import Passes, Schedule
 
 METHOD = "mpsr"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -104,27 +105,25 @@ class Args:
     def published(self) -> str:  # whose settings are taken
         return self.dataset if self.dataset in SCHEDULE else "own"
 
-    @property
-    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
-        return self.published != "own" or self.short is not None
-
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "finetune": finetune, "test": test_saved}
-        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+        todo = {
+            "base": train_base,
+            "finetune": finetune,
+            "test": partial(detect.test_saved, METHOD, MPSR, opened=opened),
+        }
+        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
             todo[stage](each, accelerator, folder)
 
 
-def open_data(args: Args) -> detection.DetectionSplit:
-    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    offset = VOC_OFFSET if args.dataset == "voc" else None
-    return detection.open_split(*choice, offset=offset, layout=args.layout, test_images=args.test_images)
+def opened(args: Args) -> detection.DetectionSplit:
+    return stages.opened(args, offset=VOC_OFFSET if args.dataset == "voc" else None)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All of the detector but the trunk's first stage, on every object of the base classes."""
-    data = open_data(args)
+    data = opened(args)
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = fpn.begin(args.backbone, args.weights, style=args.style)
     trunk.freeze_pretrained(1)
@@ -136,7 +135,7 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The same parts, with a new last layer, on K objects of every class."""
-    base = bases.load(args, open_data(args), METHOD, MPSR)
+    base = bases.load(args, opened(args), METHOD, MPSR)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = rebuilt(MPSR, base.about, len(train.classes), rois=args.rois)
     model.trunk.freeze_pretrained(1)
@@ -148,21 +147,19 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
 
 def fit(args, accelerator, folder, stage, model, train, test, shown) -> None:
     """One stage: the loop, on the pictures of `shown` and the objects of `train`, then the test."""
-    short, long, flip, smallest = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long, flip, enlarge=args.enlarge)
-    normalisation = model.trunk.normalisation
-    schedule = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=BATCH)
-    schedule = schedule.scaled(args, BATCH)._replace(ratio=RATIO)
-    detect.announce(accelerator, train, test, pictures, schedule)
+    *size, smallest = PICTURES[args.published]
+    pictures, normalisation = stages.pictures(args, *size), model.trunk.normalisation
+    schedule = stages.planned(accelerator, args, stage, SCHEDULE[args.published], BATCH, train, test, pictures)
+    schedule = schedule._replace(ratio=RATIO)
     if args.published == "own":
-        model.rpn.test_proposals = detect.fitting_proposals(pictures, train)
+        model.rpn.test_proposals = stages.fitting_proposals(pictures, train)
     groups = parameter_groups(model, schedule.lr, args.published)
     optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
     record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
 
     # train
-    crops = ObjectCrops(train, model.levels.scales, schedule.batch, record.feed, flip=flip, smallest=smallest)
+    crops = ObjectCrops(train, model.levels.scales, schedule.batch, record.feed, flip=pictures.flip, smallest=smallest)
     padded, options = replace(pictures, multiple=32), {"batch_size": schedule.batch, "group": args.group_aspect}
     loader = train_loader(shown, padded, record.feed, normalisation, extra=crops.draw, **options)
     for step, (batch, objects) in record.steps(loader):
@@ -177,14 +174,6 @@ def fit(args, accelerator, folder, stage, model, train, test, shown) -> None:
 
     # test
     detect.test(record, test, args, train)
-
-
-def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """The model that is there, as it is."""
-    about = run.saved(accelerator, args, folder)
-    record = run.Record(accelerator, METHOD, args, folder, rebuilt(MPSR, about), None, None, about)
-    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
-    detect.test(record, test, args)
 
 
 def parameter_groups(model: torch.nn.Module, lr: float, dataset: str) -> list[dict]:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import tyro
 
-from fewshot import InputError, bases, detect, launch, methods, run
+from fewshot import InputError, bases, detect, launch, methods, run, stages
 from fewshot.data import detection, k_shot
 from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
@@ -74,22 +74,17 @@ def main(args: Args) -> None:
             split = f"split{args.split}" if args.dataset in detection.PUBLISHED_SPLITS else None
             args.out = run.default_folder(METHOD, args.dataset, split, bases.label(args.base), args.backbone)
         todo = {args.stage: learn, "test": test_saved}
-        for stage, each, folder in detect.stages(accelerator, METHOD, args, "the base's trunk"):
+        for stage, each, folder in stages.wanted(accelerator, METHOD, args, "the base's trunk"):
             todo[stage](each, accelerator, folder)
-
-
-def open_data(args: Args) -> detection.DetectionSplit:
-    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, layout=args.layout, test_images=args.test_images)
 
 
 def learn(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """Nothing but prototypes, of K objects of every class."""
     # data
-    base = bases.load(args, open_data(args), METHOD, None)
+    base = bases.load(args, stages.opened(args), METHOD, None)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     pictures = seen(args, Pipeline(**base.about.get("pictures", {})))
-    detect.announce(accelerator, train, base.data.test, pictures)
+    stages.announce(accelerator, train, base.data.test, pictures)
 
     # model
     proposing = methods.built(base.about)
@@ -129,7 +124,7 @@ def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     """The model that is there, as it is."""
     about = run.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, methods.built(about), None, None, about)
-    look(args, record, open_data(args).test.with_novel(about["novel"]).restrict(about["classes"]))
+    look(args, record, stages.opened(args).test.with_novel(about["novel"]).restrict(about["classes"]))
 
 
 def look(args: Args, record: run.Record, test: detection.DetectionSet, train=None) -> None:

@@ -11,17 +11,18 @@ classifier that compares directions, not lengths, so that classes of few example
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import tyro
 
-from fewshot import bases, detect, fpn, launch, run, trunks, weights
-from fewshot.data import detection, k_shot
-from fewshot.data.pipeline import Pipeline, train_loader
+from fewshot import bases, detect, fpn, launch, run, stages, trunks, weights
+from fewshot.data import k_shot
+from fewshot.data.pipeline import train_loader
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.tfa import TFA, grow
-from fewshot.schedule import Passes, Schedule, choose
+from fewshot.schedule import Passes, Schedule
 
 METHOD = "tfa"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -106,26 +107,18 @@ class Args:
     def published(self) -> str:  # whose settings are taken
         return self.dataset if self.dataset in SCHEDULE else "own"
 
-    @property
-    def enlarge(self) -> bool:  # own pictures are not, unless --short asks for it
-        return self.published != "own" or self.short is not None
-
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "novel": train_novel, "finetune": finetune, "test": test_saved}
-        for stage, each, folder in detect.stages(accelerator, METHOD, args, BACKBONE[args.published]):
+        todo = {"base": train_base, "novel": train_novel, "finetune": finetune}
+        todo |= {"test": partial(detect.test_saved, METHOD, TFA)}
+        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
             todo[stage](each, accelerator, folder)
-
-
-def open_data(args: Args, difficult: Literal["keep", "drop"] = "drop") -> detection.DetectionSplit:
-    choice = (args.dataset, args.data_root, args.split, args.novel_classes)
-    return detection.open_split(*choice, difficult=difficult, layout=args.layout, test_images=args.test_images)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All of the detector but the trunk's first stage, on every object of the base classes."""
-    data = open_data(args, difficult="keep")
+    data = stages.opened(args, difficult="keep")
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = fpn.begin(args.backbone, args.weights, style=args.style)
     trunk.freeze_pretrained(1)
@@ -135,7 +128,7 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
 
 def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """New last layers alone, on K objects of every novel class: they can start `finetune`, with --novel."""
-    base = bases.load(args, open_data(args), METHOD, TFA)
+    base = bases.load(args, stages.opened(args), METHOD, TFA)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists).restrict(base.data.novel)
     model = rebuilt(TFA, base.about, len(train.classes), cosine=True, rois=args.rois)
     weights.fill(model, base.state, args.base, fresh=("cls.", "reg."))
@@ -145,7 +138,7 @@ def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> Non
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The last layers alone, on K objects of every class, those of base classes from the base model."""
-    base = bases.load(args, open_data(args), METHOD, TFA)
+    base = bases.load(args, stages.opened(args), METHOD, TFA)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = rebuilt(TFA, base.about, len(train.classes), cosine=True, rois=args.rois)
     novel = weights.load_of(base.data.novel, args.novel)[0] if args.novel else None
@@ -162,13 +155,11 @@ def freeze_all_but_last(model: TFA) -> None:
 
 def fit(args, accelerator, folder, stage, model, train, test) -> None:
     """One stage: the loop, then the test."""
-    short, long, flip = PICTURES[args.published]
-    pictures = Pipeline(args.short or short, args.long or long, flip, multiple=32, enlarge=args.enlarge)
-    batch = BATCH[args.published]
-    schedule = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch).scaled(args, batch)
-    detect.announce(accelerator, train, test, pictures, schedule)
+    pictures = stages.pictures(args, *PICTURES[args.published], multiple=32)
+    table = SCHEDULE[args.published], BATCH[args.published]
+    schedule = stages.planned(accelerator, args, stage, *table, train, test, pictures)
     if args.published == "own":
-        model.rpn.test_proposals = detect.fitting_proposals(pictures, train)
+        model.rpn.test_proposals = stages.fitting_proposals(pictures, train)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
@@ -189,14 +180,6 @@ def fit(args, accelerator, folder, stage, model, train, test) -> None:
 
     # test
     detect.test(record, test, args, train)
-
-
-def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """The model that is there, as it is."""
-    about = run.saved(accelerator, args, folder)
-    record = run.Record(accelerator, METHOD, args, folder, rebuilt(TFA, about), None, None, about)
-    test = open_data(args).test.with_novel(about["novel"]).restrict(about["classes"])
-    detect.test(record, test, args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from test_recipes import test_results as results_of_tests
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 import fewshot
-from fewshot import detect, torchvision_base, weights
+from fewshot import stages, torchvision_base, weights
 from fewshot.data import detection
 from fewshot.data.pipeline import Pipeline
 
@@ -167,7 +167,7 @@ def test_own_pictures_are_never_enlarged_and_get_fitting_proposals():
     assert keeps.resize(image, 800)[0].shape == image.shape
     glyphs = detection.open_detection("glyphs", "", part="test")
     large = glyphs.with_records([replace(r, width=1333, height=800) for r in glyphs.records[:3]])
-    assert detect.fitting_proposals(keeps, glyphs) == (1000, 300)
-    assert detect.fitting_proposals(keeps, large) == (1000, 1000)
+    assert stages.fitting_proposals(keeps, glyphs) == (1000, 300)
+    assert stages.fitting_proposals(keeps, large) == (1000, 1000)
     half = glyphs.with_records([replace(r, width=1333, height=400) for r in glyphs.records[:3]])
-    assert detect.fitting_proposals(keeps, half) == (1000, 500)
+    assert stages.fitting_proposals(keeps, half) == (1000, 500)

@@ -70,6 +70,8 @@ def some(cases: list, fast: set) -> list:
     ]
 
 
+# lines beyond the others' bound, for published tables: of each split and shots, of two settings, of two stages' batches
+TABLES = {"fsce": 12, "defrcn": 14, "mpsr": 10, "attention_rpn": 22}
 # the recipes that differ in how they run: an episode, a task's adaptation, two stages; the others are slow tests
 DIFFERENT = {"maml", "meta_rcnn", "proto_net"}
 MOMENTS = ("base", "between", "finetune")
@@ -144,7 +146,8 @@ def test_copies_stay_in_line(recipe):
         assert [name for name in ("main", "train_base", "finetune", "fit") if name not in functions] == []
         inside = source[source.index("def train_base") : source.index("if __name__")]
         assert "args.stage" not in inside, "no stage asks which stage it is"
-    assert len(source.splitlines()) <= (225 if recipe in DETECTORS + PROTOTYPES else 140 if trains else 120)
+    most = 190 if recipe in DETECTORS + PROTOTYPES else 140 if trains else 120
+    assert len(source.splitlines()) <= most + TABLES.get(recipe, 0)
     fields = {f.name: f for f in dataclasses.fields(load(recipe).Args)}
     common = ["dataset", "data_root", "shots", "seed", "workers", "out", "resume", "overwrite", "test_only", "wandb"]
     of_classifiers = ["init", "backbone", "weights", "size", "imbalance"]

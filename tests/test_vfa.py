@@ -21,7 +21,7 @@ from naming_rule import array, close, golden
 from torch import Tensor
 
 import fewshot
-from fewshot import InputError, trunks
+from fewshot import InputError, stages, trunks
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.vfa import KL_WEIGHT, VFA, SupportVAE
 from fewshot.export import RoIHead
@@ -214,7 +214,7 @@ def test_autoencoder_keeps_its_precision_under_autocast():
 def test_one_class_is_refused(tmp_path):
     recipe = module_of("vfa")
     args = recipe.Args(novel_classes=(), out=str(tmp_path))
-    glyphs = recipe.open_data(args).train
+    glyphs = stages.opened(args).train
     with pytest.raises(InputError, match="has one class: VFA's batch norms need two or more; take meta_rcnn"):
         recipe.fit(args, None, str(tmp_path), "base", None, glyphs.restrict(glyphs.classes[:1]), None, None)
 
