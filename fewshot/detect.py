@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from fewshot import InputError, calibrate, launch, run, stages
+from fewshot import InputError, calibrate, folders, launch, run, stages
 from fewshot.data import cd_fsod
 from fewshot.data.detection import PUBLISHED_SPLITS, DetectionSet, DetectionSplit
 from fewshot.data.pipeline import Pipeline, test_loader
@@ -108,7 +108,7 @@ def test_saved(
 
     `opened(args)` is the data, and `test(record, dataset, args)` how it is tested.
     """
-    about = run.saved(accelerator, args, folder)
+    about = folders.saved(accelerator, args, folder)
     record = run.Record(accelerator, method, args, folder, rebuilt(detector, about), None, None, about)
     test(record, opened(args).test.with_novel(about["novel"]).restrict(about["classes"]), args)
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewshot import InputError, backbones, run, weights
+from fewshot import InputError, backbones, folders, weights
 from fewshot.backbones import Backbone
 from fewshot.data import episodes
 from fewshot.data.cache import Squares
@@ -35,7 +35,7 @@ def folder(method: str, args: Any) -> str:
     start = args.backbone or (args.init and "-".join(_file(args.init).parent.parts[-2:]))
     novel, test = (value and Path(value).stem for value in (args.novel, args.test_dataset))
     unequal = None if args.imbalance is None else f"imbalance{args.imbalance:g}"
-    return run.default_folder(method, args.dataset, novel, start, test and f"on-{test}", unequal, f"seed{args.seed}")
+    return folders.default(method, args.dataset, novel, start, test and f"on-{test}", unequal, f"seed{args.seed}")
 
 
 class Opened(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from fewshot import backbones, run
+from fewshot import backbones, folders
 from fewshot.data import episodes
 from fewshot.data.classification import open_domain, open_splits
 from fewshot.data.image_set import ImageSet
@@ -18,7 +18,7 @@ from fewshot.schedule import Passes, Schedule
 def folder(method: str, args: Any) -> str:
     """Where a classifier's run goes by default: runs/METHOD/DATASET-NOVEL-BACKBONE-SEED."""
     novel = args.novel and Path(args.novel).stem
-    return run.default_folder(method, args.dataset, novel, args.backbone, f"seed{args.seed}")
+    return folders.default(method, args.dataset, novel, args.backbone, f"seed{args.seed}")
 
 
 def opened(accelerator: Accelerator, args: Any) -> tuple[ImageSet, ImageSet, ImageSet]:

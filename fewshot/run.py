@@ -1,15 +1,8 @@
-"""What every recipe needs around its loop: schedule, log, save, resume, report. A run's folder holds
-
-    args.json  log.jsonl  metrics.json  curves.png  model.safetensors  last/  lock
-
-where `last/` is Accelerate's state for `--resume` (`last.old/` the one before), `model.safetensors` is all that testing
-needs, and metrics.json comes last: a folder that has it is a finished run.
-"""
+"""What every recipe needs around its loop: schedule, log, save, resume, report (`folders` has what a folder holds)."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import shlex
@@ -25,11 +18,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
-from fewshot import InputError, curves, launch, state, weights
+from fewshot import InputError, curves, folders, launch, state, weights
 from fewshot.data.stream import Feed
 from fewshot.launch import on_main
 from fewshot.schedule import Schedule
@@ -37,85 +30,6 @@ from fewshot.schedule import Schedule
 T = TypeVar("T")
 LOG_EVERY = 10  # steps between lines of log.jsonl; also how often the losses are brought from the device
 TIMED = range(3, 23)  # of a run's steps: what the rest will take is estimated from these; the first ones warm up
-
-# Arguments that change how a run is carried out, not what it computes: a resumed run may change these.
-FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "stage", "save_every", "features"}
-FREE_ARGS |= {"share_proposals", "test_proposals", "scramble_supports", "save_tasks", "classwise", "seeds", "calibrate"}
-# What a test may choose; all else is the model's own, and comes from its file.
-TEST_ARGS = {"data_root", "cache", "ways", "shots", "queries", "tasks", "save_tasks", "test_temperature", "test_steps"}
-TEST_ARGS |= {"test_dataset", "test_root", "imbalance", "features", "test_lr"}
-TEST_ARGS |= {"test_images", "classwise", "share_proposals", "test_proposals", "scramble_supports", "at_once", "seed"}
-TEST_ARGS |= {"calibrate", "out", "workers", "resume", "overwrite", "test_only", "wandb", "stage", "base", "seeds"}
-# What two runs of one setting may differ in.
-UNTOLD = FREE_ARGS | {"seed", "data_root", "test_root", "cache", "at_once"}
-UNTOLD -= {"share_proposals", "test_proposals", "calibrate"}
-# What a base model must have in common with what is fine-tuned from it.
-BASE_ARGS = ("dataset", "novel_classes", "split", "backbone", "style", "short", "long", "support_size")
-
-
-def default_folder(method: str, dataset: str, *more: Any) -> str:
-    """runs/METHOD/DATASET-MORE-...: one folder for one run, so that what differs in these does not meet.
-
-    A data set that is a path gives all its parts, without the root, and so does a backbone's library/name.
-    """
-    parts = [part for part in Path(dataset).parts if part not in ("/", "..", ".")]
-    return f"runs/{method}/{'-'.join([*parts, *(str(part).replace('/', '-') for part in more if part is not None)])}"
-
-
-def due(accelerator: Accelerator, method: str, args: Any, folder: str | Path, shared: bool = False) -> bool:
-    """Whether there is something to do for the run in `folder`; on every process.
-
-    A finished run of the same arguments is shown, not repeated, and False; only `--overwrite` replaces it. With
-    `shared`, a finished base model counts if what shaped it agrees (`BASE_ARGS`), whatever else differs. With
-    `--test-only` it is `saved`, and True.
-
-    Raises:
-        InputError: another process has the folder; it holds a run of other arguments, or an unfinished one and neither
-            `--resume` nor `--overwrite` is given; or there is no model to test.
-    """
-    folder = Path(folder)
-    if args.test_only:
-        return bool(saved(accelerator, args, folder))
-
-    def look() -> bool:
-        if not (folder / "args.json").exists() or args.overwrite:
-            return True
-        with _lock(folder):
-            before, now = _began(folder), json.loads(json.dumps(vars(args)))
-            if (folder / "metrics.json").exists():
-                _check_same(
-                    folder, method, before, now, BASE_ARGS if shared else None, "give another --out, or --overwrite"
-                )
-                result = json.loads((folder / "metrics.json").read_text())
-                print(f"{folder} is finished (--overwrite would replace it): {summary(result)}", flush=True)
-                return False
-            if not args.resume and state.exists(folder):
-                raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
-            return True
-
-    return on_main(accelerator, look)
-
-
-def resumes(args: Any, folder: str | Path) -> bool:
-    """Whether the run in `folder` goes on from a state, so that what comes before the first step need not be done."""
-    return args.resume and state.exists(Path(folder))
-
-
-def saved(accelerator: Accelerator, args: Any, folder: str | Path) -> dict[str, Any]:
-    """What the model in `folder` says of itself; `args` get what it was made with, but for `TEST_ARGS`.
-
-    Raises:
-        InputError: there is no model, or a flag asks for another one than this.
-    """
-    about = on_main(accelerator, lambda: weights.describe_file(Path(folder) / "model.safetensors"))
-    fields = type(args).__dataclass_fields__
-    for name, value in about["args"].items():
-        if name in fields and name not in TEST_ARGS:
-            mine, value = getattr(args, name), tuple(value) if isinstance(value, list) else value
-            if mine not in (value, fields[name].default):
-                raise InputError(f"the model in {folder} was made with {name}={value}, not {mine}: leave that flag out")
-            setattr(args, name, value)
-    return about
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -133,71 +47,6 @@ def each_seed(args: T) -> Iterator[T]:
     for one in [replace(args, seed=seed, seeds=()) for seed in args.seeds] or [args]:
         set_seed(one.seed)
         yield one
-
-
-def result_file(args: Any, folder: str | Path) -> Path:
-    """Where the result of these arguments is: metrics.json or, of a `--test-only`, a file that tells its settings."""
-    if not args.test_only:
-        return Path(folder) / "metrics.json"
-    digest = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(_tested(args), sort_keys=True, default=str)).hex[:8]
-    return Path(folder) / f"test-{digest}.json"
-
-
-def _tested(args: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(args).items() if k in TEST_ARGS - UNTOLD}
-
-
-def summary(metrics: Mapping[str, Any]) -> str:
-    """The main numbers of a result in a line."""
-    if "shots" in metrics:
-        shots = (f"{k}-shot {v['accuracy']:.2f} ± {v['ci95']:.2f} %" for k, v in metrics["shots"].items())
-        return f"{metrics['ways']}-way, {', '.join(shots)}"
-    name = next((name for name in ("AP50", "AP") if name in metrics), None)
-    return f"{name} " + ", ".join(f"{group} {v:.1f}" for group, v in metrics[name].items()) if name else "done"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write json so that a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def _lock(folder: Path) -> FileLock:
-    """The folder's lock, taken; the system releases it when the process ends, however it ends."""
-    lock, holder = FileLock(folder / "lock"), folder / "lock.json"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        try:
-            who = "process {pid} on {host}, since {since}".format(**json.loads(holder.read_text()))
-        except (OSError, ValueError, KeyError):
-            who = "another process"
-        raise InputError(f"{folder} is in use by {who}: wait for it, or give another --out") from None
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    write_json(holder, {"pid": os.getpid(), "host": platform.node(), "since": since})
-    return lock
-
-
-def _began(folder: Path) -> dict[str, Any]:
-    """The arguments that the folder's run was begun with, its method and its id."""
-    try:
-        began = {"id": None, **json.loads((folder / "args.json").read_text())}
-        return began | {"method": str(began["method"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}/args.json cannot be read ({error}): --overwrite begins anew") from None
-
-
-def _check_same(
-    folder: Path, method: str, before: dict[str, Any], now: dict[str, Any], only: Sequence[str] | None, advice: str
-) -> None:
-    """Raises InputError naming the first argument in which the folder's run differs from this one."""
-    if before["method"] != method:
-        raise InputError(f"{folder} is a run of {before['method']}, not of {method}; give another --out")
-    names = sorted(set(before) & set(now)) if only is None else only  # a newer version may have flags of its own
-    for name in names:
-        if name not in FREE_ARGS | {"method", "id"} and before.get(name) != now.get(name):
-            raise InputError(f"{folder} was begun with {name}={before.get(name)}, not {now.get(name)}; {advice}")
 
 
 class Record:
@@ -268,7 +117,7 @@ class Record:
 
     def _take_folder(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(self.folder)
+        lock = folders.lock(self.folder)
         launch.ending.callback(lock.release)
         return lock
 
@@ -278,10 +127,10 @@ class Record:
         def look() -> tuple[state.State | None, str]:
             if not self.args.resume or (last := state.find(self.folder, self._total)) is None:
                 return None, self._begin()
-            before = _began(self.folder)
+            before = folders.began(self.folder)
             now = json.loads(json.dumps(self.about["args"]))
             advice = "resume with the same arguments or give another --out"
-            _check_same(self.folder, self.about["method"], before, now, None, advice)
+            folders.check_same(self.folder, self.about["method"], before, now, None, advice)
             return last, before["id"]
 
         last, self.id = on_main(accelerator, look)
@@ -305,9 +154,9 @@ class Record:
         state.remove(self.folder)
         identity = uuid.uuid4().hex[:12]
         about = {"method": self.about["method"], "id": identity, **self.about["args"]}
-        write_json(self.folder / "args.json", about)
+        folders.write_json(self.folder / "args.json", about)
         for file, content in self.files.items():
-            write_json(self.folder / file, content)
+            folders.write_json(self.folder / file, content)
         return identity
 
     def _cut_log(self) -> None:
@@ -482,11 +331,13 @@ class Record:
         """
         # a folder of class folders has no other name than its place
         place = {"data_root"} if self.about["args"].get("dataset") == "folder" else set()
-        trained = {k: v for k, v in self.about["args"].items() if k in place or k not in UNTOLD | TEST_ARGS}
+        trained = {
+            k: v for k, v in self.about["args"].items() if k in place or k not in folders.UNTOLD | folders.TEST_ARGS
+        }
         settings = {"method": self.about["method"], "seed": self.about["args"]["seed"], "trained": trained}
-        settings |= {"tested": _tested(self.args), "run": self._provenance() | dict(took or {})}
+        settings |= {"tested": folders.tested(self.args), "run": self._provenance() | dict(took or {})}
         settings |= {"stage": self.about["stage"]} if "stage" in self.about else {}
-        path = result_file(self.args, self.folder)
+        path = folders.result_file(self.args, self.folder)
         if self.test_only:
             settings["id"] = f"{self.about.get('id')}-{path.stem.removeprefix('test-')}"
         else:
@@ -496,10 +347,10 @@ class Record:
         if self.accelerator.is_main_process:
             for file, content in (files or {}).items():
                 place = self.folder / (f"{path.stem}-{file}" if self.test_only else file)
-                content.save(place) if place.suffix == ".png" else write_json(place, content)
+                content.save(place) if place.suffix == ".png" else folders.write_json(place, content)
             if not self.test_only:
                 curves.plot(self.folder / "log.jsonl", self.folder / "curves.png")
-            write_json(path, {**metrics, "settings": settings})
+            folders.write_json(path, {**metrics, "settings": settings})
         self.accelerator.wait_for_everyone()
         self.accelerator.log(_flat(metrics), step=self.step)
         self._log_pictures({k: v for k, v in (files or {}).items() if k.endswith(".png")})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from fewshot import InputError, bases, calibrate, launch, run
+from fewshot import InputError, bases, calibrate, folders, launch, run
 from fewshot.data import check
 from fewshot.data.detection import PUBLISHED, PUBLISHED_SPLITS, DetectionSet, DetectionSplit, open_split
 from fewshot.data.pipeline import Pipeline
@@ -27,26 +27,26 @@ def wanted(accelerator: Accelerator, method: str, args: Any, backbone: str) -> I
     """
     split = f"split{args.split}" if args.dataset in PUBLISHED_SPLITS else None
     begin = args.backbone or (bases.label(args.base) if args.base else backbone)
-    args.out = args.out or run.default_folder(method, args.dataset, split, begin)
+    args.out = args.out or folders.default(method, args.dataset, split, begin)
     if args.stage == "base" and args.calibrate:
         raise InputError("--calibrate is by the shots of fine-tuning: leave it out of base training")
     if args.calibrate:  # fetched once, and what is wrong with it is said before anything is trained
         launch.on_main_only(accelerator, lambda: calibrate.backbone(args.calibrate))
     if not (args.base or args.test_only):
         args.backbone = begin
-    base, folders = f"{args.out}/base", []
+    base, runs = f"{args.out}/base", []
     base_wanted = args.stage == "base" or (args.stage == "all" and not args.base and not args.test_only)
-    if base_wanted and run.due(accelerator, method, args, base, shared=args.stage == "all"):
+    if base_wanted and folders.due(accelerator, method, args, base, shared=args.stage == "all"):
         yield "test" if args.test_only else "base", args, base
     if args.stage == "base":
         return
     stage, named = ("finetune", "") if args.stage == "all" else (args.stage, "-novel" * (args.stage == "novel"))
     args.base = args.base or f"{base}/model.safetensors"
     for each in run.each_seed(args):
-        folders.append(f"{args.out}/{args.shots}shot-seed{each.seed}{named}")
-        if run.due(accelerator, method, each, folders[-1]):
-            yield "test" if args.test_only else stage, each, folders[-1]
-    _over_seeds(accelerator, args, folders)
+        runs.append(f"{args.out}/{args.shots}shot-seed{each.seed}{named}")
+        if folders.due(accelerator, method, each, runs[-1]):
+            yield "test" if args.test_only else stage, each, runs[-1]
+    _over_seeds(accelerator, args, runs)
 
 
 def opened(args: Any, **choice: Any) -> DetectionSplit:
@@ -129,10 +129,10 @@ def fitting_proposals(pictures: Pipeline, dataset: DetectionSet, most: int = 100
     return 1000, min(max(round(most * float(np.median(areas)) / LARGE), FEWEST), most)
 
 
-def _over_seeds(accelerator: Accelerator, args: Any, folders: Sequence[str]) -> None:
-    """Print the mean result of `--seeds`, whose runs are in `folders`, with its 95 % interval by Student's t."""
-    if len(folders) > 1:
-        results = [json.loads(run.result_file(args, folder).read_text()) for folder in folders]
+def _over_seeds(accelerator: Accelerator, args: Any, runs: Sequence[str]) -> None:
+    """Print the mean result of `--seeds`, whose folders are `runs`, with its 95 % interval by Student's t."""
+    if len(runs) > 1:
+        results = [json.loads(folders.result_file(args, folder).read_text()) for folder in runs]
         for name in [name for name in ("AP50", "AP") if name in results[0]]:
             for group in results[0][name]:
                 values = [result[name][group] for result in results]

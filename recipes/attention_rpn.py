@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import bases, detect, launch, run, stages, trunks, weights
+from fewshot import bases, detect, folders, launch, run, stages, trunks, weights
 from fewshot.data import detection, k_shot
 from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detectors.attention_rpn import AttentionRPN
@@ -140,7 +140,7 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     named |= not (args.weights or args.init or trunk.architecture["pretrained"])
     trunk.freeze_pretrained(2)
     episodes = searching(args, train, SHOTS[args.published])
-    if named and not run.resumes(args, folder):
+    if named and not folders.resumes(args, folder):
         steps = min(args.iters or OBJECTS, OBJECTS)
         name_objects(accelerator, trunk, train, episodes.pipeline, seed=args.seed, steps=steps, workers=args.workers)
     sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})

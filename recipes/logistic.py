@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import tyro
 from torch import Tensor, nn
 
-from fewshot import frozen, launch, logistic, run, transductive
+from fewshot import folders, frozen, launch, logistic, run, transductive
 from fewshot.data.classification import DatasetName
 from fewshot.meta_test import meta_test, report
 
@@ -66,7 +66,7 @@ class Logistic(nn.Module):
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
-        if run.due(accelerator, METHOD, args, args.out):
+        if folders.due(accelerator, METHOD, args, args.out):
             test(args, accelerator)
 
 

@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 import tyro
 
-from fewshot import backbones, launch, run
+from fewshot import backbones, folders, launch, run
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.maml import MAML
@@ -75,7 +75,7 @@ class Args:
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
-        if run.due(accelerator, METHOD, args, args.out):
+        if folders.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, heads, launch, run, weights
+from fewshot import backbones, folders, heads, launch, run, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.meta_test import meta_test, report
@@ -95,7 +95,7 @@ class MetaBaseline(nn.Module):
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
-        if run.due(accelerator, METHOD, args, args.out):
+        if folders.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 

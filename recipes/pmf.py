@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from fewshot import backbones, launch, run, weights
+from fewshot import backbones, folders, launch, run, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.meta_test import meta_test, meta_test_images, report
@@ -79,7 +79,7 @@ class Args:
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
-        if run.due(accelerator, METHOD, args, args.out):
+        if folders.due(accelerator, METHOD, args, args.out):
             train_and_test(args, accelerator)
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import tyro
 
-from fewshot import InputError, bases, detect, launch, methods, run, stages
+from fewshot import InputError, bases, detect, folders, launch, methods, run, stages
 from fewshot.data import detection, k_shot
 from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
@@ -72,7 +72,7 @@ def main(args: Args) -> None:
             raise InputError("nothing proposes regions: give --base a detector's run, say of tfa --stage base, or coco")
         if args.out is None:
             split = f"split{args.split}" if args.dataset in detection.PUBLISHED_SPLITS else None
-            args.out = run.default_folder(METHOD, args.dataset, split, bases.label(args.base), args.backbone)
+            args.out = folders.default(METHOD, args.dataset, split, bases.label(args.base), args.backbone)
         todo = {args.stage: learn, "test": test_saved}
         for stage, each, folder in stages.wanted(accelerator, METHOD, args, "the base's trunk"):
             todo[stage](each, accelerator, folder)
@@ -122,7 +122,7 @@ def seen(args: Args, pictures: Pipeline) -> Pipeline:
 
 def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """The model that is there, as it is."""
-    about = run.saved(accelerator, args, folder)
+    about = folders.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, methods.built(about), None, None, about)
     look(args, record, stages.opened(args).test.with_novel(about["novel"]).restrict(about["classes"]))
 

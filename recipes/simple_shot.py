@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from fewshot import frozen, launch, run, transductive
+from fewshot import folders, frozen, launch, run, transductive
 from fewshot.data.classification import DatasetName
 from fewshot.meta_test import meta_test, report
 
@@ -69,7 +69,7 @@ class SimpleShot(nn.Module):
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
-        if run.due(accelerator, METHOD, args, args.out):
+        if folders.due(accelerator, METHOD, args, args.out):
             test(args, accelerator)
 
 

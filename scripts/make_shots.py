@@ -20,7 +20,7 @@ from typing import Literal
 import tyro
 from tqdm.auto import tqdm
 
-from fewshot import InputError, run, show
+from fewshot import InputError, folders, show
 from fewshot.data import detection, k_shot
 from fewshot.data.detection import DetectionSet
 
@@ -61,7 +61,7 @@ def main(args: Args) -> None:
         folder = out / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         if args.format == "json":
-            run.write_json(folder / f"{k}shot.json", k_shot.shots_of(chosen))
+            folders.write_json(folder / f"{k}shot.json", k_shot.shots_of(chosen))
         else:
             for name, content in k_shot.lists_of(chosen, k, args.format).items():
                 (folder / name).write_text(content, encoding="utf-8")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewshot import InputError, launch, run, weights
+from fewshot import InputError, folders, launch, run, weights
 from fewshot.run import Schedule
 
 
@@ -62,7 +62,7 @@ def train(
     `poison` makes the loss of a step NaN, or with a minus sign a weight after it; `stop` is called in every step.
     """
     with launch.started("tiny", args) as accelerator:
-        if not run.due(accelerator, "tiny", args, folder):
+        if not folders.due(accelerator, "tiny", args, folder):
             return None
         torch.manual_seed(1)
         model = nn.Linear(4, 2)
@@ -153,8 +153,8 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     holder = f"""
 import sys, time
 from pathlib import Path
-from fewshot import run
-lock = run._lock(Path({str(tmp_path)!r}))
+from fewshot import folders
+lock = folders.lock(Path({str(tmp_path)!r}))
 print("held", flush=True)
 time.sleep(60)
 """
@@ -209,9 +209,9 @@ def test_gradient_accumulation_is_refused(tmp_path, monkeypatch):
 
 
 def test_default_folders_tell_runs_apart():
-    assert run.default_folder("tfa", "voc", "split2", "resnet101") == "runs/tfa/voc-split2-resnet101"
+    assert folders.default("tfa", "voc", "split2", "resnet101") == "runs/tfa/voc-split2-resnet101"
     names = {
-        run.default_folder("tfa", data, "seed0") for data in ("/a/objects", "/b/objects", "a/objects.json", "objects")
+        folders.default("tfa", data, "seed0") for data in ("/a/objects", "/b/objects", "a/objects.json", "objects")
     }
     assert len(names) == 4
 
