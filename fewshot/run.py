@@ -136,6 +136,8 @@ class Record:
         last, self.id = on_main(accelerator, look)
         if last is not None:
             accelerator.load_state(str(last.path))
+            accelerator.wait_for_everyone()
+            launch.on_main_only(accelerator, lambda: state.keep(self.folder, last))
             self.step, self.best_score, self.saved = last.step, last.best, last.step
             instead = f" ({last.damaged})" if last.damaged else ""
             accelerator.print(f"{self.folder}: resuming after step {self.step}{instead}")

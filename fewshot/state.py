@@ -94,6 +94,16 @@ def find(folder: Path, steps: int) -> State | None:
     return None
 
 
+def keep(folder: Path, last: State) -> None:
+    """Make the state that was found, and loaded by every process, the last one; the next save removes the one before.
+
+    Else that save would remove the only whole state before its own has its name.
+    """
+    if last.path.name == BEFORE:
+        shutil.rmtree(folder / LAST, ignore_errors=True)
+        os.rename(last.path, folder / LAST)
+
+
 def _read(path: Path, steps: int) -> dict[str, Any]:
     """What a state says of itself. Raises OSError or ValueError where that, or a file, is not as it was written."""
     record = json.loads((path / RECORD).read_text())
