@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import shlex
@@ -170,7 +171,9 @@ class Record:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        log.write_text("".join(kept))
+        temporary = log.with_name(log.name + ".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, log)
 
     def _begin_wandb(self) -> None:
         name = str(self.folder.relative_to("runs") if self.folder.is_relative_to("runs") else self.folder)
