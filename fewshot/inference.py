@@ -6,6 +6,8 @@
 
 `load` gives a `Classifier` or a `Detector`. Pictures are paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) of
 bytes in RGB; one alone, or a list of them. They are resized as in the method's tests, or with `size="keep"` not at all.
+
+Several threads may share a model: what one learns or predicts, the others wait for.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,6 +41,7 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 Size = Literal["keep"] | None  # None: as in the method's tests
 NO_SUPPORTS = "no supports yet: call support with a few pictures of every class first"
 REJECT, NONE = 0.95, "none of these"  # share of the classes' own pictures that are kept; what the others are called
+drawing = RLock()  # whoever draws from a seed has torch's global stream to itself, whichever model it is for
 
 
 class Guess(NamedTuple):
@@ -135,7 +139,7 @@ class Model(HubModel):
 
     Attributes:
         method: the recipe's name. about: all that the file says of itself. classes: that it looks for.
-        network: the model itself, in eval mode.
+        network: the model itself, in eval mode. lock: held by the thread that uses or changes what supports taught.
     """
 
     def __init__(self, network: nn.Module, state: dict[str, Tensor], about: dict[str, Any], device: Any = "cpu"):
@@ -144,6 +148,13 @@ class Model(HubModel):
         self.network = network.eval().requires_grad_(False).to(self.device)
         self.normalisation = Normalisation.from_dict(about["normalisation"])
         self.classes: list[str] = []
+        self.lock = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}  # which no copy shares
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, lock=RLock())
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> Classifier | Detector:
@@ -204,8 +215,9 @@ class Classifier(Model):
         support = x if self.adapts else self.extracted(x)
         groups = [[i for i, label in enumerate(labels) if label == name] for name in names]
         threshold = None if reject is None else self._threshold(support, groups, reject)
-        self.adapt(support, groups, seed)
-        self.classes, self.threshold = names, threshold
+        with self.lock:
+            self.adapt(support, groups, seed)
+            self.classes, self.threshold = names, threshold
 
     def adapt(self, support: Tensor, groups: methods.Groups, seed: int = 0) -> None:
         """Learn classes from supports' features (n, ...), or images where it adapts; `groups` has each class's rows."""
@@ -235,10 +247,11 @@ class Classifier(Model):
             InputError: there are no supports yet, no class has two, the share is not between 0 and 1, or the method
                 has no features apart from a task (MAML).
         """
-        if self._supports is None:
-            raise InputError(NO_SUPPORTS)
-        self.threshold = self._threshold(*self._supports, reject)
-        return self.threshold
+        with self.lock:
+            if self._supports is None:
+                raise InputError(NO_SUPPORTS)
+            self.threshold = self._threshold(*self._supports, reject)
+            return self.threshold
 
     def _threshold(self, support: Tensor, groups: methods.Groups, reject: float) -> float:
         if not 0 < reject <= 1:
@@ -253,7 +266,7 @@ class Classifier(Model):
 
     @contextmanager
     def _drawing(self, seed: int) -> Iterator[None]:
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with drawing, torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
 
@@ -267,9 +280,11 @@ class Classifier(Model):
         check_size(size)
         pictures, alone = listed(images)
         guesses = []
-        if pictures:
-            x = self.transformed(pictures, size)
-            query = x if self.adapts else self.extracted(x)
+        if not pictures:
+            return guesses
+        x = self.transformed(pictures, size)
+        query = x if self.adapts else self.extracted(x)
+        with self.lock:
             for row in self.classify(query).softmax(1).cpu():
                 best = int(row.argmax())
                 table = dict(zip(self.classes, row.tolist()))
@@ -355,7 +370,9 @@ class Detector(Model):
         Raises:
             InputError: the model was fine-tuned without --calibrate, or the backbone is not there or another one.
         """
-        self.calibration = calibrate.restored(self.about, f"this {self.method}", backbone, self.device)
+        calibration = calibrate.restored(self.about, f"this {self.method}", backbone, self.device)
+        with self.lock:
+            self.calibration = calibration
 
     @torch.no_grad()
     def support(
@@ -406,7 +423,8 @@ class Detector(Model):
         for i, (picture, box) in enumerate(zip(pictures, boxes)):
             _check_box(i, box, *picture.shape[1:])
         if self.compares_regions:
-            self._compare_with(pictures, boxes, labels, size, add)
+            with self.lock:
+                self._compare_with(pictures, boxes, labels, size, add)
             return
         if not self.any_class and (unknown := sorted(set(labels) - set(self.classes))):
             known = ", ".join(self.classes)
@@ -415,14 +433,15 @@ class Detector(Model):
                 f"recipes/{self.method}.py, or take a model of attention_rpn, which looks for any class"
             )
         vectors = [self._support_vectors(p, box, size) for p, box in zip(pictures, boxes)]
-        if self.any_class:
-            self.classes = list(dict.fromkeys(labels))
-            self.network.forget(len(self.classes))
-        numbers = torch.tensor([self.classes.index(label) for label in labels], device=self.device)
-        if self.any_class:
-            self.network.set_prototypes((*vector, number[None]) for vector, number in zip(vectors, numbers))
-        else:
-            self.network.set_prototypes(torch.cat(vectors), numbers)
+        with self.lock:
+            if self.any_class:
+                self.classes = list(dict.fromkeys(labels))
+                self.network.forget(len(self.classes))
+            numbers = torch.tensor([self.classes.index(label) for label in labels], device=self.device)
+            if self.any_class:
+                self.network.set_prototypes((*vector, number[None]) for vector, number in zip(vectors, numbers))
+            else:
+                self.network.set_prototypes(torch.cat(vectors), numbers)
 
     @property
     def any_class(self) -> bool:
@@ -491,15 +510,15 @@ class Detector(Model):
             InputError: the method needs supports and has none yet, or a picture cannot be read.
         """
         check_size(size)
-        if (known := getattr(self.network, "known", None)) is not None and not known.any():
-            raise InputError("no supports yet: call support with a few pictures of every class first")
         options = {"share": True} if share_proposals else {}
         if share_proposals and not self.any_class:
             raise InputError(f"{self.method} has one set of proposals anyway: share_proposals is for attention_rpn")
         pictures, alone = listed(images)
         inputs = [self._resized(picture, size) for picture in pictures]
         found: list[Found | None] = [None] * len(inputs)
-        with self._proposing(test_proposals):
+        with self.lock, self._proposing(test_proposals):
+            if (known := getattr(self.network, "known", None)) is not None and not known.any():
+                raise InputError(NO_SUPPORTS)
             for group in _of_one_size([image for image, _ in inputs], at_once):
                 results = self.network.detect(*self._batch([inputs[i][0] for i in group]), **options)
                 for i, (boxes, scores, labels) in zip(group, results, strict=True):
