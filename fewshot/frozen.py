@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,13 @@ from torch import Tensor, nn
 from fewshot import InputError, backbones, folders, weights
 from fewshot.backbones import Backbone
 from fewshot.data import episodes
-from fewshot.data.cache import Squares
+from fewshot.data.cache import Squares, alone, unfinished
 from fewshot.data.classification import open_domain, open_splits
 from fewshot.data.image_set import ImageSet
 from fewshot.data.transforms import Normalisation
 from fewshot.meta_test import FewShotModel, extract
+
+NOT_KEPT = "{}: features cannot be kept here ({}): give another --features"
 
 
 def folder(method: str, args: Any) -> str:
@@ -118,12 +121,20 @@ def _kept(
     path = Path(args.features) / f"{dataset.name}-{dataset.split}-{_key(accelerator, model.features, dataset)}-{what}"
     path = path.with_name(path.name + ".safetensors")
     accelerator.wait_for_everyone()  # all look before one writes
-    if not path.exists():
-        made = reduced(extract(accelerator, model, dataset, torch.arange(len(dataset)).numpy(), args.workers))
-        if accelerator.is_main_process:
-            _write(path, what, made)
-        accelerator.wait_for_everyone()
-        return made
+    with ExitStack() as turn:
+        # of several processes one would wait for another run, and the others, for too long, for that one
+        if accelerator.num_processes == 1 and not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                turn.enter_context(alone(path))
+            except OSError as error:
+                raise InputError(NOT_KEPT.format(path.parent, error)) from error
+        if not path.exists():
+            made = reduced(extract(accelerator, model, dataset, torch.arange(len(dataset)).numpy(), args.workers))
+            if accelerator.is_main_process:
+                _write(path, what, made)
+            accelerator.wait_for_everyone()
+            return made
     try:
         return load_file(path)[what].to(accelerator.device)
     except (SafetensorError, KeyError, OSError) as error:
@@ -131,13 +142,13 @@ def _kept(
 
 
 def _write(path: Path, what: str, made: Tensor) -> None:
-    own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    own = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({what: made.cpu().contiguous()}, own)
         os.replace(own, path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path.parent}: features cannot be kept here ({error}): give another --features") from error
+        raise InputError(NOT_KEPT.format(path.parent, error)) from error
     finally:
         own.unlink(missing_ok=True)
 

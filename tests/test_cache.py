@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -187,3 +190,70 @@ def test_pictures_in_memory_need_no_cache(tmp_path):
 
     dataset = ImageSet("some", "val", ["a"], np.zeros(3), InMemory(), size=8, stored=8)
     assert dataset.cached(tmp_path) is dataset and not list(tmp_path.iterdir())
+
+
+SLOW = """
+import os, signal, sys, time
+from fewshot.data import cache
+from fewshot.data.classification import open_dataset
+from fewshot.data.image_set import ImageSet
+
+root, how = sys.argv[1:]
+pixels = ImageSet.pixels
+
+def slowly(dataset, index):
+    print("decodes", flush=True)
+    if how == "killed" and index == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while how == "slow" and index == 7 and not os.path.exists(f"{root}/go"):
+        time.sleep(0.02)
+    return pixels(dataset, index)
+
+cache.CHUNK, ImageSet.pixels = 2, slowly
+dataset = open_dataset("folder", root, "train", cache=True)
+print(int(dataset.source.pixels.sum()))
+"""
+
+
+def begun(root: Path, how: str) -> subprocess.Popen:
+    """Another program that opens the cached pictures, and decodes at once, until there is a file "go", or is killed."""
+    return subprocess.Popen([sys.executable, "-c", SLOW, str(root), how], stdout=subprocess.PIPE, text=True)
+
+
+def test_one_program_decodes_and_another_waits(root):
+    first = begun(root, "slow")
+    assert first.stdout.readline() == "decodes\n"
+    second = begun(root, "quick")
+    assert second.stdout.readline().endswith("is being made by another process: waiting for it\n")
+    (root / "go").touch()
+    said = second.communicate(timeout=60)[0].splitlines()
+    plain = open_dataset("folder", root, "train")
+    expected = sum(int(plain.pixels(i).sum()) for i in range(len(plain)))
+    assert said == [str(expected)], "it decoded nothing"
+    assert expected == int(first.communicate(timeout=60)[0].splitlines()[-1])
+    assert len(files(root)) == 1
+
+
+def test_what_a_killed_program_left_is_not_taken(root):
+    for _ in range(2):
+        killed = begun(root, "killed")
+        assert killed.wait(60) == -signal.SIGKILL
+        killed.stdout.close()
+        (left,) = [name for name in files(root) if name.endswith(".tmp")]  # the older one is gone
+        assert f"-{killed.pid}." in left and not [name for name in files(root) if name.endswith(".npy")]
+    size = (root / classification.CACHE_FOLDER / left).stat().st_size
+    cached = open_dataset("folder", root, "train", cache=True)
+    assert same(cached, open_dataset("folder", root, "train")) and 0 < size < cached.source.path.stat().st_size
+    assert files(root) == [cached.source.path.name]
+
+
+def test_what_living_programs_write_is_left_alone(root):
+    path = root / "some.npy"
+    mine = cache.unfinished(path)
+    others = mine.with_name(mine.name.replace(str(os.getpid()), str(os.getppid())))
+    elsewhere = path.with_name(f"{path.name}.another-machine-{2**22 + 1}.tmp")
+    for file in (mine, others, elsewhere):
+        file.touch()
+    with cache.alone(path):
+        assert others.exists() and elsewhere.exists() and not mine.exists()
+    assert not path.with_name("some.npy.lock").exists()

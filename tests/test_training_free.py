@@ -1,6 +1,10 @@
 """Recipes that train nothing: a backbone as it is, features once, balanced and imbalanced tasks."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +108,61 @@ def test_a_damaged_file_of_features_is_named(small, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(SystemExit, match=rf"{path.name} is damaged .*: delete it"):
         run_here("tim", f"{base} --out {tmp_path / 'b'} --steps 3")
+
+
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+from test_recipes import run_here
+from fewshot import frozen
+
+folder, how, flags = sys.argv[1:]
+extract = frozen.extract
+
+def slowly(*arguments):
+    print("begun to extract", flush=True)
+    while how == "slow" and not os.path.exists(f"{folder}/go"):
+        time.sleep(0.02)
+    return extract(*arguments)
+
+def killed(tensors, path):
+    Path(path).write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+frozen.extract = slowly
+if how == "killed":
+    frozen.save_file = killed
+run_here("pt_map", flags)
+"""
+
+
+def test_one_program_extracts_and_another_waits(small, tmp_path):
+    """And nothing is taken of what a program that was killed had written."""
+    base = f"--dataset {small / 'data'} --init {small / 'baseline'} --features {tmp_path / 'features'} {TASKS}"
+    options = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}}
+
+    def begun(how: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path), how, f"{base} --out {tmp_path / how}"]
+        return subprocess.Popen(command, **options)
+
+    killed = begun("killed")
+    killed.communicate(timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    assert any(path.suffix == ".tmp" for path in (tmp_path / "features").iterdir())
+    first = begun("slow")
+    while "begun to extract" not in first.stdout.readline():
+        assert first.poll() is None
+    second, said = begun("quick"), ""
+    while "waiting for it" not in said:
+        said = second.stdout.readline()
+        assert said and "begun to extract" not in said
+    (tmp_path / "go").touch()
+    assert "begun to extract" not in second.communicate(timeout=100)[0] and second.returncode == 0
+    first.communicate(timeout=100)
+    assert first.returncode == 0 and len(list((tmp_path / "features").iterdir())) == 1
+    run_here("pt_map", flags(small, tmp_path / "alone"))
+    alone, *others = (metrics(tmp_path / name)["shots"] for name in ("alone", "slow", "quick"))
+    assert others == [alone, alone]
 
 
 def test_the_base_mean_is_that_of_all_training_pictures(small, tmp_path):

@@ -7,15 +7,19 @@ but the smallest 3 % of those have at least as many pixels as the network sees.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from fewshot import InputError
@@ -68,9 +72,8 @@ def squares(dataset: ImageSet, folder: Path, version: object) -> Squares:
     """The squares of a data set, decoded into a file of `folder` unless they are there.
 
     `version` is something whose repr changes when the pictures do. Files of the same set, split and S with another
-    version are stale and removed; whoever has one open keeps it. Processes that find no file at the same time each make
-    one, and the last one stays: right, but wasteful, so let one go first (Accelerate's `local_main_process_first`). A
-    process that is killed leaves a .tmp file behind, which may be deleted.
+    version are stale and removed; whoever has one open keeps it. Of several processes that find no file one makes it,
+    and the others wait (`alone`).
 
     Raises InputError when the folder cannot be written to, and for a picture that cannot be read.
     """
@@ -80,9 +83,11 @@ def squares(dataset: ImageSet, folder: Path, version: object) -> Squares:
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(path, dataset)
-            for stale in set(folder.glob(f"{prefix}-*.npy")) - {path}:
-                stale.unlink(missing_ok=True)
+            with alone(path):
+                if not path.exists():
+                    _write(path, dataset)
+                for stale in set(folder.glob(f"{prefix}-*.npy")) - {path}:
+                    stale.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(
                 f"{folder}: cannot keep decoded pictures here ({error}); make it writable, or make room, or give a "
@@ -94,6 +99,47 @@ def squares(dataset: ImageSet, folder: Path, version: object) -> Squares:
     return found
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """A turn to make a file, if it is not there by then: other processes that want it wait until the block ends.
+
+    What processes of this machine that were killed have left of it is removed.
+
+    Raises OSError when its folder cannot be written to.
+    """
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tqdm.write(f"{path} is being made by another process: waiting for it")
+        lock.acquire()
+    try:
+        start = f"{path.name}.{platform.node()}-"
+        for left in path.parent.glob(f"{glob.escape(start)}*.tmp"):
+            if not _lives(left.name.removeprefix(start).removesuffix(".tmp")):
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        # whoever waits for a lock that is no longer there gets it all the same, and finds the file
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def unfinished(path: Path) -> Path:
+    """Where this process writes a file, which is then renamed to `path`."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return int(process) != os.getpid()
+
+
 def _write(path: Path, dataset: ImageSet) -> None:
     """Decode all pictures into a file of this process's own, which becomes `path` once it is whole."""
     n, side = len(dataset), dataset.stored
@@ -103,7 +149,7 @@ def _write(path: Path, dataset: ImageSet) -> None:
         pixels = dataset.pixels(index).numpy()
         return np.array((dataset.aspect(index), pixels), kind(side)).tobytes()
 
-    own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    own = unfinished(path)
     progress = tqdm(total=n, desc=f"decoding {dataset.name} {dataset.split}", leave=False, dynamic_ncols=True)
     try:
         # Written, not mapped: on a full disk writing raises an error, storing through a memory map kills the process.
