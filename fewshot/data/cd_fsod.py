@@ -95,4 +95,4 @@ def _read(folder: Path, stem: str, part: Part, fault: Fault) -> Annotated:
     records = [replace(record, id=record.path, path=str(pictures / record.path)) for record in read.records]
     if len({record.id for record in records}) < len(records):
         fault(f"{path}: two of its images have one 'file_name'; list each once")
-    return read._replace(records=annotations.with_pictures(records, fault))
+    return read._replace(records=annotations.with_pictures(records, path, fault))
