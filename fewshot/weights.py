@@ -33,7 +33,13 @@ def save(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -> None:
 def save_state(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
     """`save` of a state dict; the metadata say which commit made it."""
     path = Path(path)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    stores: set[int] = set()
+    for name, t in state.items():
+        t = t.detach().cpu().contiguous()
+        store = t.untyped_storage().data_ptr()
+        tensors[name] = t.clone() if store in stores else t  # safetensors refuses those that share memory
+        stores.add(store)
     about = {**metadata, "fewshot_format": FORMAT}
     temporary = path.with_name(path.name + ".tmp")
     try:
