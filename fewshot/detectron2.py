@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fewshot import InputError, methods
+from fewshot import InputError, methods, weights
 from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
 from fewshot.data.transforms import CAFFE
 from fewshot.detectors.faster_rcnn import anchor_grid
@@ -63,7 +63,7 @@ def convert(
     tensors = dict(state)
     anchors = tensors.pop(ANCHORS, None)
     for name in ("roi_heads.box_predictor.cls_score.weight", "proposal_generator.rpn_head.conv.weight"):
-        if name not in tensors:
+        if name not in tensors or not tensors[name].ndim:
             raise InputError(f"{name} is missing from {source}: is it DeFRCN's, and not one whose head was taken off?")
     depth = {6: 50, 23: 101}.get(len({key.split(".")[2] for key in tensors if key.startswith("backbone.res4.")}))
     if depth is None:
@@ -79,9 +79,11 @@ def convert(
     about |= {"pictures": {"short": 800, "long": 1333, "multiple": 1}, "sizes": sizes, **names}
     about |= {"architecture": {"name": f"resnet{depth}", "style": "caffe", "norm": "frozen", "pretrained": True}}
     about |= {"normalisation": CAFFE.to_dict()}
-    model = methods.built(about)
+    with torch.device("meta"):  # without memory, however large the file says that it is
+        model = methods.built(about)
     ours = {tensor_name(key): tensor for key, tensor in tensors.items()}
-    methods.fill(model, ours, source)  # stops at what is missing, left over or of another shape
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    weights.check_fit(model, shapes, source)  # stops at what is missing, left over or of another shape
     grid = anchor_grid((1, 1), model.trunk.stride, model.rpn.scales[0], model.rpn.ratios)
     if anchors is not None and not (anchors.shape == grid.shape and torch.allclose(anchors.float(), grid, atol=1e-3)):
         raise InputError(f"{ANCHORS} in {source} are not the anchors that DeFRCN was published with")

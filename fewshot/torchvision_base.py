@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torchvision.models import detection
 
@@ -126,9 +127,11 @@ def converted(
         "normalisation": IMAGENET.to_dict(),
         **SETTINGS[backbone],
     }
-    model = rebuilt(TFA, about)
-    weights.fill(model, ours, source, fresh=("cls.", "reg."))  # stops at what is missing, left over or does not fit
     _check_head(ours, categories, source)
+    with torch.device("meta"):  # stops at what is missing, left over or does not fit
+        shapes = {name: tensor.shape for name, tensor in ours.items()}
+        weights.check_fit(rebuilt(TFA, about), shapes, source, ("cls.", "reg."))
+    model = rebuilt(TFA, about)
     rows = [row for row, name in enumerate(categories) if name not in NO_OBJECT]
     for kind in ("weight", "bias"):
         ours[f"cls.{kind}"] = ours[f"cls.{kind}"][[*rows, 0]]
@@ -155,6 +158,10 @@ def _check_head(ours: Mapping[str, Tensor], categories: Sequence[str], source: s
     for name, per_class in (("cls.weight", 1), ("cls.bias", 1), ("reg.weight", 4), ("reg.bias", 4)):
         if name not in ours:
             raise InputError(f"{name} is missing from {source}: give the state dict of a whole detector")
-        if len(ours[name]) != per_class * len(categories):
-            number = len(ours[name]) // per_class - 1
+        shape, inner = tuple(ours[name].shape), (SIZES["width"],) if name.endswith("weight") else ()
+        if shape[1:] != inner or not shape:
+            rows = ", ".join(map(str, (per_class * len(categories), *inner)))
+            raise InputError(f"{name} is {shape} in {source}, a detector of torchvision's has ({rows})")
+        if shape[0] != per_class * len(categories):
+            number = shape[0] // per_class - 1
             raise InputError(f"{source} is a model of {number} classes, and {len(categories) - 1} names do not fit it")

@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from fewshot import InputError, torchvision_base, weights
+from fewshot.data import annotations
 
 
 @dataclass
@@ -45,11 +46,16 @@ def _categories(args: Args, state: dict) -> list[str]:
     if args.classes:
         if not args.classes.is_file():
             raise InputError(f"{args.classes}: no such file of class names")
-        names = [line.strip() for line in args.classes.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in annotations.read_text(args.classes).splitlines() if line.strip()]
+        if flawed := next((name for name in names if names.count(name) > 1 or not annotations.is_text(name)), None):
+            raise InputError(f"{args.classes}: class {flawed!r:.200} is there twice, or no text; correct it")
     coco = torchvision_base.categories()
-    head = state.get("roi_heads.box_predictor.cls_score.bias", ())
-    if not names and len(head) not in (0, len(coco)):
-        raise InputError(f"{args.state} does not name its {len(head) - 1} classes: give --names or --classes")
+    head = state.get("roi_heads.box_predictor.cls_score.bias")
+    rows = len(head) if head is not None and head.ndim else 0
+    if args.classes and rows not in (0, len(names) + 1):
+        raise InputError(f"{args.classes} has {len(names)} names, for {rows - 1} classes of {args.state}; correct it")
+    if not names and rows not in (0, len(coco)):
+        raise InputError(f"{args.state} does not name its {rows - 1} classes: give --names or --classes")
     return [torchvision_base.BACKGROUND, *names] if names else coco
 
 
