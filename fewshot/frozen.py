@@ -136,8 +136,13 @@ def _kept(
             accelerator.wait_for_everyone()
             return made
     try:
-        return load_file(path)[what].to(accelerator.device)
-    except (SafetensorError, KeyError, OSError) as error:
+        kept = load_file(path)[what]
+        if kept.dtype != torch.float32 or kept.ndim != (1 if what == "mean" else 2) or not kept.isfinite().all():
+            raise ValueError(f"{what} is {tuple(kept.shape)} of {kept.dtype}, or has numbers that are not finite")
+        if what == "features" and len(kept) != len(dataset):
+            raise ValueError(f"it has features of {len(kept)} pictures, not of {len(dataset)}")
+        return kept.to(accelerator.device)
+    except (SafetensorError, LookupError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete it, and it is made again") from error
 
 
