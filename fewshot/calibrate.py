@@ -189,6 +189,13 @@ def restored(
         raise InputError(
             f"{source} has prototypes of {kept['backbone']}, and {choice or 'this one'} is another network"
         )
-    return Calibration(
-        regions, {name: torch.tensor(vector, device=device) for name, vector in kept["prototypes"].items()}
-    )
+    blank = torch.zeros(3, 32, 32, dtype=torch.uint8, device=device)
+    (wanted,) = regions(blank, torch.tensor([[0.0, 0, 32, 32]], device=device))
+    prototypes = {name: torch.tensor(vector, device=device) for name, vector in kept["prototypes"].items()}
+    for name, vector in prototypes.items():
+        if vector.shape != wanted.shape:
+            raise InputError(
+                f"{source} has a prototype of {len(vector)} numbers for {name!r:.60}, and its network's vectors have "
+                f"{len(wanted)}: fine-tune again with --calibrate"
+            )
+    return Calibration(regions, prototypes)

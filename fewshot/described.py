@@ -75,6 +75,12 @@ def results(value: Any) -> bool:
     return numbers and (not shots or {"ways", "tasks"} <= value.keys())
 
 
+def vectors(value: Any) -> bool:
+    """Whether it names vectors, all of one length."""
+    finite = several(number(-1e30, 1e30))
+    return isinstance(value, dict) and all(map(finite, value.values())) and len({len(v) for v in value.values()}) < 2
+
+
 SIDE, CHANNELS, PROPOSALS = whole(1, 4096), whole(1, 65536), several(whole(1, 1_000_000), 2)
 COLOUR = several(number(-1e6, 1e6), 3)
 NESTED: dict[str, dict[str, Check]] = {
@@ -117,6 +123,7 @@ NESTED: dict[str, dict[str, Check]] = {
         "multiple": whole(1, 1024),
         "enlarge": truth,
     },
+    "calibration": {"backbone": text, "fingerprint": text, "prototypes": vectors},
 }
 FIELDS: dict[str, Check] = {
     "method": text,
@@ -137,7 +144,7 @@ FIELDS: dict[str, Check] = {
     "support_size": SIDE,
     "context": whole(0, 4096),
     "results": results,
-    **{key: lambda value: isinstance(value, dict) for key in (*NESTED, "args", "calibration")},
+    **{key: lambda value: isinstance(value, dict) for key in (*NESTED, "args")},
 }
 # Flags that models of this project's methods are built from.
 FLAGS: dict[str, Check] = {
