@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -102,6 +103,7 @@ def _of_torchvision(name: str, image_size: int | None, pooled: bool, source: str
         pretrained = source == "pretrained"
         state = weights.downloaded(published, name, advice) if pretrained else weights.read_state(Path(source))
         if vit:
+            _check_positions(state, net, source)
             state = interpolate_embeddings(image_size, net.patch_size, state)
         weights.fill(net, state, source, fresh=(f"{linear[-1]}.",))
     net.set_submodule(linear[-1], nn.Identity())
@@ -109,6 +111,16 @@ def _of_torchvision(name: str, image_size: int | None, pooled: bool, source: str
         return net
     names = list(layers)
     return nn.Sequential(OrderedDict((key, layers[key]) for key in names[: names.index(last) + 1]))
+
+
+def _check_positions(state: dict[str, Tensor], net: nn.Module, source: str) -> None:
+    """Raises InputError unless a ViT's state has position embeddings of a square of patches, to be resampled."""
+    name = "encoder.pos_embedding"
+    found = state.get(name, torch.zeros(0))
+    side = round(max(found.shape[1] - 1, 0) ** 0.5) if found.ndim == 3 else 0
+    if side == 0 or found.shape != (1, side**2 + 1, net.hidden_dim) or not found.is_floating_point():
+        what = f"is {tuple(found.shape)} of {found.dtype} in" if name in state else "is missing from"
+        raise InputError(f"{name} {what} {source}: give weights of this ViT")
 
 
 def _divisible(name: str, image_size: int) -> int:
