@@ -85,18 +85,26 @@ def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
 def read_boxes(folder: Path, paths: Sequence[Path], pictures: Sequence[Tensor], labels: Sequence[str]) -> list[Tensor]:
     """Boxes (n, 4) xyxy of every support's objects: of xml or json where there is one, else the whole picture."""
     listed: dict[str, list[tuple[str, Tensor]]] = {}
+    sources: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
         names, records = annotations.read_coco_json(path, "refuse")
         for record in records:
             objects = [(names[label], torch.from_numpy(box)) for label, box in zip(record.labels, record.boxes)]
             listed.setdefault(Path(record.path).name, []).extend(objects)
+            sources[Path(record.path).name] = path
     boxes = []
     for path, picture, label in zip(paths, pictures, labels):
-        objects = _xml_boxes(path.with_suffix(".xml")) if path.with_suffix(".xml").is_file() else listed.get(path.name)
+        xml = path.with_suffix(".xml")
+        objects, source = (_xml_boxes(xml), xml) if xml.is_file() else (listed.get(path.name), sources.get(path.name))
         mine = [box for name, box in objects or () if name == label]
         if objects and not mine:
-            raise InputError(f"{path}: annotated, but without a {label}; correct the annotation or move the picture")
-        whole = torch.tensor([0.0, 0.0, picture.shape[2], picture.shape[1]])
+            raise InputError(f"{path}: {source} has no {label} on it; correct the annotation or move the picture")
+        height, width = picture.shape[1:]
+        for x1, y1, x2, y2 in (box.tolist() for box in mine):
+            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+                box = f"[{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+                raise InputError(f"{source}: box {box} is not inside {path} of {width} x {height} pixels; correct it")
+        whole = torch.tensor([0.0, 0.0, width, height])
         boxes.append(torch.stack(mine or [whole]))
     return boxes
 
@@ -108,7 +116,7 @@ def _xml_boxes(path: Path) -> list[tuple[str, Tensor]]:
         boxes = [torch.tensor([float(o.findtext(f"bndbox/{c}", "")) for c in corners]) for o in objects]
         if not all(box.isfinite().all() for box in boxes):
             raise ValueError("a coordinate is not finite")
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # LookupError: of an encoding
         raise InputError(f"{path}: not a VOC annotation ({error}); correct it or take it out") from None
     offset = torch.tensor([1.0, 1.0, 0.0, 0.0])  # VOC counts pixels from 1
     return [(o.findtext("name", "").strip(), (box - offset).clamp(min=0)) for o, box in zip(objects, boxes)]
