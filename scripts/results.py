@@ -32,7 +32,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from fewshot import InputError
-from fewshot.data import cd_fsod
+from fewshot.data import annotations, cd_fsod
 from fewshot.intervals import mean_interval
 
 GROUPS = ("base", "novel", "all")
@@ -111,13 +111,19 @@ class Row:
 def read(path: Path, metric: str) -> Run | None:
     """The run or test whose result is in this file, by what the result says of itself; None without such a metric."""
     try:
-        metrics = json.loads(path.read_text())
-        settings = metrics["settings"]
-        trained, tested = settings["trained"], settings["tested"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        run = _run(path, annotations.read_json(path), metric)
+        if run is not None and (flaw := _flaw(run)):
+            raise ValueError(flaw)
+        return run
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of a file that is not what a run wrote
         raise InputError(
-            f"{path}: not a result with its settings ({error!r}); test its run again, or leave it out"
+            f"{path}: not a result with its settings ({error!r:.200}); test its run again, or leave it out"
         ) from None
+
+
+def _run(path: Path, metrics: dict[str, Any], metric: str) -> Run | None:
+    settings = metrics["settings"]
+    trained, tested = settings["trained"], settings["tested"]
     about, args, identity = settings.get("run", {}), {**trained, **tested}, str(settings["id"]).partition("-")[0]
     if "base" in about:  # a file may move, or be made anew: what is in it counts
         args["base"] = about["base"] and about["base"][:8]
@@ -133,7 +139,7 @@ def read(path: Path, metric: str) -> Run | None:
         values = {f"{k}-shot": (v["accuracy"], v["ci95"]) for k, v in metrics["shots"].items()}
         test = f"{metrics['tasks']} tasks"
         file = path.with_name("tasks.json" if path.name == "metrics.json" else f"{path.stem}-tasks.json")
-        tasks = json.loads(file.read_text()) if file.exists() else None
+        tasks = _tasks(file) if file.exists() else None
     elif metrics.get(metric):
         protocol, shots = metrics["protocol"], args.pop("shots")
         shots = "base" if protocol["stage"] == "base" else str(shots)
@@ -145,6 +151,41 @@ def read(path: Path, metric: str) -> Run | None:
     else:
         return None
     return Run(path, where, args, settings["seed"], values, test, identity, about, tasks)
+
+
+def _tasks(file: Path) -> dict[str, list[float]]:
+    """Accuracies of single tasks, by shots."""
+    tasks = annotations.read_json(file)
+    if not isinstance(tasks, dict) or not all(
+        isinstance(values, list) and values and all(map(_is_number, values)) for values in tasks.values()
+    ):
+        raise InputError(f"{file}: not the accuracies of tasks by shots; test its run again, or remove it")
+    if len({len(values) for values in tasks.values()}) > 1 or not all(map(str.isdecimal, tasks)):
+        raise InputError(f"{file}: not as many tasks of all shots; test its run again, or remove it")
+    return tasks
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # NaN is not
+
+
+def _flaw(run: Run) -> str | None:
+    """What a table cannot be made of in a run, if anything."""
+    shots = run.where.get("shots", "all")
+    if not all(isinstance(value, str) and value for value in run.where.values()) or type(run.seed) is not int:
+        return f"method {run.where['method']!r}, seed {run.seed!r}"
+    if not run.where.get("ways", "5").isdecimal() or not (shots in ("base", "all") or shots.isdecimal()):
+        return f"ways {run.where.get('ways')}, shots {shots}"
+    for column, (value, half) in run.values.items():
+        known = column.removesuffix("-shot").isdecimal() if run.classifies else column in GROUPS
+        if not (known and _is_number(value) and (half is None or _is_number(half))):
+            return f"{column} {value!r} ± {half!r}"
+    if not run.values:
+        return "no numbers"
+    if not _is_number(run.about.get("seconds", 0)):
+        return f"seconds {run.about['seconds']!r}"
+    texts = [run.about.get(name) or "" for name in ("base", "commit")]
+    return None if all(isinstance(text, str) for text in texts) else f"base and commit {texts}"
 
 
 def collect(folders: Iterable[Path], metric: str) -> list[Run]:
