@@ -5,6 +5,7 @@ values of the parsed file are taken out, doubled, nested and exchanged for odd o
 which makes it again.
 """
 
+import importlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pickle
 import random
 import resource
 import struct
+import sys
 import time
 import traceback
 import warnings
@@ -19,7 +21,8 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from contextlib import redirect_stderr, redirect_stdout
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -27,17 +30,28 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
+from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 import fewshot
-from fewshot import InputError, methods, mmfewshot, weights
+from fewshot import InputError, calibrate, frozen, methods, mmfewshot, pretrained, weights
 from fewshot.data import annotations, classification, detection, k_shot, layouts, pictures
 from fewshot.data.classification import open_dataset
 from fewshot.data.transforms import IMAGENET
+from fewshot.detectors.defrcn import DeFRCN
+from fewshot.detectors.prototype import PrototypeDetector
 from fewshot.detectors.tfa import TFA
 from fewshot.fpn import fpn
+from fewshot.trunks import c4
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+convert_defrcn, convert_torchvision, predict, results = map(
+    importlib.import_module, ("convert_defrcn", "convert_torchvision", "predict", "results")
+)
 LIBRARY = Path(fewshot.__file__).parent
 DEEP = "@deep@"  # stands for what is nested too deeply to be written by a library
 ODD = [
@@ -330,10 +344,9 @@ def as_safetensors(data: bytes, rng: random.Random) -> bytes:
         return bytewise(data, rng)
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    if rng.random() < 0.8:
-        about = exchanged(
-            {key: json.loads(value) for key, value in header["__metadata__"].items() if key != "format"}, rng
-        )
+    said = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items() if key != "format"}
+    if said and rng.random() < 0.8:
+        about = exchanged(said, rng)
         if not isinstance(about, dict):
             about = {"method": about}
         header["__metadata__"] = {
@@ -347,7 +360,8 @@ def as_safetensors(data: bytes, rng: random.Random) -> bytes:
 
 def as_pth(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
-        return bytewise(data, rng)
+        start, end = data[:40_000], data[40_000:]  # what says what the bytes of tensors are is at the start
+        return bytewise(start, rng) + end if rng.random() < 0.8 else start + bytewise(end, rng)
     tree = torch.load(io.BytesIO(data), weights_only=True)
     huge = [
         torch.zeros(1).expand(10**9, 10**3),
@@ -356,7 +370,8 @@ def as_pth(data: bytes, rng: random.Random) -> bytes:
         torch.zeros(0),
         torch.zeros(2, 3, dtype=torch.bool),
     ]
-    huge += [torch.zeros(3, 3).to_sparse(), torch.zeros(2, 2, device="meta")]
+    huge += [torch.zeros(3, 3).to_sparse(), torch.zeros(2, 2, device="meta"), torch.zeros(10**9, 0)]
+    huge += [torch.zeros(10**9, 0, 3, 3), torch.zeros(1, dtype=torch.complex64), torch.full((4,), float("nan"))]
     made = io.BytesIO()
     torch.save(exchanged(tree, rng, [*ODD, *huge]), made)
     return made.getvalue()
@@ -638,6 +653,254 @@ def read_checkpoint(folder: Path) -> None:
     mmfewshot.convert(state, meta, path.stem)
 
 
+def cd_fsod(file: str, folder: Path) -> Path:
+    """A target in the published layout, of pictures with an object of either class."""
+    for part in ("train", "test"):
+        for n in range(3):
+            picture(folder / "ArTaxOr" / part / f"{n}.png")
+    images = [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 40} for n in range(3)]
+    box = {"bbox": [2, 3, 20, 30], "area": 600, "iscrowd": 0}
+    objects = [{"id": 2 * n + c, "image_id": n, "category_id": c, **box} for n in range(3) for c in (1, 2)]
+    content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}
+    for name in ("train", "test", "1_shot"):
+        shot = {"images": images[:1], "annotations": objects[:2]} if name == "1_shot" else {}
+        written(folder / "ArTaxOr" / "annotations" / f"{name}.json", json.dumps(content | shot))
+    return folder / "ArTaxOr" / "annotations" / file
+
+
+def read_cd_fsod(folder: Path) -> None:
+    split = detection.open_split("artaxor", folder)
+    for dataset in (k_shot.choose_shots(split.train, 1, 0), split.train, split.test):
+        for i in range(len(dataset)):
+            dataset.image(i)
+
+
+def slim(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same names and shapes in a small file: all are views of one store of bytes."""
+    store = torch.zeros(max(tensor.numel() for tensor in state.values()), dtype=torch.uint8)
+    return {name: store[: tensor.numel()].view(tensor.shape) for name, tensor in state.items()}
+
+
+def checkpoint(state: dict[str, torch.Tensor], path: Path, **more: Any) -> Path:
+    torch.save({"model": state, **more} if more else state, path)
+    return path
+
+
+def defrcn(folder: Path) -> Path:
+    """As detectron2 saves DeFRCN's model."""
+    ours = {"trunk.layer": "backbone.res", "trunk.stage4.": "roi_heads.res5.", "trunk.": "backbone.stem."}
+    ours |= {"rpn.cls.": "proposal_generator.rpn_head.objectness_logits."}
+    ours |= {"rpn.reg.": "proposal_generator.rpn_head.anchor_deltas.", "rpn.": "proposal_generator.rpn_head."}
+    ours |= {"cls.": "roi_heads.box_predictor.cls_score.", "reg.": "roi_heads.box_predictor.bbox_pred."}
+    with torch.device("meta"):
+        model = DeFRCN(c4("resnet50", style="caffe", norm="frozen"), 5, rpn_channels=8)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        start = next((start for start in ours if name.startswith(start)), "")
+        name = ours.get(start, "") + name[len(start) :]
+        if start == "trunk.layer":
+            name = f"backbone.res{int(name[12]) + 1}{name[13:]}"
+        for old, new in ((".downsample.0.", ".shortcut."), (".downsample.1.", ".shortcut.norm.")):
+            name = name.replace(old, new)
+        for number in "123":
+            name = name.replace(f".bn{number}.", f".conv{number}.norm.")
+        state[name] = tensor
+    return checkpoint(slim(state), folder / "defrcn.pth", iteration=9, scheduler={"milestones": [10, 20]})
+
+
+def read_defrcn(folder: Path) -> None:
+    args = convert_defrcn.Args(folder / "defrcn.pth", folder / "out" / "a.safetensors", of="voc1")
+    with redirect_stdout(None):
+        convert_defrcn.main(args)
+    json.dumps(weights.describe_file(args.out))
+
+
+@lru_cache
+def torchvisions() -> dict[str, torch.Tensor]:
+    model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=3)
+    return slim(model.state_dict())
+
+
+def torchvisions_detector(folder: Path) -> Path:
+    written(folder / "names.txt", "kettle\ntea pot\n")
+    return checkpoint(torchvisions(), folder / "mine.pth")
+
+
+def read_torchvisions(folder: Path) -> None:
+    args = convert_torchvision.Args(folder / "mine.pth", folder / "out" / "a.safetensors", classes=folder / "names.txt")
+    with redirect_stdout(None):
+        convert_torchvision.main(args)
+    json.dumps(weights.describe_file(args.out))
+
+
+def read_names(folder: Path) -> None:
+    """As scripts/convert_torchvision.py before it converts, which takes longer."""
+    args = convert_torchvision.Args(folder / "mine.pth", classes=folder / "names.txt")
+    assert len(convert_torchvision._categories(args, torchvisions())) == 3
+
+
+def supports(file: str, folder: Path) -> Path:
+    """Class folders of scripts/predict.py's --support: of two classes, with annotated pictures and without."""
+    for n in range(2):
+        picture(folder / "cat" / f"{n}.png")
+        picture(folder / "dog" / f"d{n}.png")
+    written(folder / "cat" / "0.xml", xml("cat"))
+    picture(folder / "cow" / "only.png", 20)
+    images = [{"id": 1, "file_name": "d0.png", "width": 40, "height": 40}]
+    objects = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 3, 20, 30], "area": 600, "iscrowd": 0}]
+    content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "dog"}]}
+    written(folder / "objects.json", json.dumps(content))
+    return folder / file
+
+
+@lru_cache
+def prototypes() -> fewshot.inference.Detector:
+    """A detector that learns from supports alone."""
+    base = TFA(fpn("small", channels=16), 2, width=32, rpn_channels=16)
+    said = {"method": "tfa", "classes": ["a", "b"], "pictures": {"short": 64, "long": 96}, **base.describe()}
+    model = PrototypeDetector(base, said, 3, clusters=2)
+    about = {"method": "prototype_detector", "stage": "supports", "args": {}, "classes": ["a", "b", "c"]}
+    about |= {"base": [], "novel": ["a", "b", "c"], "pictures": said["pictures"], **model.describe()}
+    return fewshot.inference.Detector(model, model.state_dict(), about, "cpu")
+
+
+def read_supports(folder: Path) -> None:
+    """As scripts/predict.py."""
+    with redirect_stderr(None):  # warnings of pictures that are left out
+        paths, images, labels = predict.read_supports(folder)
+    boxes = predict.read_boxes(folder, paths, images, labels)
+    each = [i for i, some in enumerate(boxes) for _ in some]
+    prototypes().support([images[i] for i in each], torch.cat(boxes), [labels[i] for i in each])
+
+
+class Features(torch.nn.Module):
+    """Of a picture, the mean of its colours."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+class Keeping(NamedTuple):
+    features: str
+    workers: int = 0
+
+
+def kept_features(what: str, folder: Path) -> Path:
+    squares(folder)
+    keep(folder)
+    return next((folder / "kept").glob(f"*-{what}.safetensors"))
+
+
+def keep(folder: Path) -> None:
+    """As the recipes that train nothing."""
+    dataset = open_dataset("folder", folder, "train", size=8)
+    accelerator, model, args = Accelerator(), Features(), Keeping(str(folder / "kept"))
+    found = frozen.features(accelerator, model, dataset, args)
+    mean = frozen.base_mean(accelerator, model, dataset, args)
+    assert found.shape == (3, 3) and mean.shape == (3,) and found.dtype == mean.dtype == torch.float32
+    assert found.isfinite().all() and mean.isfinite().all()
+
+
+@lru_cache
+def network(name: str) -> dict[str, torch.Tensor]:
+    return slim(torchvision.models.get_model(name).state_dict())
+
+
+def backbone_weights(folder: Path) -> Path:
+    return checkpoint(network("shufflenet_v2_x0_5"), folder / "weights.pth")
+
+
+def backbone_safetensors(folder: Path) -> Path:
+    state = torchvision.models.get_model("shufflenet_v2_x0_5").state_dict()
+    save_file(dict(state), folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def read_backbone(folder: Path) -> None:
+    (path,) = folder.iterdir()
+    pretrained.network("torchvision/shufflenet_v2_x0_5", 32, source=str(path))
+
+
+def timm_weights(folder: Path) -> Path:
+    timm = pytest.importorskip("timm")
+    return checkpoint(slim(timm.create_model("test_resnet").state_dict()), folder / "weights.pth")
+
+
+def read_timm(folder: Path) -> None:
+    pretrained.network("timm/test_resnet", 64, source=str(folder / "weights.pth"))
+
+
+def calibrating_weights(folder: Path) -> Path:
+    return checkpoint(network("squeezenet1_1"), folder / "weights.pth")
+
+
+def calibrated(folder: Path) -> Path:
+    """A detector's file with prototypes of its classes."""
+    state, about = weights.load(detector(folder))
+    made = calibrate.Calibration(regions(), {"a": torch.ones(3), "b": torch.arange(3.0)}).describe("resnet18")
+    weights.save_state(folder / "model.safetensors", state, {**about, "calibration": made})
+    return folder / "model.safetensors"
+
+
+def regions(choice: str = "resnet18") -> calibrate.Regions:
+    """The mean colours of boxes, in place of a network's."""
+    return calibrate.Regions(torch.nn.Identity(), IMAGENET, stride=1)
+
+
+def as_calibrated(data: bytes, rng: random.Random) -> bytes:
+    """Of what the file says of its calibration alone."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    kept = exchanged(json.loads(header["__metadata__"]["calibration"]), rng)
+    header["__metadata__"]["calibration"] = json.dumps(kept).replace(f'"{DEEP}"', "[" * 100_000)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def read_calibrated(folder: Path) -> None:
+    about = weights.describe_file(folder / "model.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "backbone", regions)
+        made = calibrate.restored(about, folder / "model.safetensors")
+    image, box = torch.zeros(3, 40, 40, dtype=torch.uint8), torch.tensor([[2.0, 3, 30, 30]])
+    for name in ("a", "b"):
+        scores = made(image, box, torch.tensor([0.5]), [name])
+        assert scores.shape == (1,) and scores.isfinite().all()
+
+
+def detectors_result(folder: Path) -> Path:
+    """metrics.json of two runs, of which the second is to be mutated."""
+    for seed in (0, 1):
+        protocol = {"dataset": "glyphs", "split": 1, "stage": "finetune", "shots": "5", "test_pictures": 50}
+        trained, run = {"dataset": "glyphs", "lr": None}, {"seconds": 3.5, "base": "01234567", "precision": "no"}
+        settings = {"method": "tfa", "seed": seed, "trained": trained, "tested": {"shots": 5}, "id": f"a{seed}"}
+        content = {"AP50": {"base": 80.0, "novel": 30.5, "all": 70.0}, "protocol": protocol}
+        content["settings"] = settings | {"run": run | {"command": "recipes/tfa.py", "commit": "0123"}}
+        path = written(folder / f"seed{seed}" / "metrics.json", json.dumps(content))
+    return path
+
+
+def classifiers_result(file: str, folder: Path) -> Path:
+    for seed in (0, 1):
+        tested = {"ways": 5, "shots": [1, 5], "queries": 15, "tasks": None}
+        settings = {"method": "tim", "seed": seed, "trained": {"dataset": "cub"}, "tested": tested, "id": f"a{seed}"}
+        shots = {"1": {"accuracy": 50.25, "ci95": 0.5}, "5": {"accuracy": 70.0, "ci95": 0.25}}
+        content = {"ways": 5, "tasks": 3, "shots": shots, "settings": settings}
+        written(folder / f"seed{seed}" / "metrics.json", json.dumps(content))
+        written(folder / f"seed{seed}" / "tasks.json", json.dumps({"1": [50.0, 50.5, 50.25], "5": [70.0, 75.0, 65.0]}))
+    return folder / "seed1" / file
+
+
+def read_results(folder: Path) -> None:
+    """Tables, a picture and a paired difference of them."""
+    second = folder / "seed1" / "metrics.json"
+    with redirect_stdout(None):
+        results.main(results.Args((folder,), plot=folder / "plot.png", json=folder / "rows.js"))
+        if results.read(second, "AP50"):
+            results.main(results.Args((second, second), compare=True))
+
+
 READERS: dict[str, Reader] = {
     "VOC xml": Reader(voc_xml, read_published_voc, as_xml),
     "VOC list": Reader(voc, read_published_voc, as_words),
@@ -682,6 +945,29 @@ READERS: dict[str, Reader] = {
     "MAML": Reader(partial(classifier, "maml"), read_model, as_safetensors),
     "detector": Reader(detector, read_model, as_safetensors),
     "mmfewshot classifier": Reader(mm_classifier, read_checkpoint, as_pth),
+    "DeFRCN checkpoint": Reader(defrcn, read_defrcn, as_pth),
+    "torchvision detector": Reader(torchvisions_detector, read_torchvisions, as_pth),
+    "torchvision detector's names": Reader(
+        lambda folder: torchvisions_detector(folder).with_name("names.txt"), read_names, as_words
+    ),
+    "backbone weights pth": Reader(backbone_weights, read_backbone, as_pth),
+    "backbone weights safetensors": Reader(backbone_safetensors, read_backbone, as_safetensors),
+    "timm weights": Reader(timm_weights, read_timm, as_pth),
+    "calibration weights": Reader(
+        calibrating_weights, lambda f: calibrate.backbone(f"squeezenet1_1={f / 'weights.pth'}"), as_pth
+    ),
+    "calibration of a model": Reader(calibrated, read_calibrated, as_calibrated),
+    "CD-FSOD train json": Reader(partial(cd_fsod, "train.json"), read_cd_fsod, as_json),
+    "CD-FSOD test json": Reader(partial(cd_fsod, "test.json"), read_cd_fsod, as_json),
+    "CD-FSOD shots json": Reader(partial(cd_fsod, "1_shot.json"), read_cd_fsod, as_json),
+    "support xml": Reader(partial(supports, "cat/0.xml"), read_supports, as_xml),
+    "support json": Reader(partial(supports, "objects.json"), read_supports, as_json),
+    "support picture": Reader(partial(supports, "cow/only.png"), read_supports, bytewise),
+    "kept features": Reader(partial(kept_features, "features"), keep, as_safetensors),
+    "kept mean": Reader(partial(kept_features, "mean"), keep, as_safetensors),
+    "detector's result": Reader(detectors_result, read_results, as_json),
+    "classifier's result": Reader(partial(classifiers_result, "metrics.json"), read_results, as_json),
+    "classifier's tasks": Reader(partial(classifiers_result, "tasks.json"), read_results, as_json),
 }
 
 
