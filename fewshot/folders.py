@@ -71,8 +71,14 @@ def due(accelerator: Accelerator, method: str, args: Any, folder: str | Path, sh
                 check_same(
                     folder, method, before, now, BASE_ARGS if shared else None, "give another --out, or --overwrite"
                 )
-                result = json.loads((folder / "metrics.json").read_text())
-                print(f"{folder} is finished (--overwrite would replace it): {summary(result)}", flush=True)
+                try:
+                    result = summary(json.loads((folder / "metrics.json").read_text()))
+                except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                    raise InputError(
+                        f"{folder}/metrics.json cannot be read ({error!r:.200}): --test-only tests the model again, "
+                        "--overwrite begins anew"
+                    ) from None
+                print(f"{folder} is finished (--overwrite would replace it): {result}", flush=True)
                 return False
             if not args.resume and state.exists(folder):
                 raise InputError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
