@@ -8,7 +8,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from fewshot import InputError, bases, calibrate, folders, launch, run
-from fewshot.data import check
+from fewshot.data import check, k_shot
 from fewshot.data.detection import PUBLISHED, PUBLISHED_SPLITS, DetectionSet, DetectionSplit, open_split
 from fewshot.data.pipeline import Pipeline
 from fewshot.intervals import mean_interval
@@ -32,6 +32,8 @@ def wanted(accelerator: Accelerator, method: str, args: Any, backbone: str) -> I
         raise InputError("--calibrate is by the shots of fine-tuning: leave it out of base training")
     if args.calibrate:  # fetched once, and what is wrong with it is said before anything is trained
         launch.on_main_only(accelerator, lambda: calibrate.backbone(args.calibrate))
+    if args.stage != "base" and not args.test_only:  # said before a base model is trained
+        k_shot.check_choice(args.shots, args.shot_lists)
     if not (args.base or args.test_only):
         args.backbone = begin
     base, runs = f"{args.out}/base", []

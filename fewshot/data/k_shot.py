@@ -34,12 +34,9 @@ def choose_shots(dataset: DetectionSet, shots: Shots, seed: int, given: str | Pa
     Raises:
         InputError: as these functions do, for less than one shot, and for a file with another number of shots.
     """
-    if shots != "all" and shots < 1:
-        raise InputError(f"--shots {shots}: give a whole number of at least 1, or all")
+    check_choice(shots, given)
     if given is None:
         return target_shots(dataset, shots) if dataset.target else select_shots(dataset, shots, seed)
-    if not Path(given).exists():
-        raise InputError(f"{given}: is it there? --shot-lists takes a shots.json or a folder of published lists")
     if Path(given).is_dir():
         return read_shot_lists(dataset, given, shots, seed)
     chosen = load_shots(given, dataset)
@@ -49,6 +46,14 @@ def choose_shots(dataset: DetectionSet, shots: Shots, seed: int, given: str | Pa
     if shots != "all" and most != shots and (most > shots or found != there):
         raise InputError(f"{given} has {most} shots of a class, not {shots}; say --shots {most} or give another file")
     return _noted(chosen, shots)
+
+
+def check_choice(shots: Shots, given: str | Path | None) -> None:
+    """What can be said of these arguments of `choose_shots` without data, raising as it does."""
+    if shots != "all" and shots < 1:
+        raise InputError(f"--shots {shots}: give a whole number of at least 1, or all")
+    if given is not None and not Path(given).exists():
+        raise InputError(f"{given}: is it there? --shot-lists takes a shots.json or a folder of published lists")
 
 
 def select_shots(dataset: DetectionSet, shots: Shots, seed: int) -> DetectionSet:
