@@ -155,7 +155,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with torch.serialization.safe_globals([*arrays, *named]):
             content = weights.unpickled(Path(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
+        raise InputError(f"{path}: no such checkpoint; correct the path") from None
     except pickle.UnpicklingError as error:
         culprit = re.search(r"(?:GLOBAL|class|function) (\S+)", str(error))
         what = culprit[1] if culprit else "an object"

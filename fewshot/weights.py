@@ -19,6 +19,7 @@ from torch import nn
 from fewshot import InputError
 from fewshot.described import Said, Shapes, checked
 
+ADVICE = "give the model.safetensors of a run, or of one of scripts/convert_*.py"
 FORMAT = 1  # of the metadata; a reader refuses newer ones
 
 
@@ -61,13 +62,13 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Said]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118  (not a dict)
     except (SafetensorError, LookupError, RuntimeError) as error:  # also of types that torch has not
-        raise InputError(f"{path}: not a model file of this project ({error!s:.300})") from error
+        raise InputError(f"{path}: not a model file of this project ({error!s:.300}); {ADVICE}") from error
 
 
 def describe_file(path: str | Path) -> Said:
     """What a file that `save` wrote says of itself, `described.checked`. Raises InputError as `load` does."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such model file")
+        raise InputError(f"{path}: no such model file; train it first, or correct the path")
 
     def said(fields: dict[str, Any]) -> Said:
         about = Said(fields)
@@ -80,9 +81,9 @@ def describe_file(path: str | Path) -> Said:
             about = said({key: json.loads(value, object_hook=said) for key, value in texts.items()})
             about.shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a model file of this project ({error!s:.300})") from error
+        raise InputError(f"{path}: not a model file of this project ({error!s:.300}); {ADVICE}") from error
     if not isinstance(about.get("fewshot_format"), int):
-        raise InputError(f"{path}: not a model file of this project (it does not describe itself)")
+        raise InputError(f"{path}: not a model file of this project (it does not describe itself); {ADVICE}")
     if about["fewshot_format"] > FORMAT:
         raise InputError(
             f"{path}: written by a newer version (format {about['fewshot_format']}, this one reads {FORMAT})"
@@ -97,7 +98,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         InputError: it cannot be read, or holds other objects, whose code is not run.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such weights file")
+        raise InputError(f"{path}: no such weights file; correct the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

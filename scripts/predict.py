@@ -59,7 +59,7 @@ def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
     A picture that cannot be decoded is left out with a warning, unless its class has no other.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of supports")
+        raise InputError(f"{folder}: no such folder of supports; correct --support")
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     if not classes:
         raise InputError(f"{folder} has no class folder: put the pictures of every class into a folder of its name")
@@ -127,7 +127,7 @@ def queries(places: Sequence[Path]) -> list[Path]:
     found = []
     for place in places:
         if not place.exists():
-            raise InputError(f"{place}: no such picture or folder")
+            raise InputError(f"{place}: no such picture or folder; correct --query")
         found += pictures_in(place) if place.is_dir() else [place]
     if not found:
         raise InputError(f"{', '.join(map(str, places))}: no picture there")
@@ -149,6 +149,8 @@ def main(args: Args) -> None:
         raise InputError("--reject is for classifiers and their --support: leave it out")
     if classifies and (args.share_proposals or args.calibrate or args.test_proposals is not None):
         raise InputError("--share-proposals, --calibrate and --test-proposals are for detectors: leave them out")
+    if classifies and not args.support:
+        raise InputError(f"{args.model} is a classifier, which knows no class without --support: give a folder of them")
     paths = queries(args.query)
     if args.support:
         supports, pictures, labels = read_supports(args.support)
