@@ -896,7 +896,8 @@ def read_results(folder: Path) -> None:
     """Tables, a picture and a paired difference of them."""
     second = folder / "seed1" / "metrics.json"
     with redirect_stdout(None):
-        results.main(results.Args((folder,), plot=folder / "plot.png", json=folder / "rows.js"))
+        results.main(results.Args((folder,), json=folder / "rows.js"))
+        results.draw(results.rows(results.collect([folder], "AP50")), "AP50")
         if results.read(second, "AP50"):
             results.main(results.Args((second, second), compare=True))
 
