@@ -22,7 +22,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -115,6 +115,8 @@ def read(path: Path, metric: str) -> Run | None:
         if run is not None and (flaw := _flaw(run)):
             raise ValueError(flaw)
         return run
+    except InputError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # of a file that is not what a run wrote
         raise InputError(
             f"{path}: not a result with its settings ({error!r:.200}); test its run again, or leave it out"
@@ -139,7 +141,7 @@ def _run(path: Path, metrics: dict[str, Any], metric: str) -> Run | None:
         values = {f"{k}-shot": (v["accuracy"], v["ci95"]) for k, v in metrics["shots"].items()}
         test = f"{metrics['tasks']} tasks"
         file = path.with_name("tasks.json" if path.name == "metrics.json" else f"{path.stem}-tasks.json")
-        tasks = _tasks(file) if file.exists() else None
+        tasks = _tasks(file, path, metrics["shots"]) if file.exists() else None
     elif metrics.get(metric):
         protocol, shots = metrics["protocol"], args.pop("shots")
         shots = "base" if protocol["stage"] == "base" else str(shots)
@@ -153,16 +155,16 @@ def _run(path: Path, metrics: dict[str, Any], metric: str) -> Run | None:
     return Run(path, where, args, settings["seed"], values, test, identity, about, tasks)
 
 
-def _tasks(file: Path) -> dict[str, list[float]]:
-    """Accuracies of single tasks, by shots."""
+def _tasks(file: Path, result: Path, shots: Mapping[str, Any]) -> dict[str, list[float]] | None:
+    """Accuracies of single tasks, by the shots of the result that the file is of."""
     tasks = annotations.read_json(file)
     if not isinstance(tasks, dict) or not all(
         isinstance(values, list) and values and all(map(_is_number, values)) for values in tasks.values()
     ):
         raise InputError(f"{file}: not the accuracies of tasks by shots; test its run again, or remove it")
-    if len({len(values) for values in tasks.values()}) > 1 or not all(map(str.isdecimal, tasks)):
-        raise InputError(f"{file}: not as many tasks of all shots; test its run again, or remove it")
-    return tasks
+    if len({len(values) for values in tasks.values()}) > 1 or (tasks and tasks.keys() != shots.keys()):
+        raise InputError(f"{file}: not as many tasks of all shots of {result.name}; test its run again, or remove it")
+    return tasks or None
 
 
 def _is_number(value: Any) -> bool:
@@ -178,7 +180,7 @@ def _flaw(run: Run) -> str | None:
         return f"ways {run.where.get('ways')}, shots {shots}"
     for column, (value, half) in run.values.items():
         known = column.removesuffix("-shot").isdecimal() if run.classifies else column in GROUPS
-        if not (known and _is_number(value) and (half is None or _is_number(half))):
+        if not (known and _is_number(value) and (half is None or (_is_number(half) and half >= 0))):
             return f"{column} {value!r} ± {half!r}"
     if not run.values:
         return "no numbers"
