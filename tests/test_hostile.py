@@ -985,6 +985,7 @@ WHOLE = (
     " has no object of a class ",
     " test pictures has a novel object",
     " part, only ",
+    "none of these runs has ",
 )  # of what a set lacks as a whole, its folder is named
 
 
