@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,12 @@ from fewshot import InputError
 
 T = TypeVar("T")
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # nothing left, of the disk, of a quota, of what a file may have
+# What torch says when another process is gone, and what that means
+ENDED = {
+    "DataLoader worker (pid": "a process that loads data was ended, as the system does when memory is short: give "
+    "fewer --workers",
+    "gloo/transport": "another process has ended, look for what it says",
+}
 
 
 class Signals:
@@ -47,8 +53,8 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
     """The Accelerator of this launch, seeded; at the end of the block its trackers and processes are ended.
 
     Precision, devices and processes come from `accelerate launch` (or its config file), nothing else does. An
-    `InputError`, a loss that is not finite, a full disk and an interruption end the program with one line and a status
-    that is not 0; any other exception with its traceback, as it is a mistake of ours.
+    `InputError`, a loss that is not finite, a full disk, an interruption and another process's end end the program with
+    one line and a status that is not 0; any other exception with its traceback, as it is a mistake of ours.
     """
     accelerator = Accelerator(log_with="wandb" if args.wandb else None, step_scheduler_with_optimizer=False)
     who = "" if accelerator.is_main_process else f" (process {accelerator.process_index})"
@@ -75,6 +81,13 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
             raise
         end_trackers(accelerator)
         raise SystemExit(f"error{who}: {error}: make room on the disk; --resume then goes on with {method}") from None
+    except RuntimeError as error:
+        reason = next((reason for words, reason in ENDED.items() if words in str(error)), None)
+        if reason is None:
+            raise
+        end_trackers(accelerator)
+        first = str(error).strip().partition("\n")[0]
+        raise SystemExit(f"error{who}: {reason} ({first}); --resume goes on with {method}") from None
     except KeyboardInterrupt as error:
         end_trackers(accelerator)
         if accelerator.is_main_process:
@@ -94,6 +107,16 @@ def check_together(accelerator: Accelerator) -> None:
             f"{started} processes were started, but each works alone without a GPU: set ACCELERATE_USE_CPU=1, or start "
             "them by accelerate launch --cpu"
         )
+
+
+def end_after_another(accelerator: Accelerator, group: torch.distributed.ProcessGroup) -> NoReturn:
+    """Ends this process, quietly, after one that has failed: whoever ends first has the launcher end the others."""
+    try:
+        torch.distributed.barrier(group)
+    except RuntimeError as error:  # what is waited for: the other has said why, and is gone
+        end_trackers(accelerator)
+        raise SystemExit(1) from error
+    raise RuntimeError("a process that had failed went on")
 
 
 def end_trackers(accelerator: Accelerator) -> None:

@@ -30,6 +30,7 @@ from fewshot.schedule import Schedule
 
 T = TypeVar("T")
 LOG_EVERY = 10  # steps between lines of log.jsonl; also how often the losses are brought from the device
+FAILED = 1000  # above all signals: this and its index is what a process tells the others if its data cannot be read
 TIMED = range(3, 23)  # of a run's steps: what the rest will take is estimated from these; the first ones warm up
 
 
@@ -186,7 +187,7 @@ class Record:
         """(step, batch) for the steps that remain, the first being step `self.step + 1`, with a progress bar.
 
         Every step begins from a seed made of (seed, step, process), so that whatever it draws, a resumed run draws too.
-        Ctrl-C and SIGTERM end the loop after the step at hand, whose state is saved.
+        Ctrl-C, SIGTERM and data that cannot be read end the loop after the step at hand, whose state is saved.
         """
         if self.test_only:
             return
@@ -196,18 +197,47 @@ class Record:
         self.bar = tqdm(batches, initial=self.step, total=total, desc=self.folder.name, **options)
         launch.signals.waiting = True
         try:
-            for step, batch in enumerate(self.bar, self.step + 1):
+            rest = iter(self.bar)
+            while (batch := self._next(rest)) is not None:
+                step = self.step + 1
                 torch.manual_seed(launch.mix(self.args.seed, step, self.accelerator.process_index))
                 yield step, batch
                 self.step = step
                 self._estimate(step - self.feed.start, total - step)
-                if self._told_to_stop():
-                    self._stop()
         finally:
             launch.signals.waiting = False
         self._flush()
         if self.step != total:
             raise RuntimeError(f"the data ended after step {self.step} of {total}")
+
+    def _next(self, batches: Iterator[T]) -> T | None:
+        """The next batch, or None after the last; if any process was told to stop, or has no data, all stop here.
+
+        Raises:
+            InputError: this process's data cannot be read; the state of the last step is saved.
+            KeyboardInterrupt: a process was told to stop; likewise.
+        """
+        failure, told = None, torch.zeros(1, dtype=torch.long)
+        try:
+            batch = next(batches, None)
+            told += launch.signals.received
+        except InputError as error:
+            failure = error
+            told += FAILED + self.accelerator.process_index
+        if self._together is not None:
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self._together)
+        if not told:
+            return batch
+        if self.step not in (0, self.saved):
+            self._flush()
+            self._save_state(self.step)
+        saved = self.step and f"step {self.step} of {self.folder} is saved; the same command with --resume goes on"
+        if told == FAILED + self.accelerator.process_index:
+            where = f"met in step {self.step + 1}, {saved}" if saved else f"met in the first step of {self.folder}"
+            raise InputError(f"{failure}; {where}") from failure
+        if told >= FAILED:
+            launch.end_after_another(self.accelerator, self._together)
+        raise KeyboardInterrupt(saved or "")
 
     def _estimate(self, done: int, remaining: int) -> None:
         """Say once how long the rest takes, if one would go and get a coffee."""
@@ -219,20 +249,6 @@ class Record:
         shorter = ": more than a day; fewer steps (--iters), smaller pictures or a GPU make it shorter"
         if seconds > 60 and self.accelerator.is_main_process:
             tqdm.write(f"{remaining} more steps take about {_duration(seconds)}{shorter * (seconds > 86400)}")
-
-    def _told_to_stop(self) -> bool:
-        """Whether any process was: all leave the loop after the same step."""
-        if self._together is None:
-            return bool(launch.signals.received)
-        told = torch.tensor([launch.signals.received])
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self._together)
-        return bool(told.item())
-
-    def _stop(self) -> None:
-        if self.saved != self.step:
-            self._flush()
-            self._save_state(self.step)
-        raise KeyboardInterrupt(f"step {self.step} of {self.folder} is saved; the same command with --resume goes on")
 
     def log(self, step: int, losses: Mapping[str, torch.Tensor], ids: Sequence[Any] = ()) -> None:
         """Remember this step's terms; every tenth step their means over steps and processes go to the log.
