@@ -109,11 +109,25 @@ def stream(
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_run,
     )
-    for item in loader:
+    for item in _received(loader):
         if isinstance(item, InputError):
             raise item
         # DataLoader makes lists of tuples
         yield tuple(map(delivered, item)) if isinstance(item, (tuple, list)) else delivered(item)
+
+
+def _received(loader: DataLoader) -> Iterator[Any]:
+    """What the workers make. One that is killed while it hands over a batch breaks the connection, not only itself."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if not loader.num_workers or str(error).startswith("Caught "):  # from the data, in a worker or here
+            raise
+        reason = f"{type(error).__name__} {error}".strip()
+        raise InputError(
+            "a process that loads data was ended, as the system does when memory is short: give fewer --workers "
+            f"({reason})"
+        ) from error
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
