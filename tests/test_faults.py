@@ -56,7 +56,7 @@ def all_files_are_watched(straight: Path, names: list[str]) -> bool:
     return {path.name for path in straight.rglob("*") if path.is_file()} <= touched
 
 
-@pytest.mark.parametrize(("recipe", "spread"), [("proto_net", 4), ("meta_rcnn", 2)])
+@pytest.mark.parametrize(("recipe", "spread"), [("proto_net", 3), pytest.param("meta_rcnn", 3, marks=pytest.mark.slow)])
 def test_killed_at_an_operation_on_files(recipe, spread, tmp_path):
     """Wherever in writing its files a run is killed, --resume ends with the weights, results and log of a straight one.
 
@@ -272,7 +272,7 @@ def remove_all(file: Path) -> None:
     shutil.rmtree(file.parents[1])
 
 
-@pytest.mark.parametrize("recipe", OWN)
+@pytest.mark.parametrize("recipe", ["proto_net", pytest.param("meta_rcnn", marks=pytest.mark.slow)])
 def test_data_that_go_in_the_middle_of_training(recipe, monkeypatch, tmp_path):
     """One line names the file and the step; when the data are back, the run goes on from the step before."""
     data, reading = own(recipe, tmp_path / "data"), Reading(monkeypatch)
@@ -295,7 +295,8 @@ def test_data_that_go_in_the_middle_of_training(recipe, monkeypatch, tmp_path):
         assert same(tmp_path / "straight" / folder, broken)
 
 
-@pytest.mark.parametrize("recipe", ["proto_net", pytest.param("meta_rcnn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OWN)
 def test_data_that_only_one_of_two_processes_misses(recipe, tmp_path):
     """Both end after the same step, whose state is saved, and one says why."""
     data = own(recipe, tmp_path / "data")
