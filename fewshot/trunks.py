@@ -103,10 +103,13 @@ class C4(Trunk):
         anchor_scales: sides of square anchors in units of the stride.
         pyramid: what a feature pyramid on this trunk is like.
         architecture: `c4(**architecture)` builds this trunk again, with fresh weights.
+        least_side: cells that a map's side needs for stage 4.
 
     A meta trunk has a second first convolution, `meta_conv`, for supports with a box mask as fourth channel; all that
     follows is shared (Meta R-CNN, Yan et al., 2019, section 3.2).
     """
+
+    least_side = 1
 
     def __init__(
         self,
@@ -157,6 +160,8 @@ class C4(Trunk):
 
 class SmallC4(C4):
     """`small`: its layers 2 and 3 have one stride, and its stage 4 ends in a convolution over a whole RoI."""
+
+    least_side = 5
 
     def pyramid_stages(self) -> tuple[nn.Module, ...]:
         return self.layer1, nn.Sequential(self.layer2, self.layer3), self.stage4[0]

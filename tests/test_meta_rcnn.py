@@ -17,7 +17,7 @@ from detector_goldens import (
 )
 from naming_rule import close, golden
 
-from fewshot import trunks
+from fewshot import InputError, trunks
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.mmfewshot import detector_name
@@ -164,3 +164,10 @@ def test_other_aggregations_take_a_pass_per_class():
         background.append(model.cls(seen)[:, 5])
     assert torch.allclose(logits[:, 5], torch.stack(background).mean(0), atol=1e-5)
     assert logits[:, 2].eq(0).all() and deltas[:, 2].eq(0).all()
+
+
+def test_supports_that_are_too_small():
+    model = MetaRCNN(trunks.c4("small", meta=True), 3).eval()
+    assert model.support_vectors(torch.zeros(2, 4, 73, 73)).shape == (2, 256)
+    with pytest.raises(InputError, match=r"supports of 72 pixels .* --support-size 80"):
+        model.support_vectors(torch.zeros(2, 4, 72, 72))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewshot import InputError
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN, Detections
 from fewshot.trunks import C4
@@ -66,7 +67,14 @@ class MetaRCNN(nn.Module):
         return {**self.trunk.describe(), "sizes": {"rois": self.rois, **self.rpn.sizes()}}
 
     def support_vectors(self, supports: Tensor) -> Tensor:
-        """Vectors (n, D) of supports (n, 4, S, S), normalised image and 0/1 mask: sigmoid, then mean over the map."""
+        """Vectors (n, D) of supports (n, 4, S, S), normalised image and 0/1 mask: sigmoid, then mean over the map.
+
+        Raises InputError for supports too small for the trunk.
+        """
+        (side, stride), least = (supports.shape[-1], self.trunk.stride), self.trunk.least_side
+        if -(-side // stride) // 2 < least:
+            advice = f"--support-size {2 * stride * least} is enough"
+            raise InputError(f"supports of {side} pixels are too small for this trunk: {advice}")
         features = F.max_pool2d(self.trunk(supports, support=True), 2)
         return self.trunk.stage4(features).float().sigmoid().mean((2, 3))
 
