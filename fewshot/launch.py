@@ -80,7 +80,10 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
         if error.errno not in DISK_FULL:
             raise
         end_trackers(accelerator)
-        raise SystemExit(f"error{who}: {error}: make room on the disk; --resume then goes on with {method}") from None
+        where = "" if error.filename else f"{args.out}: "  # a failed write does not name its file
+        raise SystemExit(
+            f"error{who}: {where}{error}: make room on the disk; --resume then goes on with {method}"
+        ) from None
     except RuntimeError as error:
         reason = next((reason for words, reason in ENDED.items() if words in str(error)), None)
         if reason is None:

@@ -1,5 +1,6 @@
 """A run's record: schedules, logs, exact resume, and what stops a run."""
 
+import errno
 import json
 import os
 import shutil
@@ -264,3 +265,12 @@ def test_wrong_model_files_are_named(tmp_path):
     with pytest.raises(InputError, match="bias does not belong"):
         weights.fill(nn.Linear(4, 2, bias=False), state, tmp_path / "m")
     weights.fill(nn.Linear(4, 2, bias=False), state, tmp_path / "m", fresh=("bias",))
+
+
+@pytest.mark.parametrize("file", [(), ("log.jsonl",)])
+def test_a_full_disk_is_named(file):
+    """The failure of a write to an open file names none: then the run's folder is."""
+    args = SimpleNamespace(wandb=False, resume=False, overwrite=False, seed=0, out="runs/a")
+    told = "log.jsonl" if file else r"error: runs/a: .*: make room on the disk; --resume"
+    with pytest.raises(SystemExit, match=told), launch.started("tiny", args):
+        raise OSError(errno.ENOSPC, "No space left on device", *file)
