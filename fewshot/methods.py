@@ -171,8 +171,10 @@ def _backbone(about: About, **options: Any) -> nn.Module:
 
 
 def _setting(about: About, name: str) -> Any:
-    """A number that a recipe worked out, or else its flag."""
-    return about.get(name) or about["args"][name]
+    """What a recipe worked out, or else its flag. Raises InputError for a file that has neither."""
+    if (value := about.get(name) or about["args"][name]) is None:
+        raise InputError(f"a model that does not say its {name!r}: save it anew")
+    return value
 
 
 def _relation_net(about: About) -> ByMeans:

@@ -206,6 +206,7 @@ class Record:
                 self._estimate(step - self.feed.start, total - step)
         finally:
             launch.signals.waiting = False
+            self.bar.close()  # before what ends the run is said, which is to be the last line
         self._flush()
         if self.step != total:
             raise RuntimeError(f"the data ended after step {self.step} of {total}")
