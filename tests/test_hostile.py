@@ -986,7 +986,8 @@ WHOLE = (
     " test pictures has a novel object",
     " part, only ",
     "none of these runs has ",
-)  # of what a set lacks as a whole, its folder is named
+    ", its annotation says ",
+)  # of what a set lacks as a whole, its folder is named; of a picture unlike its annotation, the picture
 
 
 def outcome(read: Callable[[], Any], name: str) -> str:

@@ -435,13 +435,18 @@ def _missing_in(root: Path) -> str:
     return f"{holds(root)}; give --data-root"
 
 
+def _files(folder: str) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
+
+
 def with_pictures(records: list[Record], source: str | Path, fault: Fault = refuse) -> list[Record]:
     """Find out now, not after hours, that pictures are missing: one listing per folder instead of a look at each.
 
     `source` is what annotates them, for messages.
     """
     folders = {os.path.dirname(record.path) for record in records}
-    there = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
+    there = {folder: _files(folder) if os.path.isdir(folder) else set() for folder in folders}
     found = [r for r in records if os.path.basename(r.path) in there[os.path.dirname(r.path)]]
     if len(found) < len(records):
         kept = {id(record) for record in found}
