@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -156,6 +157,7 @@ def main(top: Path, plan: dict[str, Any]) -> None:
     The report: `names` of all operations of the run, `killed`, and `wrong`, a list of what was not as it should be.
     """
     tqdm.tqdm.monitor_interval = 0  # its thread would not live on in a fork
+    tqdm.tqdm.set_lock(threading.RLock())  # forks share the usual one, which a killed run may hold for ever
     torch.set_num_threads(1)
     detection._glyph_records = functools.cache(detection._glyph_records)
     sys.addaudithook(operations.audit)
