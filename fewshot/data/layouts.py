@@ -396,6 +396,7 @@ def _yolo_place(place: Path, root: str | None, value: str, path: Path) -> Path:
 
 def _read_yolo(place: Path, source: Source, fault: Fault) -> Annotated:
     names, _ = _yolo_names(place)
+    by = f", which {file.name} names" if (file := _yolo_names_file(place)).suffix != ".txt" else ""
     found: dict[Path, Path] = {}  # picture -> the folder or list that has it
     for entry in source:
         if entry.is_dir():
@@ -403,7 +404,7 @@ def _read_yolo(place: Path, source: Source, fault: Fault) -> Annotated:
             found |= dict.fromkeys(files.values(), entry)
             labels = _by_stem(_label_place(place, entry), {".txt"}, fault)
             for stem in labels.keys() - files.keys() - {"classes"}:
-                fault(f"{labels[stem]}: no picture {stem!r} in {entry}; put it there or take the file out")
+                fault(f"{labels[stem]}: no picture {stem!r} in {entry}{by}; put it there or take the file out")
         else:
             lines = filter(None, map(str.strip, annotations.read_text(entry).splitlines()))
             listed = (_yolo_place(place, str(entry.parent.relative_to(place)), line, entry) for line in lines)
