@@ -986,8 +986,7 @@ WHOLE = (
     " test pictures has a novel object",
     " part, only ",
     "none of these runs has ",
-    ", its annotation says ",
-)  # of what a set lacks as a whole, its folder is named; of a picture unlike its annotation, the picture
+)  # of what a set lacks as a whole, its folder is named
 
 
 def outcome(read: Callable[[], Any], name: str) -> str:
