@@ -212,11 +212,12 @@ def test_an_unreadable_picture_is_named_also_from_a_worker(voc):
 def test_a_picture_of_another_size_than_annotated_is_named(voc):
     opened = open_detection("voc", voc, part="test")
     path = Path(opened.records[0].path)
+    says = f"{path.parents[1] / 'Annotations' / path.stem}.xml says 100 x 80"
     for size in ((100, 79), (80, 100)):
         Image.new("RGB", size).save(path)
         with pytest.raises(InputError) as error:
             opened.image(0)
-        one_line(error, str(path), f"{size[0]} x {size[1]} pixels", "100 x 80", "correct")
+        one_line(error, str(path), f"{size[0]} x {size[1]} pixels", says, "correct")
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (100, 80)).save(path, exif=exif)

@@ -289,6 +289,22 @@ def test_a_turned_picture_in_yolo_is_measured_upright(tmp_path):
     assert dataset.image(i).shape == (3, 80, 50) and np.allclose(dataset.records[i].boxes, [[20, 36, 30, 44]])
 
 
+@pytest.mark.parametrize(
+    ("write", "file"), [(coco, "train.json"), (service, "_annotations.coco.json"), (voc, "{}.xml")]
+)
+def test_a_picture_of_another_size_names_the_file_that_has_its_size(write, file, tmp_path):
+    pictures = make_pictures()
+    write(pictures, divided(pictures, "train", "test"), tmp_path)
+    train = open_split(str(tmp_path), "").train
+    record = train.records[0]
+    Image.new("RGB", (33, 99)).save(record.path, "PNG")
+    with pytest.raises(InputError) as error:
+        train.image(0)
+    named = file.format(Path(record.path).stem)
+    before, says = str(error.value).split(f"{named} says {record.width} x {record.height}, ")
+    assert f"{record.path} is 33 x 99 pixels, {tmp_path}" in before and "correct the annotation" in says
+
+
 def test_what_is_left_out_or_altered_is_noted(tmp_path):
     pictures = make_pictures(10)
     yolo(pictures, divided(pictures, "train", "test"), tmp_path)

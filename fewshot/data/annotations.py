@@ -60,6 +60,7 @@ class Record:
     areas: np.ndarray | None = None  # float32 (n,), of COCO's masks, for its size classes; None: the boxes' areas
     scene: int | None = None  # number of the glyph scene to draw
     image_id: int | str | None = None  # as the json has it, for COCO's format
+    annotated_in: str = ""  # the file that says its size and its boxes
 
     def select(self, which: np.ndarray | Sequence[int]) -> "Record":
         """The same picture with only the objects `which`: a mask, or positions in the order wanted."""
@@ -131,7 +132,8 @@ def _voc_record(folder: Path, name: str, ids: Path, fault: Fault) -> Record | No
         width, height, objects = found
         picture = folder / "JPEGImages" / f"{name}.jpg"
         labelled = [(box, VOC_CLASSES.index(label), difficult) for box, label, difficult in objects]
-        return make_record(f"{folder.name}/{name}", picture, width, height, labelled)
+        record = make_record(f"{folder.name}/{name}", picture, width, height, labelled)
+        return replace(record, annotated_in=str(path))
     return None
 
 
@@ -264,8 +266,8 @@ def read_json_annotations(path: Path, flawed: Literal["skip", "take", "refuse"],
     records = []
     for id, image in by_id.items():
         size = int(image["width"]), int(image["height"])
-        records.append(make_record(str(id), image["file_name"], *size, objects[id]))
-        records[-1].image_id = id
+        record = make_record(str(id), image["file_name"], *size, objects[id])
+        records.append(replace(record, image_id=id, annotated_in=str(path)))
     notes = [] if flawed == "take" else box_notes(path, records, dropped)
     if flawed == "refuse":
         check_unit(path, records, dropped, "pixels, [x, y, width, height]", fault)

@@ -84,8 +84,8 @@ class DetectionSet:
                 else "so its boxes are of another picture: correct the annotation or the picture"
             )
             raise InputError(
-                f"{record.path} is {image.shape[2]} x {image.shape[1]} pixels, its annotation says {record.width} x "
-                f"{record.height}, {reason}"
+                f"{record.path} is {image.shape[2]} x {image.shape[1]} pixels, {record.annotated_in} says "
+                f"{record.width} x {record.height}, {reason}"
             )
         return image
 

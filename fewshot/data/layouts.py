@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
@@ -28,7 +28,6 @@ from fewshot.data.annotations import Annotated, Fault, Part, Record, refuse
 
 Kind = Literal["coco", "voc", "yolo"]
 Source = tuple[Path, ...]  # what one part is read from: a json; a list of names or a folder of xml; folders of pictures
-Item = tuple[Path, tuple[int, int] | None, list[tuple]]  # picture, its size if annotated, (box, class)
 KNOWN = (
     "COCO (train.json, annotations/*train*.json or train/_annotations.coco.json), VOC (JPEGImages and Annotations) or "
     "YOLO (data.yaml, images and labels)"
@@ -37,6 +36,15 @@ SPELLINGS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 YAMLS = ("data.yaml", "data.yml", "dataset.yaml")
 HELD_OUT = 5  # one picture in so many is tested on where there is no test part
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on the picture lies on its side
+
+
+class Item(NamedTuple):
+    """A picture and what is annotated on it."""
+
+    path: Path
+    objects: list[tuple]  # (box, class)
+    size: tuple[int, int] | None = None  # width and height if that is annotated
+    annotated_in: str = ""  # the file that says so
 
 
 @dataclass
@@ -298,12 +306,13 @@ def _read_voc(place: Path, source: Source, fault: Fault) -> Annotated:
         if name not in files:
             fault(f"{xmls.get(name, listed)}: no picture {name!r} in {folder}; put it there or take its name out")
         elif name not in xmls:
-            items.append((files[name], None, []))
+            items.append(Item(files[name], []))
         elif content := annotations.read_xml(xmls[name], fault=fault):
             width, height, objects = content
-            items.append((files[name], (width, height), [(box, label) for box, label, _ in objects]))
+            labelled = [(box, label) for box, label, _ in objects]
+            items.append(Item(files[name], labelled, (width, height), str(xmls[name])))
             difficult += sum(marked for _, _, marked in objects)
-    classes = sorted({name for _, _, objects in items for _, name in objects})
+    classes = sorted({name for item in items for _, name in item.objects})
     read = _annotated(listed, items, {name: number for number, name in enumerate(classes, 1)}, "pixels", fault)
     # A rule of that benchmark: other layouts cannot say it, and would give other numbers.
     as_others = [f"{listed}: objects marked difficult, taken like others: {difficult}"] if difficult else []
@@ -419,7 +428,7 @@ def _read_yolo(place: Path, source: Source, fault: Fault) -> Annotated:
         if label.is_file():
             objects, more = annotations.read_yolo(label, names, fault)
             polygons += more
-        items.append((picture, None, objects))
+        items.append(Item(picture, objects))
     read = _annotated(
         _listed(source),
         items,
@@ -459,11 +468,11 @@ def _by_stem(folder: Path, suffixes: set[str], fault: Fault) -> dict[str, Path]:
 
 def _annotated(source: Any, items: list[Item], ids: dict[str, int], unit: str, fault: Fault) -> Annotated:
     """Records of pictures and their objects, without the boxes that are of no use; sizes not known are looked up."""
-    unsized = [path for path, size, _ in items if size is None]
+    unsized = [item.path for item in items if item.size is None]
     with ThreadPoolExecutor() as pool:
         sizes = dict(zip(unsized, pool.map(lambda path: _size(path, fault), unsized)))
     labels, dropped, records = {name: label for label, name in enumerate(ids)}, {}, []
-    for path, size, objects in items:
+    for path, objects, size, annotated_in in items:
         size = size or sizes[path]
         if size is None:  # not readable
             continue
@@ -474,7 +483,7 @@ def _annotated(source: Any, items: list[Item], ids: dict[str, int], unit: str, f
                 dropped.setdefault(flaw, []).append(str(path))
             else:
                 kept.append(((x1, y1, x2, y2), labels[name], False))
-        records.append(annotations.make_record("", path, *size, kept))
+        records.append(replace(annotations.make_record("", path, *size, kept), annotated_in=annotated_in))
     annotations.check_unit(source, records, dropped, unit, fault)
     return Annotated(ids, records, annotations.box_notes(source, records, dropped))
 
