@@ -238,6 +238,7 @@ class Record:
             raise InputError(f"{failure}; {where}") from failure
         if told >= FAILED:
             launch.end_after_another(self.accelerator, self._together)
+        launch.signals.received = int(told)  # another process's signal is the status of all
         raise KeyboardInterrupt(saved or "")
 
     def _estimate(self, done: int, remaining: int) -> None:

@@ -115,7 +115,8 @@ class Started:
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
         self.log = out.with_name(f"{out.name}.log")
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stdout=log, stderr=log)
+            streams = {"stdout": log, "stderr": log, "start_new_session": True}  # a process group, as a terminal's
+            self.process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, **streams)
 
     def wait_for(self, file: Path) -> None:
         deadline = time.time() + 120
@@ -144,6 +145,10 @@ class Started:
     def said(self) -> list[str]:
         text = re.sub(r"\x1b\[A|\r", "\n", self.log.read_text())  # how progress bars move
         return [line.strip() for line in text.splitlines() if line.strip()]
+
+    def statuses(self) -> list[int]:
+        """What the launcher says of how its processes ended."""
+        return [int(code) for line in self.said() for code in re.findall(r"exitcode\s*: (-?\d+)", line)]
 
     def lines(self, begin: str) -> list[str]:
         return [line for line in self.said() if re.match(begin, line)]
@@ -174,14 +179,20 @@ def straight_of_two(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_of_two_processes_is_told_to_stop(rank, straight_of_two, tmp_path):
-    """Both stop after the same step, whose state is saved once; two processes go on with it."""
+@pytest.mark.parametrize("who", ["first", "second", "all"])
+def test_two_processes_are_told_to_stop(who, straight_of_two, tmp_path):
+    """By SIGTERM to one of them, or Ctrl-C to all and their launcher: both stop after the same step, whose state is
+    saved once; two processes go on with it."""
     out = tmp_path / "run"
     began = Started("proto_net", f"{LONG} --workers 0", out, processes=2)
     began.wait_for(out / "log.jsonl")
-    began.ranks()[rank].send_signal(signal.SIGTERM)
+    if who == "all":
+        os.killpg(began.process.pid, signal.SIGINT)
+    else:
+        began.ranks()[who == "second"].send_signal(signal.SIGTERM)
     assert began.ended() != 0
+    # the launcher may end the other before it has ended by itself
+    assert who == "all" or {128 + signal.SIGTERM} <= set(began.statuses()) <= {128 + signal.SIGTERM, -signal.SIGTERM}
     (line,) = began.lines("interrupted: ")
     assert f"step {saved_step(out)} of {out} is saved" in line and began.no_traceback_of_ours()
     assert not (out / "last.old").exists(), "saved more than once"
@@ -325,12 +336,12 @@ def test_data_that_only_one_of_two_processes_misses(recipe, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A disk of its own of 16 MB."""
+    """A disk of its own of 64 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     try:
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], capture_output=True, text=True
+            ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], capture_output=True, text=True
         )
     except FileNotFoundError:
         pytest.skip("there is no mount")
@@ -377,10 +388,12 @@ def test_a_full_disk(disk, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_any_write(disk, monkeypatch):
-    rooms = list(range(0, 1_200_000, 100_000))
-    named = full_at("proto_net", rooms, disk, monkeypatch)
-    print(f"proto_net: {len(rooms)} sizes of a full disk; not written: {named}")
+@pytest.mark.parametrize(("recipe", "most"), [("proto_net", 1_200_000), ("meta_rcnn", 18_000_000)])
+def test_a_disk_that_is_full_at_any_write(recipe, most, disk, monkeypatch):
+    """`most` is what the run writes after its second step."""
+    rooms = [most * i // 12 for i in range(12)]
+    named = full_at(recipe, rooms, disk, monkeypatch)
+    print(f"{recipe}: {len(rooms)} sizes of a full disk; not written: {named}")
     assert named
 
 
