@@ -56,6 +56,16 @@ def save_classifier(folder: Path, method: str, model: nn.Module) -> Path:
     return folder
 
 
+def save_classifiers(folder: Path) -> dict[str, Path]:
+    """An untrained model of every classifier."""
+    torch.manual_seed(0)
+    places = {}
+    for method, build in RECIPES.items():
+        model = build(load(method), backbone(pooled=False) if method == "relation_net" else backbone())
+        places[method] = save_classifier(folder / method, method, model)
+    return places
+
+
 def save_detector(folder: Path, method: str, model: nn.Module, **more) -> Path:
     dataset = detection.open_detection("glyphs", "", part="test")
     about = {"method": method, "args": ARGS | {"split": 1, "shots": 5}, "stage": "base", **model.describe()}
@@ -80,11 +90,8 @@ def meta_rcnn(cls: type[MetaRCNN] = MetaRCNN) -> MetaRCNN:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     """An untrained model of every classifier, and of a detector of each sort, as recipes save them."""
-    folder, places = tmp_path_factory.mktemp("runs"), {}
-    torch.manual_seed(0)
-    for method, build in RECIPES.items():
-        model = build(load(method), backbone(pooled=False) if method == "relation_net" else backbone())
-        places[method] = save_classifier(folder / method, method, model)
+    folder = tmp_path_factory.mktemp("runs")
+    places = save_classifiers(folder)
     places["tfa"] = save_detector(folder / "tfa", "tfa", TFA(fpn("small"), 15, test_proposals=(300, 30)))
     places["meta_rcnn"] = save_detector(folder / "meta_rcnn", "meta_rcnn", meta_rcnn())
     attention = AttentionRPN(c4("small"), 15, test_proposals=(300, 30))

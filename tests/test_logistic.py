@@ -16,15 +16,6 @@ GOLDENS = golden("cls_pmf_frozen")
 WAYS = 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads do little but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", ["frozen_1shot_64", "frozen_5shot_384"])
 def test_equals_scikit_learns_optimum(name, dtype):

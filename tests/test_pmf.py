@@ -21,15 +21,6 @@ from fewshot.pmf import PMF, Cosine
 CASES = golden("cls_pmf_frozen")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads do little but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def features(case: dict) -> list[Tensor]:
     """Supports (1, ways * shots, D) and queries (1, m, D) of a golden case."""
     tag, ways, d = case["tag"], case["ways"], case["dim"]

@@ -19,15 +19,6 @@ GOLDENS = [f"{name}_5way_{shots}shot" for name in ("neg_margin", "neg_margin_tra
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads do little but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def stored_features(episode: str, part: str, n: int) -> Tensor:
     """Supports or queries (1, 5 * n, 128) of a golden episode, class-major."""
     noisy = 0.5 * array(f"{episode}/centre", (WAYS, 128))[:, None] + array(f"{episode}/{part}", (WAYS, n, 128))

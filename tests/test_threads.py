@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from test_inference import NAMES, RECIPES, backbone, meta_rcnn, pictures, save_classifier, save_detector, scenes
+from test_inference import (
+    NAMES,
+    RECIPES,
+    backbone,
+    meta_rcnn,
+    pictures,
+    save_classifier,
+    save_classifiers,
+    save_detector,
+    scenes,
+)
 from test_prototype_detector import base as untrained
-from test_recipes import load
 from torch import nn
 
 import fewshot
@@ -39,11 +48,8 @@ THREADS, TIMES = 4, 3
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     """An untrained model of every classifier, and of detectors, these with novel classes that can be calibrated."""
-    folder, places = tmp_path_factory.mktemp("runs"), {}
-    torch.manual_seed(0)
-    for method, build in RECIPES.items():
-        model = build(load(method), backbone(pooled=False) if method == "relation_net" else backbone())
-        places[method] = save_classifier(folder / method, method, model)
+    folder = tmp_path_factory.mktemp("runs")
+    places = save_classifiers(folder)
     detectors = {"tfa": TFA(fpn("small"), 15, test_proposals=(300, 30)), "meta_rcnn": meta_rcnn()}
     detectors["attention_rpn"] = AttentionRPN(c4("small"), 15, test_proposals=(300, 30))
     for method, model in detectors.items():

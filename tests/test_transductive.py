@@ -24,15 +24,6 @@ GROUPS = {
 WAYS = 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads do little but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def golden_task(case: dict, transform: str) -> tuple[Tensor, Tensor]:
     """A case's supports (ways * shots, D) and queries (m, D), float64, as its method takes them."""
     tag, d = case["tag"], case["dim"]
