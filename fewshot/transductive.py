@@ -410,14 +410,17 @@ def _transport(scores: Tensor, tolerance: float = 1e-6, rounds: int = 1000) -> T
     """
     plan = (scores - scores.amax(1, keepdim=True)).exp()  # a factor of a query's cancels in the first round
     share, tiny = plan.shape[2] / plan.shape[1], torch.finfo(plan.dtype).tiny
-    sums = plan.sum(1, keepdim=True)
-    runs = torch.ones_like(sums[..., :1], dtype=torch.bool)
+    rest, which = plan, torch.arange(len(plan), device=plan.device)  # the tasks that go on
+    sums = rest.sum(1, keepdim=True)
     for _ in range(rounds):
-        later = plan / sums
-        later *= share / later.sum(2, keepdim=True).clamp(min=tiny)
-        plan = torch.where(runs, later, plan)
-        before, sums = sums, plan.sum(1, keepdim=True)
-        runs = (sums - before).abs().amax(2, keepdim=True) > tolerance  # no more for a task that has stopped
-        if not runs.any():
-            break
+        rest = rest / sums
+        rest *= share / rest.sum(2, keepdim=True).clamp(min=tiny)
+        before, sums = sums, rest.sum(1, keepdim=True)
+        more = (sums - before).abs().amax((1, 2)) > tolerance
+        if not more.all():
+            plan[which] = rest
+            rest, sums, which = rest[more], sums[more], which[more]
+            if not len(which):
+                break
+    plan[which] = rest
     return plan
