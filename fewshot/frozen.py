@@ -35,7 +35,7 @@ NOT_KEPT = "{}: features cannot be kept here ({}): give another --features"
 
 def folder(method: str, args: Any) -> str:
     """Where a run goes by default: runs/METHOD/DATASET-BACKBONE-..., the backbone being a network or a trained run."""
-    start = args.backbone or (args.init and "-".join(_file(args.init).parent.parts[-2:]))
+    start = args.backbone or (args.init and "-".join(weights.model_file(args.init).parent.parts[-2:]))
     novel, test = (value and Path(value).stem for value in (args.novel, args.test_dataset))
     unequal = None if args.imbalance is None else f"imbalance{args.imbalance:g}"
     return folders.default(method, args.dataset, novel, start, test and f"on-{test}", unequal, f"seed{args.seed}")
@@ -63,7 +63,7 @@ def opened(accelerator: Accelerator, args: Any) -> Opened:
         )
     source = args.out if args.test_only else args.init
     if source:
-        trained = weights.describe_file(_file(source))
+        trained = weights.describe_file(source)
         name = trained.get("backbone") or trained["args"]["backbone"]
         pictures = {"size": trained["size"], "normalisation": Normalisation.from_dict(trained["normalisation"])}
     else:
@@ -81,16 +81,11 @@ def opened(accelerator: Accelerator, args: Any) -> Opened:
     accelerator.print(f"{test_set.origin}: {len(test_set)} pictures of {len(test_set.classes)} classes to test on")
     if source:
         backbone = backbones.build(name, base_set.size)
-        weights.fill_part(backbone, _file(source), "features.")
+        weights.fill_part(backbone, source, "features.")
     else:
         backbone = backbones.of(args, base_set.size)
     backbone.freeze()
     return Opened(backbone, base_set, test_set, base_set.describe() | {"backbone": name})
-
-
-def _file(source: str | Path) -> Path:
-    path = Path(source)
-    return path if path.suffix == ".safetensors" else path / "model.safetensors"
 
 
 def features(accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, args: Any) -> Tensor:

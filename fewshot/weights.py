@@ -51,12 +51,19 @@ def save_state(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[
         raise InputError(f"{path} cannot be written ({error}): make room on the disk, or give another folder") from None
 
 
+def model_file(source: str | Path) -> Path:
+    """The model's file that is meant by itself, or by the folder of its run."""
+    path = Path(source)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Said]:
-    """(state dict, metadata) of a file that `save` wrote.
+    """(state dict, metadata) of a file that `save` wrote, or of the one in a run's folder.
 
     Raises:
         InputError: the file is missing, not ours, or of a newer format.
     """
+    path = model_file(path)
     about = describe_file(path)
     try:
         with safe_open(path, "pt") as file:
@@ -66,8 +73,9 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Said]:
 
 
 def describe_file(path: str | Path) -> Said:
-    """What a file that `save` wrote says of itself, `described.checked`. Raises InputError as `load` does."""
-    if not Path(path).is_file():
+    """What a file that `save` wrote says of itself, `described.checked`; arguments and errors as of `load`."""
+    path = model_file(path)
+    if not path.is_file():
         raise InputError(f"{path}: no such model file; train it first, or correct the path")
 
     def said(fields: dict[str, Any]) -> Said:
@@ -189,7 +197,7 @@ def check_fit(model: nn.Module, shapes: Shapes, source: str | Path, fresh: Seque
 
 
 def fill_part(module: nn.Module, path: str | Path, prefix: str, without: Sequence[str] = ()) -> None:
-    """Copy the tensors of the model file `path` whose names begin with `prefix` into `module`; all must fit.
+    """Copy the tensors of the model `path`, as of `load`, whose names begin with `prefix` into `module`; all must fit.
 
     Those whose names go on with one of `without` are left where they are, on either side.
 
@@ -205,8 +213,7 @@ def fill_part(module: nn.Module, path: str | Path, prefix: str, without: Sequenc
 
 def digest(path: str | Path) -> str:
     """SHA-256 of a model's file, or of the one in a run's folder: which base model a result comes from."""
-    path = Path(path)
-    return hashlib.sha256((path / "model.safetensors" if path.is_dir() else path).read_bytes()).hexdigest()
+    return hashlib.sha256(model_file(path).read_bytes()).hexdigest()
 
 
 def commit() -> str:

@@ -97,7 +97,7 @@ class Args:
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
     style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
     weights: str | None = None  # imagenet (default), a file, none, or objects: names them first (default of small)
-    init: str | None = None  # start the trunk from that of a model of meta_rcnn or fsdetview, instead of --weights
+    init: str | None = None  # run or model of meta_rcnn or fsdetview whose trunk to start from, instead of --weights
     rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
     # run
     out: str | None = None  # where everything goes; by default runs/attention_rpn/<dataset>-split<split>-<backbone>

@@ -64,7 +64,7 @@ class Args:
     weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
     size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
     freeze: bool = False  # train only what is not the backbone
-    init: str | None = None  # start from the backbone of this model file, say a trained baseline
+    init: str | None = None  # run or model file whose backbone to start from, say a trained baseline
     # run
     out: str | None = None  # where everything goes; by default runs/frn/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness

@@ -3,9 +3,9 @@
 A backbone that was trained to classify all training classes (recipes/baseline.py) is trained on, on episodes, with the
 cosine to class means and a learnt temperature.
 
-    accelerate launch recipes/meta_baseline.py --init runs/baseline/glyphs-conv4-seed0/model.safetensors
+    accelerate launch recipes/meta_baseline.py --init runs/baseline/glyphs-conv4-seed0
     accelerate launch recipes/meta_baseline.py
-    accelerate launch recipes/meta_baseline.py --dataset cub --init runs/baseline/cub-conv4-seed0/model.safetensors
+    accelerate launch recipes/meta_baseline.py --dataset cub --init runs/baseline/cub-conv4-seed0
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Args:
     weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
     size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
     freeze: bool = False  # train only what is not the backbone
-    init: str | None = None  # start from the backbone of this model file, say a trained baseline
+    init: str | None = None  # run or model file whose backbone to start from, say a trained baseline
     # run
     out: str | None = None  # where everything goes; by default runs/meta_baseline/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness

@@ -4,7 +4,7 @@ A pretrained backbone is meta-trained on episodes, by cosines to class means, an
 every task of the test. The official search for the rate of that looks at labels of test queries and is not offered:
 `--test-lr auto` is the official rule that divides a task's supports instead (with one shot it does not fine-tune).
 
-    accelerate launch recipes/pmf.py --init runs/baseline/glyphs-conv4-seed0/model.safetensors
+    accelerate launch recipes/pmf.py --init runs/baseline/glyphs-conv4-seed0
     accelerate launch recipes/pmf.py --dataset cifar_fs --backbone timm/vit_small_patch16_224.dino
     accelerate launch recipes/pmf.py --test-only --test-steps 0
 """
@@ -63,7 +63,7 @@ class Args:
     backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
     weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
     size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
-    init: str | None = None  # start from the backbone of this model file, say a trained baseline
+    init: str | None = None  # run or model file whose backbone to start from, say a trained baseline
     test_steps: int = 50  # of Adam on a test task's supports; 0: no fine-tuning
     test_lr: Literal["auto"] | float = "auto"  # rate of these steps; auto: found for every task, from its supports
     # run

@@ -4,7 +4,7 @@ A class is the mean of its support features, and a query belongs to the class wh
 
     accelerate launch recipes/proto_net.py
     accelerate launch recipes/proto_net.py --dataset omniglot --data-root data
-    accelerate launch recipes/proto_net.py --init runs/baseline/glyphs-conv4-seed0/model.safetensors
+    accelerate launch recipes/proto_net.py --init runs/baseline/glyphs-conv4-seed0
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Args:
     size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
     freeze: bool = False  # train only what is not the backbone
     distance: heads.Distance = "scaled"  # squared: the paper's; scaled: over the root of D; euclidean: mmfewshot's
-    init: str | None = None  # start from the backbone of this model file, say a trained baseline
+    init: str | None = None  # run or model file whose backbone to start from, say a trained baseline
     # run
     out: str | None = None  # where everything goes; by default runs/proto_net/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness

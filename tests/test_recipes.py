@@ -252,8 +252,8 @@ def test_the_documentations_use_of_models_runs(tmp_path, monkeypatch):
 def test_a_trained_backbone_can_be_taken_over(tmp_path, capsys):
     run_here("baseline", f"{QUICK['baseline']} --out {tmp_path / 'a'}")
     model = tmp_path / "a" / "model.safetensors"
-    for recipe in ("meta_baseline", "feat", "frn"):
-        run_here(recipe, f"{EPISODIC} --lr 0 --init {model} --out {tmp_path / recipe}")
+    for recipe, init in (("meta_baseline", model), ("feat", model.parent), ("frn", model.parent)):
+        run_here(recipe, f"{EPISODIC} --lr 0 --init {init} --out {tmp_path / recipe}")
         a, b = load_file(model), load_file(tmp_path / recipe / "model.safetensors")
         names = [name for name in a if name.startswith("features.") and name.endswith(("weight", "bias"))]
         assert len(names) == 16 and all(torch.equal(a[name], b[name]) for name in names)
