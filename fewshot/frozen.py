@@ -35,7 +35,10 @@ NOT_KEPT = "{}: features cannot be kept here ({}): give another --features"
 
 def folder(method: str, args: Any) -> str:
     """Where a run goes by default: runs/METHOD/DATASET-BACKBONE-..., the backbone being a network or a trained run."""
-    start = args.backbone or (args.init and "-".join(weights.model_file(args.init).parent.parts[-2:]))
+    start = args.backbone
+    if args.init:
+        path = Path(args.init)
+        start = "-".join((path.parent if path.suffix == ".safetensors" else path).parts[-2:])
     novel, test = (value and Path(value).stem for value in (args.novel, args.test_dataset))
     unequal = None if args.imbalance is None else f"imbalance{args.imbalance:g}"
     return folders.default(method, args.dataset, novel, start, test and f"on-{test}", unequal, f"seed{args.seed}")
