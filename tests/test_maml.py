@@ -46,20 +46,23 @@ def reference(case: str, **options) -> tuple[MAML, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_meta_gradient_equals_the_reference(case):
+    """In float64: at 84 pixels float32's rounding moves single gradients by 4 % on some processors."""
     expected = CASES[case]
     model, task = reference(case)
+    model = model.double()
+    task = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in task.items()}
     loss = model(**task)
-    assert loss.item() == pytest.approx(expected["query_loss"], rel=1e-4)
+    assert loss.item() == pytest.approx(expected["query_loss"], rel=1e-5)
     loss.backward()
     ours = {name: p.grad for name, p in model.named_parameters()}
     assert ours.keys() == {our_name(key) for key in expected["meta_grad_norm"]}
     for key, norm in expected["meta_grad_norm"].items():
         gradient = ours[our_name(key)]
         if norm < 1e-5:  # biases in front of batch norm: rounding errors of 0
-            assert gradient.norm() < 1e-5
+            assert gradient.norm() < 1e-12
         else:
-            assert gradient.norm().item() == pytest.approx(norm, rel=2e-3)
-            close(gradient, expected["meta_grad"][key], 2e-3)
+            assert gradient.norm().item() == pytest.approx(norm, rel=1e-5)
+            close(gradient, expected["meta_grad"][key], 2e-5)
 
 
 @pytest.mark.parametrize("case", ["32_second_order", "84_second_order"])
