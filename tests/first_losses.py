@@ -71,10 +71,10 @@ def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
     module = module_of(recipe)
     run.Record.log = remember
     try:
-        # TFA's stage for novel classes goes on from its base model
-        out = folder / (recipe if "--stage" in RUNS[name] else name.replace(" ", "_"))
-        if "--stage" in RUNS[name] and not (out / "base" / "metrics.json").exists():
-            module.main(tyro.cli(module.Args, args=[*DETECTOR.split(), "--stage", "base", "--out", str(out)]))
+        out = folder / name.replace(" ", "_")
+        if "--stage" in RUNS[name]:  # goes on from a base model, which no step has moved, or rounding would have
+            base = [*DETECTOR.split(), "--stage", "base", "--lr", "0", "--out", str(out)]
+            module.main(tyro.cli(module.Args, args=base))
             seen.clear()
         module.main(tyro.cli(module.Args, args=[*RUNS[name].split(), "--out", str(out)]))
     finally:

@@ -60,7 +60,7 @@ class Record:
     areas: np.ndarray | None = None  # float32 (n,), of COCO's masks, for its size classes; None: the boxes' areas
     scene: int | None = None  # number of the glyph scene to draw
     image_id: int | str | None = None  # as the json has it, for COCO's format
-    annotated_in: str = ""  # the file that says its size and its boxes
+    annotated_in: str = ""  # the file that says its size; "" where the picture alone does
 
     def select(self, which: np.ndarray | Sequence[int]) -> "Record":
         """The same picture with only the objects `which`: a mask, or positions in the order wanted."""

@@ -83,9 +83,10 @@ class DetectionSet:
                 if turned
                 else "so its boxes are of another picture: correct the annotation or the picture"
             )
+            says = f"{record.annotated_in} says" if record.annotated_in else "when the data set was opened it was"
             raise InputError(
-                f"{record.path} is {image.shape[2]} x {image.shape[1]} pixels, {record.annotated_in} says "
-                f"{record.width} x {record.height}, {reason}"
+                f"{record.path} is {image.shape[2]} x {image.shape[1]} pixels, {says} {record.width} x "
+                f"{record.height}, {reason}"
             )
         return image
 
