@@ -9,7 +9,9 @@ from naming_rule import GAINS, boxes, close, image, weight
 from torch import Tensor, nn
 
 from fewshot.data.transforms import CAFFE, Normalisation
+from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN, Detections
+from fewshot.detectors.meta_rcnn import MetaRCNN
 
 SIZE = (256, 320)  # height and width of the reference's pictures
 EVERY = 10**7  # number of samples that takes all
@@ -95,3 +97,36 @@ def support_stack(order: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         mask[:, y1:y2, x1:x2] = 1
         stacks.append(torch.cat([normalised(f"support_c{c}_s{s}", 224, 224), mask]))
     return torch.stack(stacks), torch.tensor([c for c, _ in order])
+
+
+def check_query_path(model: MetaRCNN, expected: Mapping[str, Any]) -> None:
+    """What Meta R-CNN and its kin make of a query picture before any support is seen."""
+    query = normalised("query0")[None]
+    close(query, expected["input"])
+    features = model.trunk(query)
+    close(features, expected["backbone"][0])
+    check_rpn(model.rpn, [features], expected)
+    fixed = torch.tensor(expected["fixed_proposals"])
+    close(faster_rcnn.roi_align(features, [fixed], 14, 16), expected["roi_align"])
+    close(model.roi_vectors(features, [fixed]), expected["roi_shared_head"])
+
+
+def check_all_classes_at_once(
+    model: MetaRCNN, expected: Mapping[str, Any], queries: Tensor, vectors: Tensor, labels: Tensor
+) -> None:
+    """Detections of a query picture by the prototypes of all supports, and by those of some."""
+    query, fixed = normalised("query0")[None], torch.tensor(expected["fixed_proposals"])
+    logits, deltas = model.classify(queries)  # all classes at once
+    assert torch.allclose(logits, torch.tensor(expected["merged_cls_score"]), atol=1e-4)
+    close(deltas.flatten(1), expected["merged_bbox_pred"])
+    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3), expected["det_fixed"])
+    (found,) = model.detect(query, [SIZE])
+    check_detections(found, expected["det_e2e"])
+
+    some = torch.isin(labels, torch.tensor([1, 4, 7]))
+    model.set_prototypes(vectors[some], labels[some])
+    assert model.known.nonzero()[:, 0].tolist() == [1, 4, 7]
+    logits, deltas = model.classify(queries)
+    close(logits, expected["merged_cls_score_supports_only_1_4_7"])
+    found = faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3)
+    check_detections(found, expected["det_fixed_supports_only_1_4_7"])

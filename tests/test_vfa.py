@@ -8,9 +8,9 @@ import tyro
 from detector_goldens import (
     EVERY,
     SIZE,
-    check_detections,
+    check_all_classes_at_once,
     check_gradients,
-    check_rpn,
+    check_query_path,
     fill,
     normalised,
     support_stack,
@@ -53,14 +53,7 @@ def noise(case, monkeypatch) -> Tensor:
 @torch.no_grad()
 def test_query_path(case):
     model, expected = case[0], case[1]["test"]
-    query = normalised("query0")[None]
-    close(query, expected["input"])
-    features = model.trunk(query)
-    close(features, expected["backbone"][0])
-    check_rpn(model.rpn, [features], expected)
-    fixed = torch.tensor(expected["fixed_proposals"])
-    close(faster_rcnn.roi_align(features, [fixed], 14, 16), expected["roi_align"])
-    close(model.roi_vectors(features, [fixed]), expected["roi_shared_head"])
+    check_query_path(model, expected)
 
 
 @torch.no_grad()
@@ -87,20 +80,7 @@ def test_support_path_and_detections(case):
         logits, deltas = model.outputs(queries, model.prototypes[int(c)])
         close(logits, wanted["cls_score"])
         close(deltas.flatten(1), wanted["bbox_pred"])
-    logits, deltas = model.classify(queries)  # all classes at once
-    assert torch.allclose(logits, torch.tensor(expected["merged_cls_score"]), atol=1e-4)
-    close(deltas.flatten(1), expected["merged_bbox_pred"])
-    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3), expected["det_fixed"])
-    (found,) = model.detect(query, [SIZE])
-    check_detections(found, expected["det_e2e"])
-
-    some = torch.isin(labels, torch.tensor([1, 4, 7]))
-    model.set_prototypes(vectors[some], labels[some])
-    assert model.known.nonzero()[:, 0].tolist() == [1, 4, 7]
-    logits, deltas = model.classify(queries)
-    close(logits, expected["merged_cls_score_supports_only_1_4_7"])
-    found = faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3)
-    check_detections(found, expected["det_fixed_supports_only_1_4_7"])
+    check_all_classes_at_once(model, expected, queries, vectors, labels)
 
 
 def test_autoencoder_in_training(case, noise):
