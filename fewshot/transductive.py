@@ -11,7 +11,7 @@ the method does:
 Prototypes that stay in the span of a task's features (TIM-ADM, PT-MAP) are known by their coefficients,
 w = sum_i b_i x_i, so that a step costs products with the Gram matrix K_ij = x_i x_j, however long features are:
 x_i w = (K b)_i and |w|² = b K b. Adam's steps leave the span: TIM-GD and alpha-TIM work on the features, which should
-stay in a processor's cache, as those of some 32 tasks of 100 x 640 do; more at once is not faster.
+stay in a processor's cache: of 100 x 640, 64 tasks at once were faster than 32, by a seventh, and than 128.
 
 Inside, classes come before samples, (tasks, ways, samples), for then sums over classes go along rows.
 """

@@ -54,6 +54,8 @@ class Args:
 
 
 class AlphaTIM(nn.Module):
+    tasks_at_once = 64  # whose features stay in a processor's cache through all steps
+
     def __init__(self, backbone: nn.Module, **options):
         super().__init__()
         self.features, self.options = backbone, options

@@ -54,6 +54,8 @@ class Args:
 
 
 class PTMAP(nn.Module):
+    tasks_at_once = 128  # the transport of a task has only a number for each query and class
+
     def __init__(self, backbone: nn.Module, clamp: bool, **options):
         super().__init__()
         self.features, self.clamp, self.options = backbone, clamp, options

@@ -55,6 +55,8 @@ class Args:
 
 
 class TIM(nn.Module):
+    tasks_at_once = 64  # whose features stay in a processor's cache through all steps
+
     def __init__(self, backbone: nn.Module, version: str, **options):
         super().__init__()
         self.features, self.options = backbone, options

@@ -46,7 +46,7 @@ from fewshot.meta_test import CHUNK_BYTES
 LONG = 4.0  # seconds: what takes longer is timed once
 WAYS, QUERIES = 5, 15  # of the tasks that are timed
 SEPARATION = 0.25  # of classes' features, in standard deviations within a class: one shot is right every other time
-LOGISTIC_AT_ONCE = 256  # tasks, as the recipe has it
+AT_ONCE = {"logistic": 256, "pt_map": 128, "tim_gd": 64, "tim_adm": 64, "alpha_tim": 64}  # tasks, as in the recipes
 
 
 @dataclass
@@ -269,7 +269,7 @@ def transductive_rows(methods: tuple[str, ...], tasks: int, width: int = 640, lo
     for shots in (1, 5):
         support, query = drawn_tasks(features, shots, tasks)
         for name, (prepare, method, plain) in cases.items():
-            chunk = LOGISTIC_AT_ONCE if name == "logistic" else tasks_at_once(width, shots)
+            chunk = AT_ONCE.get(name) or tasks_at_once(width, shots)
             fast = seconds(
                 lambda: in_chunks(prepare, method, features.flatten(0, 1), support, query, chunk),  # noqa: B023
                 repeat=3,

@@ -52,8 +52,11 @@ def test_features_of_transductive_rows_are_realistic():
 
 
 def test_chunks_are_those_of_the_recipes():
-    assert load("logistic", "recipes").Logistic.tasks_at_once == benchmark.LOGISTIC_AT_ONCE
-    for recipe in ("simple_shot", "bd_cspn", "laplacian_shot", "tim", "alpha_tim", "pt_map"):
+    classes = {"logistic": "Logistic", "tim": "TIM", "alpha_tim": "AlphaTIM", "pt_map": "PTMAP"}
+    of_recipes = {recipe: getattr(load(recipe, "recipes"), name).tasks_at_once for recipe, name in classes.items()}
+    of_tim = of_recipes.pop("tim")
+    assert of_recipes | {"tim_gd": of_tim, "tim_adm": of_tim} == benchmark.AT_ONCE
+    for recipe in ("simple_shot", "bd_cspn", "laplacian_shot"):
         assert "tasks_at_once" not in Path(load(recipe, "recipes").__file__).read_text()
     assert [benchmark.tasks_at_once(640, shots) for shots in (1, 5)] == [40, 32]
 
