@@ -60,13 +60,16 @@ def watched(recipe: str, steps: int, every: int, folder: Path) -> tuple[list[lis
 
 
 def check(recipe: str, steps: int, every: int, room: float, folder: Path) -> None:
-    """After the first third nothing grows by more than `room` MB, and no file stays open."""
+    """From the second third to the last nothing grows by more than `room` MB, and no file stays open.
+
+    What a process keeps is the least that it has in that time: batches on their way come and go, by megabytes.
+    """
     memory, files = watched(recipe, steps, every, folder)
     first = len(memory) // 3
     assert all(len(sizes) == 3 for sizes in memory), "the run and its two workers"
-    grown = [last - begun for begun, last in zip(memory[first], memory[-1])]
-    print(f"{recipe}, {steps} steps: {memory[first]} MB, then {memory[-1]} MB; files {files[first]}, then {files[-1]}")
-    assert max(grown) < room, memory
+    second, last = ([min(sizes) for sizes in zip(*part)] for part in (memory[first : 2 * first], memory[2 * first :]))
+    print(f"{recipe}, {steps} steps: {second} MB, then {last} MB; files {files[first]}, then {files[-1]}")
+    assert max(end - begun for begun, end in zip(second, last)) < room, memory
     late = files[2 * len(files) // 3 :]
     assert late[-1][0] <= files[first][0] + 1, files
     # batches on their way are open files too, now more, now fewer
@@ -77,9 +80,9 @@ def check(recipe: str, steps: int, every: int, room: float, folder: Path) -> Non
 @pytest.mark.parametrize(
     ("recipe", "steps", "every", "room"),
     [
-        ("proto_net", 240, 20, 4),
-        pytest.param("proto_net", 4000, 200, 6, marks=pytest.mark.slow),
-        pytest.param("tfa", 1500, 100, 6, marks=pytest.mark.slow),
+        ("proto_net", 240, 20, 2),
+        pytest.param("proto_net", 4000, 200, 3, marks=pytest.mark.slow),
+        pytest.param("tfa", 1500, 100, 3, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_grows(recipe, steps, every, room, tmp_path):
