@@ -80,9 +80,9 @@ def check(recipe: str, steps: int, every: int, room: float, folder: Path) -> Non
 @pytest.mark.parametrize(
     ("recipe", "steps", "every", "room"),
     [
-        ("proto_net", 240, 20, 4),
-        pytest.param("proto_net", 4000, 200, 6, marks=pytest.mark.slow),
-        pytest.param("tfa", 1500, 100, 6, marks=pytest.mark.slow),
+        ("proto_net", 480, 20, 4),
+        pytest.param("proto_net", 4000, 200, 3, marks=pytest.mark.slow),
+        pytest.param("tfa", 1500, 100, 3, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_grows(recipe, steps, every, room, tmp_path):
