@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewshot import InputError, backbones, feat, frn, heads, logistic, task_heads, transductive, weights
+from fewshot import InputError, backbones, heads, weights
 from fewshot.described import NESTED, Said, check_flags, check_known
 from fewshot.detectors import build, prototype
 from fewshot.detectors.attention_rpn import AttentionRPN
@@ -26,8 +26,9 @@ from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.prototype import PrototypeDetector
 from fewshot.detectors.tfa import TFA
 from fewshot.detectors.vfa import VFA
-from fewshot.maml import MAML
-from fewshot.pmf import PMF
+from fewshot.heads import feat, fine_tuned, frn, logistic, transductive
+from fewshot.heads.maml import MAML
+from fewshot.heads.pmf import PMF
 
 About = dict[str, Any]  # what a model's file says of itself
 Groups = Sequence[Sequence[int]]  # the rows of every class's supports
@@ -110,7 +111,7 @@ class FineTuned(FeatureClassifier):
 
     unused = ("head.",)  # what told the training classes apart is of no use to others
 
-    def __init__(self, backbone: nn.Module, fit: Callable[..., task_heads.LinearHeads | task_heads.CosineHeads]):
+    def __init__(self, backbone: nn.Module, fit: Callable[..., fine_tuned.LinearHeads | fine_tuned.CosineHeads]):
         super().__init__(backbone)
         self.fit = fit
 
@@ -122,7 +123,7 @@ class FineTuned(FeatureClassifier):
         trained = self._fitted(support[equal(groups)][None], len(groups))
         return lambda query: trained.logits(query[None])[0]
 
-    def _fitted(self, support: Tensor, ways: int) -> task_heads.LinearHeads | task_heads.CosineHeads:
+    def _fitted(self, support: Tensor, ways: int) -> fine_tuned.LinearHeads | fine_tuned.CosineHeads:
         n = support.shape[1]
         return self.fit(support, ways, steps=150 if n == ways else 600, batch_size=min(4, n))
 
@@ -223,9 +224,9 @@ def _pt_map(about: About) -> TrainingFree:
 
 
 CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
-    "baseline": lambda about: FineTuned(_backbone(about), task_heads.fit_linear),
-    "baseline_plus": partial(_fine_tuned, task_heads.fit_cosine),
-    "neg_margin": partial(_fine_tuned, task_heads.fit_normalised),
+    "baseline": lambda about: FineTuned(_backbone(about), fine_tuned.fit_linear),
+    "baseline_plus": partial(_fine_tuned, fine_tuned.fit_cosine),
+    "neg_margin": partial(_fine_tuned, fine_tuned.fit_normalised),
     "proto_net": lambda about: ByMeans(_backbone(about), partial(heads.prototype, distance=about["args"]["distance"])),
     "matching_net": lambda about: MatchingNet(_backbone(about), about["args"]["temperature"]),
     "relation_net": _relation_net,

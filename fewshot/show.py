@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 
 from fewshot.data.detection import DetectionSet
-from fewshot.evaluate import Detections
+from fewshot.evaluation.average_precision import Detections
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # elsewhere only where something is drawn: it takes long to import

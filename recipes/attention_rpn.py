@@ -17,13 +17,16 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import bases, detect, folders, launch, run, stages, trunks, weights
+from fewshot import weights
+from fewshot.backbones import trunks
 from fewshot.data import detection, k_shot
 from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.build import rebuilt
-from fewshot.pretrain import name_objects
-from fewshot.schedule import Passes, Schedule
+from fewshot.evaluation import detect
+from fewshot.training import bases, folders, launch, run, stages
+from fewshot.training.pretrain import name_objects
+from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "attention_rpn"  # names runs and models; a copy of this recipe needs a name of its own
 

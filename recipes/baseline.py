@@ -15,12 +15,14 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, folders, launch, run, task_heads
+from fewshot import backbones
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
-from fewshot.meta_test import meta_test, report
-from fewshot.plan import folder, opened, planned
-from fewshot.schedule import Passes, Schedule
+from fewshot.evaluation.meta_test import meta_test, report
+from fewshot.heads import fine_tuned
+from fewshot.training import folders, launch, run
+from fewshot.training.plan import folder, opened, planned
+from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "baseline"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -80,7 +82,7 @@ class Baseline(nn.Module):
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each task's supports."""
-        return task_heads.linear(support, query, ways, steps=150 if support.shape[1] == ways else 600)
+        return fine_tuned.linear(support, query, ways, steps=150 if support.shape[1] == ways else 600)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b, classes) of the training classes for images (b, 3, H, W)."""

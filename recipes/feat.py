@@ -15,12 +15,14 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, feat, folders, launch, run, weights
+from fewshot import backbones, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
-from fewshot.meta_test import meta_test, report
-from fewshot.plan import folder, opened, planned
-from fewshot.schedule import Passes, Schedule
+from fewshot.evaluation.meta_test import meta_test, report
+from fewshot.heads import feat
+from fewshot.training import folders, launch, run
+from fewshot.training.plan import folder, opened, planned
+from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "feat"  # names runs and models; a copy of this recipe needs a name of its own
 

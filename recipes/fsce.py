@@ -15,13 +15,16 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import bases, detect, fpn, launch, run, stages, trunks, weights
+from fewshot import weights
+from fewshot.backbones import fpn, trunks
 from fewshot.data import k_shot
 from fewshot.data.pipeline import train_loader
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.tfa import grow
-from fewshot.schedule import Passes, Schedule, choose
+from fewshot.evaluation import detect
+from fewshot.training import bases, launch, run, stages
+from fewshot.training.schedule import Passes, Schedule, choose
 
 METHOD = "fsce"  # names runs and models; a copy of this recipe needs a name of its own
 

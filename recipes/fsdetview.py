@@ -16,13 +16,16 @@ from typing import Literal
 import torch
 import tyro
 
-from fewshot import bases, detect, launch, run, stages, trunks, weights
+from fewshot import weights
+from fewshot.backbones import trunks
 from fewshot.data import k_shot
 from fewshot.data.pipeline import train_loader
 from fewshot.data.support import NWayKShot
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsdetview import FSDetView
-from fewshot.schedule import Passes, Schedule
+from fewshot.evaluation import detect
+from fewshot.training import bases, launch, run, stages
+from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "fsdetview"  # names runs and models; a copy of this recipe needs a name of its own
 

@@ -14,13 +14,14 @@ from typing import get_args
 import torch
 import tyro
 
-from fewshot import backbones, folders, launch, run
+from fewshot import backbones
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
-from fewshot.maml import MAML
-from fewshot.meta_test import meta_test_images, report
-from fewshot.plan import folder, opened, planned
-from fewshot.schedule import Passes, Schedule
+from fewshot.evaluation.meta_test import meta_test_images, report
+from fewshot.heads.maml import MAML
+from fewshot.training import folders, launch, run
+from fewshot.training.plan import folder, opened, planned
+from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "maml"  # names runs and models; a copy of this recipe needs a name of its own
 

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, folders, heads, launch, run, task_heads
+from fewshot import backbones, heads
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
-from fewshot.meta_test import meta_test, report
-from fewshot.plan import folder, opened, planned
-from fewshot.schedule import Passes, Schedule
+from fewshot.evaluation.meta_test import meta_test, report
+from fewshot.heads import fine_tuned
+from fewshot.training import folders, launch, run
+from fewshot.training.plan import folder, opened, planned
+from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "neg_margin"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -87,7 +89,7 @@ class NegMargin(nn.Module):
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each task's supports."""
         steps = 150 if support.shape[1] == ways else 600
-        return task_heads.normalised(support, query, ways, steps=steps, temperature=self.test_temperature)
+        return fine_tuned.normalised(support, query, ways, steps=steps, temperature=self.test_temperature)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Logits (b, classes) of the training classes for images (b, 3, H, W), with the margin on `labels` (b,)."""

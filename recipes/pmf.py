@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from fewshot import backbones, folders, launch, run, weights
+from fewshot import backbones, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
-from fewshot.meta_test import meta_test, meta_test_images, report
-from fewshot.plan import folder, opened, planned
-from fewshot.pmf import PMF, Cosine
-from fewshot.schedule import Passes
+from fewshot.evaluation.meta_test import meta_test, meta_test_images, report
+from fewshot.heads.pmf import PMF, Cosine
+from fewshot.training import folders, launch, run
+from fewshot.training.plan import folder, opened, planned
+from fewshot.training.schedule import Passes
 
 METHOD = "pmf"  # names runs and models; a copy of this recipe needs a name of its own
 

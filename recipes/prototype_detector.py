@@ -16,11 +16,13 @@ from typing import Literal
 
 import tyro
 
-from fewshot import InputError, bases, detect, folders, launch, methods, run, stages
+from fewshot import InputError, methods
 from fewshot.data import detection, k_shot
 from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
 from fewshot.detectors.prototype import FrozenMaps, PrototypeDetector
+from fewshot.evaluation import detect
+from fewshot.training import bases, folders, launch, run, stages
 
 METHOD = "prototype_detector"  # names runs and models; a copy of this recipe needs a name of its own
 

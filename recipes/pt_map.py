@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import tyro
 from torch import Tensor, nn
 
-from fewshot import folders, frozen, launch, run, transductive
 from fewshot.data.classification import DatasetName
-from fewshot.meta_test import meta_test, report
+from fewshot.evaluation import frozen
+from fewshot.evaluation.meta_test import meta_test, report
+from fewshot.heads import transductive
+from fewshot.training import folders, launch, run
 
 METHOD = "pt_map"  # names runs and models; a copy of this recipe needs a name of its own
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from fewshot import backbones, fpn, heads, logistic, task_heads, transductive, trunks
+from fewshot import backbones, heads
+from fewshot.backbones import fpn, trunks
 from fewshot.data import detection, episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
 from fewshot.data.glyphs import glyph, scene
@@ -34,14 +35,15 @@ from fewshot.data.stream import Feed
 from fewshot.data.support import NWayKShot, SupportBatch
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.attention_rpn import AttentionRPN, MultiRelation
+from fewshot.detectors.fold import folded
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.tfa import TFA
-from fewshot.fold import folded
-from fewshot.maml import MAML
-from fewshot.meta_test import CHUNK_BYTES
+from fewshot.evaluation.meta_test import CHUNK_BYTES
+from fewshot.heads import fine_tuned, logistic, transductive
+from fewshot.heads.maml import MAML
 
 LONG = 4.0  # seconds: what takes longer is timed once
 WAYS, QUERIES = 5, 15  # of the tasks that are timed
@@ -151,7 +153,7 @@ def plain_finetune(head: nn.Module, support: Tensor, query: Tensor, shots: int) 
     """One task by torch.optim.SGD on the real head, as mmfewshot does."""
     labels = torch.arange(WAYS).repeat_interleave(shots)
     sgd = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, dampening=0.9, weight_decay=1e-3)
-    for batch in task_heads.random_batches(support[None], 150 if shots == 1 else 600, 4, drop_last=True):
+    for batch in fine_tuned.random_batches(support[None], 150 if shots == 1 else 600, 4, drop_last=True):
         loss = F.cross_entropy(head(support[batch[0]]), labels[batch[0]])
         sgd.zero_grad()
         loss.backward()
@@ -179,19 +181,19 @@ def meta_test_rows() -> list[Row]:
                     many,
                 ),
                 "linear, fine-tuned": (
-                    lambda s, q, steps=steps: task_heads.linear(s, q, WAYS, **steps),
+                    lambda s, q, steps=steps: fine_tuned.linear(s, q, WAYS, **steps),
                     lambda s, q, shots=shots, width=width: plain_finetune(nn.Linear(width, WAYS), s, q, shots),
                     few,
                 ),
                 "cosine, fine-tuned": (
-                    lambda s, q, steps=steps: task_heads.cosine(s, q, WAYS, temperature=2.0, **steps),
+                    lambda s, q, steps=steps: fine_tuned.cosine(s, q, WAYS, temperature=2.0, **steps),
                     lambda s, q, shots=shots, width=width: plain_finetune(
                         heads.CosineLinear(width, WAYS, 2.0), s, q, shots
                     ),
                     few,
                 ),
                 "normalised, fine-tuned": (
-                    lambda s, q, steps=steps: task_heads.normalised(
+                    lambda s, q, steps=steps: fine_tuned.normalised(
                         s, q, WAYS, temperature=5.0, drop_last=True, **steps
                     ),
                     lambda s, q, shots=shots, width=width: plain_finetune(

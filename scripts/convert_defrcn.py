@@ -13,7 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from fewshot import InputError, detectron2, weights
+from fewshot import InputError, weights
+from fewshot.convert import detectron2
 
 
 @dataclass

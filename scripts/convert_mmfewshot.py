@@ -13,7 +13,8 @@ from typing import Literal
 
 import tyro
 
-from fewshot import InputError, mmfewshot, weights
+from fewshot import InputError, weights
+from fewshot.convert import mmfewshot
 
 
 @dataclass

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from fewshot import InputError, torchvision_base, weights
+from fewshot import InputError, weights
+from fewshot.convert import torchvision as torchvision_base
 from fewshot.data import annotations
 
 

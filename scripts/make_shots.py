@@ -20,9 +20,10 @@ from typing import Literal
 import tyro
 from tqdm.auto import tqdm
 
-from fewshot import InputError, folders, show
+from fewshot import InputError, show
 from fewshot.data import detection, k_shot
 from fewshot.data.detection import DetectionSet
+from fewshot.training import folders
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The methods of fewshot/transductive.py and fewshot/logistic.py as one writes them first: for one task.
+"""The methods of fewshot/heads/transductive.py and fewshot/heads/logistic.py as one writes them first: for one task.
 
 `python scripts/benchmark.py transductive` times them beside the library's, which do many tasks at once. Each takes
 supports (ways * shots, D), all shots of class 0 first, and queries (m, D), prepared as the method wants them, and gives

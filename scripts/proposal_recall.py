@@ -16,9 +16,10 @@ import tyro
 from accelerate import Accelerator
 
 import fewshot
-from fewshot import InputError, evaluate
+from fewshot import InputError
 from fewshot.data import detection
-from fewshot.detect import detect
+from fewshot.evaluation import average_precision
+from fewshot.evaluation.detect import detect
 from fewshot.inference import Detector
 
 
@@ -48,7 +49,7 @@ def main(args: Args) -> None:
         layout=trained.get("layout"),
     ).restrict(model.classes)
     dataset = dataset.with_records(dataset.records[: args.test_images])
-    numbers, rpn = evaluate.PROPOSALS, model.network.rpn
+    numbers, rpn = average_precision.PROPOSALS, model.network.rpn
     rpn.test_proposals = max(rpn.test_proposals[0], numbers[-1]), numbers[-1]
 
     def propose(images: torch.Tensor, sizes: list[tuple[int, int]]) -> list[tuple[torch.Tensor, ...]]:
@@ -57,9 +58,9 @@ def main(args: Args) -> None:
 
     found = detect(accelerator, propose, dataset, model.pipeline, model.normalisation, workers=args.workers)
     boxes = {id: columns.boxes for id, columns in found.items()}  # best first
-    recall = evaluate.proposal_recall(boxes, dataset, iou=args.iou, inclusive_pixels=dataset.inclusive_pixels)
+    recall = average_precision.proposal_recall(boxes, dataset, iou=args.iou, inclusive_pixels=dataset.inclusive_pixels)
     accelerator.print(f"{Path(args.model)}: {len(dataset)} pictures, recall in percent at an overlap of {args.iou:g}")
-    accelerator.print(evaluate.table(recall))
+    accelerator.print(average_precision.table(recall))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def module_of(recipe: str) -> ModuleType:
 
 def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
     """The terms of the loss in every step of every stage of a run of `RUNS`, into `folder`, in order."""
-    from fewshot import run
+    from fewshot.training import run
 
     seen: list[dict[str, float]] = []
     log = run.Record.log

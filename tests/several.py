@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fewshot import launch
 from fewshot.detectors import fsce
 from fewshot.detectors.attention_rpn import BACKGROUND, AttentionRPN
 from fewshot.detectors.faster_rcnn import RPN
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.mpsr import TwoBranchRPN
+from fewshot.training import launch
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from detector_goldens import (
 )
 from naming_rule import boxes, close, golden
 
-from fewshot import trunks
+from fewshot.backbones import trunks
+from fewshot.convert.mmfewshot import detector_name
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.attention_rpn import AttentionRPN
-from fewshot.mmfewshot import detector_name
 
 our_key = partial(detector_name, method="attention_rpn")
 

@@ -8,10 +8,12 @@ import torch
 import tyro
 from test_scripts import load
 
-from fewshot import heads, transductive, trunks
+from fewshot import heads
+from fewshot.backbones import trunks
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.heads import transductive
 
 load("plain_transductive")  # which the next imports
 benchmark = load("benchmark")

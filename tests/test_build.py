@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fewshot import fpn, trunks
+from fewshot.backbones import fpn, trunks
 from fewshot.data.transforms import CAFFE_MPSR
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.build import rebuilt

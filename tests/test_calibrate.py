@@ -16,13 +16,14 @@ from test_recipes import QUICK, run_here
 from torch import Tensor, nn
 
 import fewshot
-from fewshot import InputError, calibrate, weights
-from fewshot.calibrate import Calibration, Regions
+from fewshot import InputError, weights
 from fewshot.data import detection
 from fewshot.data.annotations import make_record
 from fewshot.data.detection import DetectionSet
 from fewshot.data.transforms import Normalisation
-from fewshot.evaluate import Detections, evaluate
+from fewshot.detectors import calibrate
+from fewshot.detectors.calibrate import Calibration, Regions
+from fewshot.evaluation.average_precision import Detections, evaluate
 
 AS_THEY_ARE = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

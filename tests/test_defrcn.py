@@ -15,14 +15,16 @@ from test_recipes import FROZEN, QUICK, load, run_here
 from torch import Tensor
 
 import fewshot
-from fewshot import InputError, detectron2, trunks
+from fewshot import InputError
+from fewshot.backbones import trunks
+from fewshot.convert import detectron2
+from fewshot.convert.detectron2 import ANCHORS, tensor_name
 from fewshot.data.transforms import CAFFE
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.defrcn import DecoupledAffine, DeFRCN, grow
 from fewshot.detectors.faster_rcnn import NEGATIVE
-from fewshot.detectron2 import ANCHORS, tensor_name
-from fewshot.schedule import choose
+from fewshot.training.schedule import choose
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import convert_defrcn

@@ -14,14 +14,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fewshot import evaluate
 from fewshot.data import detection, pipeline
 from fewshot.data.annotations import make_record
 from fewshot.data.detection import DetectionSet
 from fewshot.data.pipeline import Pipeline
 from fewshot.data.stream import Feed
 from fewshot.data.transforms import HALF
-from fewshot.evaluate import Detections, evaluate_coco, evaluate_voc
+from fewshot.evaluation import average_precision
+from fewshot.evaluation.average_precision import Detections, evaluate_coco, evaluate_voc
 
 GOLDEN = golden("voc_ap")
 CASES = [case for case in GOLDEN if isinstance(GOLDEN[case], dict) and "mean_ap" in GOLDEN[case]]
@@ -79,11 +79,11 @@ def test_voc_ap_equals_the_reference(case):
     overall = [result[f"{key} {low}-{high}"]["all"] for low, high in ranges] or result[key]["all"]
     close(overall, np.multiply(expected["mean_ap"], 100), 1e-6)
 
-    matches = evaluate.match(found, dataset, inclusive)
+    matches = average_precision.match(found, dataset, inclusive)
     for label, wanted in enumerate(expected["per_class"]):
-        curves = [evaluate.precision_recall(matches, label, iou, size) for size in ranges or [None]]
+        curves = [average_precision.precision_recall(matches, label, iou, size) for size in ranges or [None]]
         precision, recall, count = zip(*curves)
-        aps = [evaluate.average_precision(p, r, points) for p, r in zip(precision, recall)]
+        aps = [average_precision.average_precision(p, r, points) for p, r in zip(precision, recall)]
         if not ranges:  # the reference stores no list for a single range
             precision, recall, count, aps = precision[0], recall[0], count[0], aps[0]
         assert np.array_equal(count, wanted["num_gts"]) and np.shape(recall)[-1] == wanted["num_dets"]
@@ -98,13 +98,13 @@ def test_taken_and_difficult_objects():
     dataset = DetectionSet("x", "test", ["c"], [], [make_record("p", "", 300, 300, truth)], "voc")
     boxes = np.array([[11, 11, 50, 50], [12, 12, 51, 51], [100, 100, 150, 150]])
     found = {"p": Detections(boxes, np.array([0.9, 0.8, 0.7]), np.zeros(3, int))}
-    precision, recall, count = evaluate.precision_recall(evaluate.match(found, dataset), 0, 0.5)
+    precision, recall, count = average_precision.precision_recall(average_precision.match(found, dataset), 0, 0.5)
     assert precision.tolist() == [1, 0.5, 0.5] and recall.tolist() == [0.5, 0.5, 0.5] and count == 2
     result = evaluate_voc(found, dataset)
     assert result["AP50"]["all"] == pytest.approx(54.5455, abs=1e-4) and "novel" not in result["AP50"]
     # of two objects in the same place, a difficult one does not hide the other
     hidden = dataset.with_records([make_record("p", "", 300, 300, [(truth[0][0], 0, True), *truth[:2]])])
-    precision, recall, _ = evaluate.precision_recall(evaluate.match(found, hidden), 0, 0.5)
+    precision, recall, _ = average_precision.precision_recall(average_precision.match(found, hidden), 0, 0.5)
     assert precision.tolist() == [1, 0.5, 1 / 3] and recall.tolist() == [0.5, 0.5, 0.5]
 
 
@@ -194,9 +194,9 @@ def test_voc_ap_equals_a_plain_loop(inclusive):
 
 def test_what_is_reported_of_a_set_like_voc():
     dataset, found = random_set(0)
-    result = evaluate.evaluate(found, dataset)
+    result = average_precision.evaluate(found, dataset)
     assert list(result) == ["AP50", "AP75", "AP", "AP50s", "AP50m", "AP50l", "per_class"]
-    aps = {iou: [plain_ap(dataset, found, label, iou, False) for label in range(3)] for iou in evaluate.IOUS}
+    aps = {iou: [plain_ap(dataset, found, label, iou, False) for label in range(3)] for iou in average_precision.IOUS}
     for key, wanted in (("AP50", aps[0.5]), ("AP75", aps[0.75]), ("AP", [*aps.values()])):
         assert result[key]["all"] == pytest.approx(np.mean(wanted))
     small = [plain_ap(dataset, found, label, 0.5, False, (0, 32)) for label in range(3)]
@@ -269,7 +269,7 @@ def coco_files(tmp_path_factory):
 
 def test_coco_ap_equals_separate_evaluations(coco_files):
     dataset, found, truth, results = coco_files
-    mine = evaluate.evaluate(found, dataset)
+    mine = average_precision.evaluate(found, dataset)
     keys = "AP AP50 AP75 APs APm APl AR100 AR300 AR1000 ARs ARm ARl".split()
     assert list(mine) == [*keys, "per_class"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -298,12 +298,12 @@ def test_proposal_recall():
     dataset = DetectionSet("x", "test", ["a", "b"], ["b"], pictures, "coco")
     # one proposal covers both objects of p, but can be paired with one only: with a, which it equals
     proposals = {"p": np.array([[0.0, 0, 10, 10], [70, 70, 80, 80], [1, 0, 12, 10]]), "q": np.zeros((0, 4))}
-    result = evaluate.proposal_recall(proposals, dataset, numbers=(1, 2, 3), inclusive_pixels=False)
+    result = average_precision.proposal_recall(proposals, dataset, numbers=(1, 2, 3), inclusive_pixels=False)
     assert result["R1"] == result["R2"] == {"base": 100, "novel": 0, "all": pytest.approx(100 / 3)}
     assert result["R3"] == {"base": 100, "novel": 50, "all": pytest.approx(200 / 3)}
-    assert evaluate.proposal_recall(proposals, dataset, numbers=(3,), iou=0.95)["R3"]["novel"] == 0
+    assert average_precision.proposal_recall(proposals, dataset, numbers=(3,), iou=0.95)["R3"]["novel"] == 0
     with pytest.raises(ValueError, match="'q'"):
-        evaluate.proposal_recall({"p": proposals["p"]}, dataset)
+        average_precision.proposal_recall({"p": proposals["p"]}, dataset)
 
 
 def test_detections_return_to_original_pixels():
@@ -312,20 +312,20 @@ def test_detections_return_to_original_pixels():
     found = {}
     for batch in pipeline.test_loader(dataset, Pipeline(400), Feed(), HALF, batch_size=2):
         perfect = [(b, torch.ones(len(b)), names) for b, names in zip(batch.boxes, batch.labels)]
-        found |= evaluate.in_original_pixels(batch, perfect)
-    assert evaluate.evaluate(found, dataset)["AP50"]["all"] == 100
+        found |= average_precision.in_original_pixels(batch, perfect)
+    assert average_precision.evaluate(found, dataset)["AP50"]["all"] == 100
     for record in dataset.records:
         assert np.allclose(found[record.id].boxes, record.boxes, atol=1e-3)
     off = {id: one._replace(boxes=one.boxes * 2.5) for id, one in found.items()}
-    assert evaluate.evaluate(off, dataset)["AP50"]["all"] < 50
+    assert average_precision.evaluate(off, dataset)["AP50"]["all"] < 50
 
 
 def test_table_shows_groups_and_classes():
     result = {"AP50": {"base": 61.25, "all": 7.0}, "per_class": {"bird": 12.34}}
-    lines = evaluate.table(result).splitlines()
+    lines = average_precision.table(result).splitlines()
     assert lines[0].split() == ["base", "novel", "all"] and lines[1].split() == ["AP50", "61.2", "-", "7.0"]
     assert len(lines) == 2
-    lines = evaluate.table(result, classwise=True).splitlines()
+    lines = average_precision.table(result, classwise=True).splitlines()
     assert lines[-1].split() == ["bird", "12.3"]
 
 
@@ -334,7 +334,7 @@ def test_coco_json():
     dataset = dataset.with_records(dataset.records[:2])
     boxes = np.array([[1.0, 2, 11, 22]])
     found = {r.id: Detections(boxes, np.array([0.5]), np.array([3])) for r in dataset.records}
-    items = evaluate.coco_json(found, dataset)
+    items = average_precision.coco_json(found, dataset)
     assert [i["image_id"] for i in items] == [r.id for r in dataset.records]
     assert items[0]["bbox"] == [1, 2, 10, 20] and items[0]["category_id"] == 4 and items[0]["score"] == 0.5
     assert items[0]["category"] == dataset.classes[3]
@@ -362,7 +362,7 @@ def test_coco_json_has_the_ids_of_the_users_json(tmp_path):
             boxes = record.boxes.repeat(3, 0) + rng.normal(0, 8, (3 * len(record.boxes), 4)).astype(np.float32)
             labels = np.where(rng.random(len(boxes)) < 0.8, record.labels.repeat(3), 0)
             found[record.id] = Detections(boxes, rng.random(len(boxes)).astype(np.float32), labels)
-        items = json.loads(json.dumps(evaluate.coco_json(found, dataset)))
+        items = json.loads(json.dumps(average_precision.coco_json(found, dataset)))
         assert {i["image_id"] for i in items} == set(ids)
         assert {(i["category_id"], i["category"]) for i in items} == {(90, "ant"), (3, "cat"), (17, "bee")}
         with contextlib.redirect_stdout(io.StringIO()):
@@ -396,22 +396,22 @@ def test_confusion_by_hand():
         return {"p": Detections(*(np.array([row[i] for row in rows]) for i in range(3)))}
 
     expected = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 2, 1, 0]])
-    matrix = evaluate.confusion(found(rows), dataset)
+    matrix = average_precision.confusion(found(rows), dataset)
     assert matrix.dtype == np.int64 and np.array_equal(matrix, expected)
-    assert np.array_equal(evaluate.confusion(found(rows[::-1]), dataset), expected)
-    sure = evaluate.confusion(found(rows), dataset, score=0.2)
+    assert np.array_equal(average_precision.confusion(found(rows[::-1]), dataset), expected)
+    sure = average_precision.confusion(found(rows), dataset, score=0.2)
     assert np.array_equal(sure - expected, np.array([[0] * 4, [0] * 4, [0, 0, 1, -1], [0] * 4]))
     # with IoU above 38 / 42 the first two of the shifted ones miss, and the later ones take their objects
     strict = np.array([[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 2, 0]])
-    assert np.array_equal(evaluate.confusion(found(rows), dataset, iou=0.95), strict)
+    assert np.array_equal(average_precision.confusion(found(rows), dataset, iou=0.95), strict)
     # rows of classes count the ordinary objects, whatever was found
     nothing = {"p": Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))}
-    assert evaluate.confusion(nothing, dataset)[:, -1].tolist() == [1, 1, 1, 0]
-    assert evaluate.confusion(nothing, dataset).sum() == 3
+    assert average_precision.confusion(nothing, dataset)[:, -1].tolist() == [1, 1, 1, 0]
+    assert average_precision.confusion(nothing, dataset).sum() == 3
     empty = dataset.with_records([make_record("p", "", 300, 300, [])])
-    assert evaluate.confusion(found(rows), empty)[-1].tolist() == [2, 2, 2, 0]
+    assert average_precision.confusion(found(rows), empty)[-1].tolist() == [2, 2, 2, 0]
     with pytest.raises(ValueError, match="labels outside"):
-        evaluate.confusion(found([((0, 0, 9, 9), 0.9, 3)]), dataset)
+        average_precision.confusion(found([((0, 0, 9, 9), 0.9, 3)]), dataset)
 
 
 def test_confusion_chooses_the_object_that_is_covered_best():
@@ -421,13 +421,13 @@ def test_confusion_chooses_the_object_that_is_covered_best():
     boxes = np.array([[9, 1, 49, 41], [1, 1, 41, 41], [101, 1, 201, 101]])
     found = {"p": Detections(boxes, np.array([0.9, 0.8, 0.7]), np.array([0, 0, 1]))}
     # the first, 8 beside a and 2 beside b, is b's; so a is left for the second; the third covers a quarter of a crowd
-    assert evaluate.confusion(found, dataset).tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
+    assert average_precision.confusion(found, dataset).tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
     coco = replace(dataset, metric="coco")  # within which everything is excused
-    assert evaluate.confusion(found, coco).tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert average_precision.confusion(found, coco).tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
 def test_confusion_agrees_with_the_finds_of_a_perfect_detector():
     dataset, _ = reference_set()
     perfect = {r.id: Detections(r.boxes, np.ones(len(r.labels)), r.labels) for r in dataset.records}
     counts = np.bincount(np.concatenate([r.labels[~r.difficult] for r in dataset.records]), minlength=3)
-    assert np.array_equal(evaluate.confusion(perfect, dataset), np.diag([*counts, 0])) and counts.min() > 0
+    assert np.array_equal(average_precision.confusion(perfect, dataset), np.diag([*counts, 0])) and counts.min() > 0

@@ -24,9 +24,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_recipes import result_of, run_here
 
-from fewshot import InputError, run
+from fewshot import InputError
 from fewshot.data import detection, pictures
 from fewshot.data.stream import Feed, stream
+from fewshot.training import run
 
 ROOT = Path(__file__).parents[1]
 # three saves, as the third is the first that removes a state

@@ -8,7 +8,7 @@ from naming_rule import array, close, fill, golden
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.feat import FEAT, PUBLISHED, published
+from fewshot.heads.feat import FEAT, PUBLISHED, published
 
 GOLDENS = golden("cls_feat")
 NAMES = {"w_qs": "query", "w_ks": "key", "w_vs": "value", "layer_norm": "norm", "fc": "fc"}

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torchvision.ops import FrozenBatchNorm2d
 
-from fewshot import trunks
+from fewshot.backbones import trunks
+from fewshot.backbones.fpn import fpn
+from fewshot.detectors.fold import folded
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.tfa import TFA
-from fewshot.fold import folded
-from fewshot.fpn import fpn
 
 SIZE = (96, 128)
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fewshot import InputError
-from fewshot.fpn import begin, fpn
-from fewshot.trunks import TRUNKS
+from fewshot.backbones.fpn import begin, fpn
+from fewshot.backbones.trunks import TRUNKS
 
 
 @pytest.mark.parametrize("name", TRUNKS)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from naming_rule import array, close, golden
 
 from fewshot import backbones
-from fewshot.frn import FRN, parts, reconstructed
+from fewshot.heads.frn import FRN, parts, reconstructed
 
 GOLDENS = golden("cls_frn")
 

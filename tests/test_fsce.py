@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from detector_goldens import EVERY, SIZE, check_detections, check_gradients, fill, normalised, training_batch
 from naming_rule import array, close, golden
 
-from fewshot import fpn
+from fewshot.backbones import fpn
+from fewshot.convert.mmfewshot import detector_name
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.fsce import FSCE, contrastive_loss
-from fewshot.mmfewshot import detector_name
 
 GOLDEN = golden("fsce")
 TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]

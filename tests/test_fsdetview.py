@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewshot import trunks
+from fewshot.backbones import trunks
 from fewshot.detectors.fsdetview import FSDetView
 
 

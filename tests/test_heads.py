@@ -8,7 +8,7 @@ from naming_rule import array, close, fill, golden
 from torch import Tensor
 
 from fewshot import InputError, heads
-from fewshot.mmfewshot import head_name
+from fewshot.convert.mmfewshot import head_name
 
 EPISODES = {"vec": (128,), "map19": (64, 19, 19), "map5": (64, 5, 5)}  # kinds of features -> their shapes
 WAYS = 5

@@ -38,15 +38,19 @@ from safetensors.torch import save_file
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 import fewshot
-from fewshot import InputError, calibrate, frozen, methods, mmfewshot, pretrained, weights
+from fewshot import InputError, methods, weights
+from fewshot.backbones import pretrained
+from fewshot.backbones.fpn import fpn
+from fewshot.backbones.trunks import c4
+from fewshot.convert import mmfewshot
 from fewshot.data import annotations, classification, detection, k_shot, layouts, pictures
 from fewshot.data.classification import open_dataset
 from fewshot.data.transforms import IMAGENET
+from fewshot.detectors import calibrate
 from fewshot.detectors.defrcn import DeFRCN
 from fewshot.detectors.prototype import PrototypeDetector
 from fewshot.detectors.tfa import TFA
-from fewshot.fpn import fpn
-from fewshot.trunks import c4
+from fewshot.evaluation import frozen
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 convert_defrcn, convert_torchvision, predict, results = map(

@@ -15,7 +15,9 @@ from test_recipes import QUICK, load, run_here
 from torch import nn
 
 import fewshot
-from fewshot import InputError, backbones, feat, frn, heads, inference, methods, weights
+from fewshot import InputError, backbones, heads, inference, methods, weights
+from fewshot.backbones.fpn import fpn
+from fewshot.backbones.trunks import c4
 from fewshot.data import detection
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
@@ -23,9 +25,8 @@ from fewshot.data.pipeline import Pipeline
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.tfa import TFA
-from fewshot.fpn import fpn
-from fewshot.maml import MAML
-from fewshot.trunks import c4
+from fewshot.heads import feat, frn
+from fewshot.heads.maml import MAML
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["house", "tree", "star"]  # of classes that no recipe trains on
@@ -414,7 +415,7 @@ def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
         asked.append(repo_id)
         raise OSError("not today")
 
-    monkeypatch.setattr("fewshot.hub.hf_hub_download", refuse)
+    monkeypatch.setattr("fewshot.inference.hub.hf_hub_download", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for source in (

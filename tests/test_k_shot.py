@@ -14,7 +14,7 @@ from fewshot import InputError
 from fewshot.data import detection, k_shot
 from fewshot.data.annotations import make_record
 from fewshot.data.detection import DetectionSet
-from fewshot.folders import write_json
+from fewshot.training.folders import write_json
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
 needs_lists = pytest.mark.skipif(not (REAL / "splits" / "vocsplit").is_dir(), reason="published lists are not here")

@@ -10,7 +10,7 @@ from naming_rule import array, close, golden
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.logistic import fit_logistic, logistic
+from fewshot.heads.logistic import fit_logistic, logistic
 
 GOLDENS = golden("cls_pmf_frozen")
 WAYS = 5
@@ -131,6 +131,6 @@ def test_what_cannot_be(monkeypatch):
     for wrong in (math.nan, math.inf):
         with pytest.raises(InputError, match="infinite or not numbers"):
             logistic(support.where(support < support.max(), wrong), query, WAYS)
-    monkeypatch.setattr("fewshot.logistic.STEPS", 2)
+    monkeypatch.setattr("fewshot.heads.logistic.STEPS", 2)
     with pytest.raises(InputError, match="no optimum in 2 steps: lower C"):
         logistic(support, query, WAYS)

@@ -18,7 +18,7 @@ WATCH = """
 import multiprocessing, os, sys
 import torch
 from test_recipes import load
-from fewshot import run
+from fewshot.training import run
 import tyro
 
 recipe, every, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fewshot import InputError, backbones, heads, meta_test
+from fewshot import InputError, backbones, heads
 from fewshot.data.image_set import ImageSet
-from fewshot.maml import MAML, batch_statistics, inner_loop
+from fewshot.evaluation import meta_test
+from fewshot.heads.maml import MAML, batch_statistics, inner_loop
 
 CASES = golden("cls_maml")
 

@@ -17,11 +17,11 @@ from detector_goldens import (
 )
 from naming_rule import close, golden
 
-from fewshot import trunks
+from fewshot.backbones import trunks
+from fewshot.convert.mmfewshot import detector_name
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
-from fewshot.mmfewshot import detector_name
 
 DETECTORS = {"meta_rcnn": MetaRCNN, "meta_rcnn_r101_15": MetaRCNN, "fsdetview": FSDetView}
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fewshot import InputError, trunks
+from fewshot import InputError
+from fewshot.backbones import trunks
 from fewshot.detectors.meta_rcnn import MetaRCNN
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from test_heads import EPISODES, WAYS, episode
 
 import fewshot
-from fewshot import InputError, mmfewshot, weights
+from fewshot import InputError, weights
+from fewshot.convert import mmfewshot
 from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
 from fewshot.detectors.faster_rcnn import Detections
 from fewshot.inference import Found

@@ -17,11 +17,11 @@ from detector_goldens import (
 from naming_rule import close, golden
 from torch import Tensor
 
-from fewshot import fpn
+from fewshot.backbones import fpn
+from fewshot.convert.mmfewshot import detector_name
 from fewshot.data.transforms import CAFFE_MPSR
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.mpsr import MPSR, PUBLISHED
-from fewshot.mmfewshot import detector_name
 
 GOLDEN = golden("mpsr")
 TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]

@@ -12,8 +12,8 @@ from test_recipes import CLASSIFIERS, load, metrics, run_here
 from fewshot import InputError, weights
 from fewshot.data import episodes
 from fewshot.data.classification import open_dataset, open_splits
-from fewshot.plan import planned
-from fewshot.schedule import Passes, Schedule
+from fewshot.training.plan import planned
+from fewshot.training.schedule import Passes, Schedule
 
 NAMES = [f"tool{i:02d}" for i in range(12)]
 

@@ -15,9 +15,11 @@ from test_recipes import test_results as results_of_tests
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 import fewshot
-from fewshot import stages, torchvision_base, weights
+from fewshot import weights
+from fewshot.convert import torchvision as torchvision_base
 from fewshot.data import detection
 from fewshot.data.pipeline import Pipeline
+from fewshot.training import stages
 
 OWN = ("jug", "kettle", "tea pot")  # what the glyphs of three novel classes are called here
 

@@ -13,10 +13,11 @@ from test_recipes import metrics, run_here, test_results
 from torch import Tensor, nn
 
 import fewshot
-from fewshot import InputError, backbones, inference, pmf, transductive, weights
+from fewshot import InputError, backbones, inference, weights
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
-from fewshot.pmf import PMF, Cosine
+from fewshot.heads import pmf, transductive
+from fewshot.heads.pmf import PMF, Cosine
 
 CASES = golden("cls_pmf_frozen")
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fewshot import pretrain, trunks
+from fewshot.backbones import trunks
 from fewshot.data import detection, pipeline
 from fewshot.data.detection import DetectionSet
 from fewshot.data.pipeline import Pipeline
 from fewshot.data.stream import Feed
 from fewshot.detectors import faster_rcnn
+from fewshot.training import pretrain
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ from test_recipes import metrics, parse, run_here, test_results
 from torch import nn
 
 import fewshot
-from fewshot import InputError, backbones, plan, pretrained
+from fewshot import InputError, backbones
+from fewshot.backbones import pretrained
+from fewshot.training import plan
 
 STEPS = "--iters 2 --eval-every 2 --val-tasks 2 --tasks 4 --shots 1 --queries 3"
 

@@ -15,14 +15,16 @@ from test_recipes import QUICK, launch, metrics, run_here, test_results
 from torch import Tensor, nn
 
 import fewshot
-from fewshot import InputError, fpn, methods, torchvision_base, trunks, weights
+from fewshot import InputError, methods, weights
+from fewshot.backbones import fpn, trunks
+from fewshot.convert import torchvision as torchvision_base
 from fewshot.data import detection
 from fewshot.data.pipeline import Pipeline
 from fewshot.data.transforms import CAFFE, IMAGENET, Normalisation
 from fewshot.detectors import prototype
 from fewshot.detectors.faster_rcnn import Detections
 from fewshot.detectors.prototype import FrozenMaps, PrototypeDetector, decayed, k_means, uncovered
-from fewshot.evaluate import evaluate
+from fewshot.evaluation.average_precision import evaluate
 
 METHOD = "prototype_detector"
 BASES = [name for name in methods.DETECTORS if name != METHOD]

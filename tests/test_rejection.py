@@ -13,9 +13,10 @@ from test_scripts import load as load_script
 from torch import Tensor, nn
 
 import fewshot
-from fewshot import InputError, backbones, feat, frn, heads, weights
+from fewshot import InputError, backbones, heads, weights
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
+from fewshot.heads import feat, frn
 from fewshot.inference import Classifier
 
 predict = load_script("predict")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from fewshot import InputError, folders, launch, run, weights
-from fewshot.run import Schedule
+from fewshot import InputError, weights
+from fewshot.training import folders, launch, run
+from fewshot.training.run import Schedule
 
 
 @dataclass
@@ -154,7 +155,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     holder = f"""
 import sys, time
 from pathlib import Path
-from fewshot import folders
+from fewshot.training import folders
 lock = folders.lock(Path({str(tmp_path)!r}))
 print("held", flush=True)
 time.sleep(60)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fewshot.schedule import Passes, Schedule, choose
+from fewshot.training.schedule import Passes, Schedule, choose
 
 
 @dataclass

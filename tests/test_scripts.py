@@ -10,8 +10,9 @@ import torch
 import tyro
 
 import fewshot
-from fewshot import InputError, evaluate, weights
+from fewshot import InputError, weights
 from fewshot.data import detection
+from fewshot.evaluation import average_precision
 
 
 def load(name: str, folder: str = "scripts") -> ModuleType:
@@ -50,7 +51,7 @@ def test_proposal_recall_of_a_run(recipe, tmp_path, capsys):
     for i, record in enumerate(dataset.records[:3]):
         x = model.normalisation(dataset.image(i)[None])
         boxes[record.id] = model.network.propose(x, [x.shape[2:]])[0].numpy()
-    wanted = evaluate.proposal_recall(boxes, dataset.with_records(dataset.records[:3]), inclusive_pixels=False)
+    wanted = average_precision.proposal_recall(boxes, dataset.with_records(dataset.records[:3]), inclusive_pixels=False)
     assert values == pytest.approx([round(wanted[key]["base"], 1) for key in rows], abs=0.06)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from fewshot import curves, show
 from fewshot.data.annotations import make_record
 from fewshot.data.detection import DetectionSet, open_detection
-from fewshot.evaluate import Detections
+from fewshot.evaluation.average_precision import Detections
 
 GREY = torch.full((3, 100, 150), 128, dtype=torch.uint8)
 

@@ -17,9 +17,11 @@ from fake_device import FakeDevice
 from first_losses import RUNS, module_of
 from torch.func import grad, vmap
 
-from fewshot import curves, detect, meta_test, run
+from fewshot import curves
 from fewshot.data.query_aware import QueryAware
 from fewshot.data.support import NWayKShot
+from fewshot.evaluation import detect, meta_test
+from fewshot.training import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 PICTURES = 2  # of a step

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from naming_rule import array, close, golden, weight
 from torch import Tensor, nn
 
-from fewshot import InputError, heads, task_heads
+from fewshot import InputError, heads
+from fewshot.heads import fine_tuned
 
 WAYS = 5
 SGD = {"lr": 0.01, "momentum": 0.9, "dampening": 0.9, "weight_decay": 1e-3}
@@ -38,20 +39,20 @@ def test_equals_the_reference(name):
     support, query = stored_features(case["episode"], "support", shots), stored_features(case["episode"], "query", 3)
     labels = torch.arange(WAYS).repeat_interleave(shots)
     batches = [torch.tensor(batch)[None] for batch in case["batches"]]
-    sgd = task_heads.SGD(**SGD)
+    sgd = fine_tuned.SGD(**SGD)
     if cfg["type"] == "LinearHead":
         init = tuple(stored_start(case))
-        function, more = task_heads.linear, {}
-        trainee = task_heads.LinearHeads(support, *init, sgd)
+        function, more = fine_tuned.linear, {}
+        trainee = fine_tuned.LinearHeads(support, *init, sgd)
     elif cfg["type"] == "CosineDistanceHead":
         gain, vectors = stored_start(case)
         init = vectors, gain[..., 0]
-        function, more = task_heads.cosine, {"temperature": 2.0}
-        trainee = task_heads.CosineHeads(support, *init, sgd, 2.0, eps=1e-5)
+        function, more = fine_tuned.cosine, {"temperature": 2.0}
+        trainee = fine_tuned.CosineHeads(support, *init, sgd, 2.0, eps=1e-5)
     else:
         (init,) = stored_start(case)
-        function, more = task_heads.normalised, {"temperature": cfg["temperature"], "margin": cfg["margin"]}
-        trainee = task_heads.CosineHeads(support, init, None, sgd, eps=1e-12, **more)
+        function, more = fine_tuned.normalised, {"temperature": cfg["temperature"], "margin": cfg["margin"]}
+        trainee = fine_tuned.CosineHeads(support, init, None, sgd, eps=1e-12, **more)
 
     for batch, loss in zip(batches, case["loss_per_step"], strict=True):
         assert F.cross_entropy(trainee.step(batch)[0], labels[batch[0]]).item() == pytest.approx(loss, rel=1e-5)
@@ -111,15 +112,15 @@ def plain(make, support: Tensor, query: Tensor, batches: list[Tensor], **sgd: fl
 
 
 KINDS = {  # our function, with what, the plain module, and the names of its initial parameters
-    "linear": (task_heads.linear, {}, lambda d: nn.Linear(d, WAYS), ("weight", "bias")),
+    "linear": (fine_tuned.linear, {}, lambda d: nn.Linear(d, WAYS), ("weight", "bias")),
     "cosine": (
-        task_heads.cosine,
+        fine_tuned.cosine,
         {"temperature": 5.0},
         lambda d: heads.CosineLinear(d, WAYS, 5.0),
         ("weight_v", "weight_g"),
     ),
     "normalised": (
-        task_heads.normalised,
+        fine_tuned.normalised,
         {"temperature": 10.0, "margin": -0.02},
         lambda d: heads.NegMargin(d, WAYS, -0.02, 10.0),
         ("weight",),
@@ -143,7 +144,7 @@ def test_equals_torchs_sgd(kind, shots, drop_last, settings):
     torch.manual_seed(0)
     function, more, make, names = KINDS[kind]
     support, query = episodes(shots)
-    batches = list(task_heads.random_batches(support, 150, 4, drop_last))
+    batches = list(fine_tuned.random_batches(support, 150, 4, drop_last))
     initial, expected = plain(make, support, query, batches, **SGD | settings)
     init = [torch.stack([state[name] for state in initial]) for name in names]
     if kind == "cosine":
@@ -167,7 +168,7 @@ def test_random_numbers_follow_from_torchs_seed(kind):
     assert torch.equal(logits(1), logits(1))
     assert not torch.allclose(logits(1), logits(2))
     torch.manual_seed(1)
-    batches = list(task_heads.random_batches(support, 10, 4, True))
+    batches = list(fine_tuned.random_batches(support, 10, 4, True))
     same_orders = function(support, query, WAYS, steps=10, batches=batches, **more)
     assert not torch.allclose(logits(1), same_orders)
 
@@ -180,7 +181,7 @@ def test_initial_weights_are_pytorchs():
         torch.manual_seed(0)
         return function(support, query, WAYS, steps=0, **more)
 
-    biases, weights = start(task_heads.linear).split([1, d], dim=1)
+    biases, weights = start(fine_tuned.linear).split([1, d], dim=1)
     weights = weights - biases
     bound = d**-0.5
     for values in (biases, weights):
@@ -188,15 +189,15 @@ def test_initial_weights_are_pytorchs():
         quarters = values.flatten().quantile(torch.tensor([0.25, 0.5, 0.75])) / bound
         assert quarters.tolist() == pytest.approx([-0.5, 0, 0.5], abs=0.15 if values is biases else 0.03)
     # the same draws, with the gain that leaves a weight as it is, and without
-    cosines = start(task_heads.cosine, temperature=2.0)[:, 1:]
+    cosines = start(fine_tuned.cosine, temperature=2.0)[:, 1:]
     assert torch.allclose(cosines, 2 * weights / (1 + 1e-5), atol=1e-6)
-    normalised = start(task_heads.normalised, temperature=2.0)[:, 1:]
+    normalised = start(fine_tuned.normalised, temperature=2.0)[:, 1:]
     assert torch.allclose(normalised, 2 * F.normalize(weights, dim=1), atol=1e-6)
 
 
 def test_a_pass_takes_every_support_once_in_an_order_of_each_task():
     support = torch.zeros(7, 25, 1)
-    batches = list(task_heads.random_batches(support, 15, 4, drop_last=False))
+    batches = list(fine_tuned.random_batches(support, 15, 4, drop_last=False))
     assert [batch.shape[1] for batch in batches] == [4, 4, 4, 4, 4, 4, 1] * 2 + [4]
     first, second = torch.cat(batches[:7], 1), torch.cat(batches[7:14], 1)  # (tasks, 25)
     for orders in (first, second):
@@ -204,11 +205,11 @@ def test_a_pass_takes_every_support_once_in_an_order_of_each_task():
         assert len(orders.unique(dim=0)) == 7
     assert (first != second).any(1).all()
 
-    batches = list(task_heads.random_batches(support, 13, 4, drop_last=True))
+    batches = list(fine_tuned.random_batches(support, 13, 4, drop_last=True))
     assert [batch.shape[1] for batch in batches] == [4] * 13
     for orders in (torch.cat(batches[:6], 1), torch.cat(batches[6:12], 1)):
         assert all(len(order.unique()) == 24 for order in orders)
-    left_out = torch.cat([torch.cat(list(task_heads.random_batches(support, 1, 4, True)), 1) for _ in range(300)])
+    left_out = torch.cat([torch.cat(list(fine_tuned.random_batches(support, 1, 4, True)), 1) for _ in range(300)])
     assert (torch.bincount(left_out.flatten(), minlength=25) / 2100).tolist() == pytest.approx([4 / 25] * 25, abs=0.04)
 
 
@@ -231,7 +232,7 @@ def test_stays_in_float32_and_out_of_autograd(kind):
 def test_what_cannot_be():
     support, query = episodes(1)
     with pytest.raises(InputError, match="5 supports make no batch of 8: lower batch_size"):
-        task_heads.linear(support, query, WAYS, steps=1, batch_size=8)
-    assert task_heads.linear(support, query, WAYS, steps=1, batch_size=8, drop_last=False).isfinite().all()
+        fine_tuned.linear(support, query, WAYS, steps=1, batch_size=8)
+    assert fine_tuned.linear(support, query, WAYS, steps=1, batch_size=8, drop_last=False).isfinite().all()
     with pytest.raises(ValueError, match="shorter"):
-        task_heads.linear(support, query, WAYS, steps=2, batches=[torch.zeros(3, 1, dtype=torch.long)])
+        fine_tuned.linear(support, query, WAYS, steps=2, batches=[torch.zeros(3, 1, dtype=torch.long)])

@@ -17,10 +17,10 @@ from detector_goldens import (
 )
 from naming_rule import close, golden
 
-from fewshot import fpn
+from fewshot.backbones import fpn
+from fewshot.convert.mmfewshot import detector_name
 from fewshot.detectors import faster_rcnn, tfa
 from fewshot.detectors.tfa import TFA
-from fewshot.mmfewshot import detector_name
 
 GOLDEN = golden("tfa")
 TEST, TRAIN = GOLDEN["test"], GOLDEN["train"]

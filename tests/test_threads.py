@@ -27,13 +27,14 @@ from test_prototype_detector import base as untrained
 from torch import nn
 
 import fewshot
-from fewshot import InputError, calibrate, weights
+from fewshot import InputError, weights
+from fewshot.backbones.fpn import fpn
+from fewshot.backbones.trunks import c4
+from fewshot.detectors import calibrate
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.prototype import PrototypeDetector
 from fewshot.detectors.tfa import TFA
-from fewshot.fpn import fpn
-from fewshot.pmf import PMF
-from fewshot.trunks import c4
+from fewshot.heads.pmf import PMF
 
 DETECTORS = ["tfa", "meta_rcnn", "attention_rpn", "prototype_detector"]
 BOXES = [(10, 10, 60, 70), (20, 20, 90, 80)]

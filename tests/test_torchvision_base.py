@@ -15,7 +15,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
 import fewshot
-from fewshot import InputError, fpn, torchvision_base, trunks, weights
+from fewshot import InputError, weights
+from fewshot.backbones import fpn, trunks
+from fewshot.convert import torchvision as torchvision_base
 from fewshot.detectors import faster_rcnn, mpsr
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsce import FSCE

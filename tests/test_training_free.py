@@ -16,9 +16,10 @@ from PIL import Image
 from test_recipes import TRAINING_FREE, launch, load, metrics, parse, run_here, test_results
 
 import fewshot
-from fewshot import InputError, frozen, meta_test, weights
+from fewshot import InputError, weights
 from fewshot.data import episodes
 from fewshot.data.classification import open_dataset
+from fewshot.evaluation import frozen, meta_test
 
 TASKS = "--tasks 12 --queries 4 --workers 0"
 INDUCTIVE = {"simple_shot", "logistic"}
@@ -114,7 +115,7 @@ PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
 from test_recipes import run_here
-from fewshot import frozen
+from fewshot.evaluation import frozen
 
 folder, how, flags = sys.argv[1:]
 extract = frozen.extract

@@ -8,8 +8,8 @@ from naming_rule import array, close, golden
 from torch import Tensor
 
 from fewshot import InputError, heads
-from fewshot import transductive as tr
 from fewshot.data import episodes
+from fewshot.heads import transductive as tr
 
 GOLDENS = golden("cls_transductive")
 DIRICHLET = GOLDENS.pop("dirichlet")

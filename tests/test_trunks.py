@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchvision import ops
 from torchvision.ops import roi_align
 
-from fewshot import InputError, trunks
+from fewshot import InputError
+from fewshot.backbones import trunks
 from fewshot.data.transforms import CAFFE, HALF, IMAGENET
 
 

@@ -21,11 +21,13 @@ from naming_rule import array, close, golden
 from torch import Tensor
 
 import fewshot
-from fewshot import InputError, stages, trunks
+from fewshot import InputError
+from fewshot.backbones import trunks
+from fewshot.convert.mmfewshot import detector_name
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.vfa import KL_WEIGHT, VFA, SupportVAE
-from fewshot.export import RoIHead
-from fewshot.mmfewshot import detector_name
+from fewshot.inference.export import RoIHead
+from fewshot.training import stages
 
 our_key = partial(detector_name, method="vfa")
 # batch statistics divide by how little supports differ, and so enlarge rounding errors

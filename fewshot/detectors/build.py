@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from fewshot.backbones.fpn import fpn
+from fewshot.backbones.trunks import c4
 from fewshot.data.transforms import Normalisation
 from fewshot.described import NESTED, check_known
-from fewshot.fpn import fpn
-from fewshot.trunks import c4
 
 
 def rebuilt(detector: type[nn.Module], about: Mapping[str, Any], classes: int | None = None, **changes) -> nn.Module:

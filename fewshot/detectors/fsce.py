@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewshot.backbones.fpn import FPN
 from fewshot.detectors.faster_rcnn import RoIs
 from fewshot.detectors.tfa import TFA
-from fewshot.fpn import FPN
 
 
 @torch.compiler.disable

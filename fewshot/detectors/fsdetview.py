@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewshot.backbones.trunks import C4
 from fewshot.detectors.meta_rcnn import MetaRCNN
-from fewshot.trunks import C4
 
 CLASSES_AT_ONCE = {"cpu": 2, "cuda": 20}  # in testing: so few stay in a CPU's cache, so many keep a GPU busy
 

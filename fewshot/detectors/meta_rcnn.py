@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot import InputError
+from fewshot.backbones.trunks import C4
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN, Detections
-from fewshot.trunks import C4
 
 
 class MetaRCNN(nn.Module):

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
-from fewshot import InputError, pretrained
+from fewshot import InputError
+from fewshot.backbones import pretrained
+from fewshot.backbones.fpn import FPN
+from fewshot.backbones.trunks import C4, Trunk
 from fewshot.data.pipeline import Pipeline
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN, Detections
-from fewshot.fpn import FPN
-from fewshot.trunks import C4, Trunk
 
 FIRST_STAGE = ("trunk", "rpn", "affine_rpn")  # parts of detectors that propose
 PROBE = 224  # pixels: a multiple of what maps' cells usually cover

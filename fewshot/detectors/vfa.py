@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewshot.backbones.trunks import C4
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.meta_rcnn import MetaRCNN
-from fewshot.trunks import C4
 
 KL_WEIGHT = 0.00025  # of the divergence, beside the squared error of what is reconstructed
 

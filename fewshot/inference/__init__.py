@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from fewshot import InputError, methods, weights
-from fewshot.fold import folded
-from fewshot.hub import find
+from fewshot.detectors.fold import folded
 from fewshot.inference.classifier import NONE, Classifier, Guess
 from fewshot.inference.detector import Detector, Found
+from fewshot.inference.hub import find
 from fewshot.inference.model import decoded
 
 __all__ = ["NONE", "Classifier", "Detector", "Found", "Guess", "decoded", "load"]

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as T
 
 from fewshot import InputError, heads, methods, show
 from fewshot.data.transforms import TestCrop, Whole
-from fewshot.export import PrototypeNetwork
+from fewshot.inference.export import PrototypeNetwork
 from fewshot.inference.model import NO_SUPPORTS, Model, Picture, Size, check_size, listed
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewshot import InputError, calibrate, show
+from fewshot import InputError, show
 from fewshot.data.pipeline import Pipeline, collate_images
 from fewshot.data.query_aware import support_crop
 from fewshot.data.support import support_image
-from fewshot.export import RoIHead
+from fewshot.detectors import calibrate
+from fewshot.inference.export import RoIHead
 from fewshot.inference.model import NO_SUPPORTS, Model, Picture, Size, check_size, listed
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Detector(Model):
         self.calibration: calibrate.Calibration | None = None
 
     def calibrate(self, backbone: str | None = None) -> None:
-        """From now on scores of novel classes are half cosines with their shots (`fewshot.calibrate`), best first.
+        """From now on scores of novel classes are half cosines with their shots (`detectors.calibrate`), best first.
 
         They do not compare with the scores of other classes, which stay as they are.
 

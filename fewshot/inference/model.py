@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as T
 from fewshot import InputError
 from fewshot.data import pictures as files
 from fewshot.data.transforms import Normalisation
-from fewshot.hub import FILE, HubModel, download
+from fewshot.inference.hub import FILE, HubModel, download
 
 if TYPE_CHECKING:
     from fewshot.inference import Classifier, Detector

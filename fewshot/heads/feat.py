@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot import InputError, heads
-from fewshot.schedule import Schedule
+from fewshot import InputError
+from fewshot.heads import metric
+from fewshot.training.schedule import Schedule
 
 
 class Setting(NamedTuple):
@@ -97,7 +98,7 @@ class FEAT(nn.Module):
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Logits (tasks, m, ways) of the queries."""
-        prototypes = self.adapt(heads.class_means(support, ways))
+        prototypes = self.adapt(metric.class_means(support, ways))
         return self._compare(query, prototypes) / self.temperature
 
     def auxiliary(self, support: Tensor, query: Tensor, ways: int) -> tuple[Tensor, Tensor]:
@@ -112,5 +113,5 @@ class FEAT(nn.Module):
 
     def _compare(self, x: Tensor, prototypes: Tensor) -> Tensor:
         if self.distance == "euclidean":
-            return -heads.squared_distances(x, prototypes)
+            return -metric.squared_distances(x, prototypes)
         return x @ F.normalize(prototypes, dim=-1).mT

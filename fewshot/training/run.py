@@ -23,10 +23,11 @@ from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
-from fewshot import InputError, curves, folders, launch, state, weights
+from fewshot import InputError, curves, weights
 from fewshot.data.stream import Feed
-from fewshot.launch import on_main
-from fewshot.schedule import Schedule
+from fewshot.training import folders, launch, state
+from fewshot.training.launch import on_main
+from fewshot.training.schedule import Schedule
 
 T = TypeVar("T")
 LOG_EVERY = 10  # steps between lines of log.jsonl; also how often the losses are brought from the device

@@ -18,7 +18,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision import ops
 
-from fewshot import InputError, pretrained, weights
+from fewshot import InputError, weights
+from fewshot.backbones import pretrained
 from fewshot.data.detection import DetectionSet
 from fewshot.data.transforms import Normalisation
 

@@ -11,15 +11,17 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from fewshot import InputError, calibrate, folders, launch, run, stages
+from fewshot import InputError
 from fewshot.data import cd_fsod
 from fewshot.data.detection import PUBLISHED_SPLITS, DetectionSet, DetectionSplit
 from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
 from fewshot.data.transforms import Normalisation
+from fewshot.detectors import calibrate
 from fewshot.detectors.build import rebuilt
-from fewshot.evaluate import Detections, coco_json, confusion, evaluate, in_original_pixels, table
-from fewshot.fold import folded
+from fewshot.detectors.fold import folded
+from fewshot.evaluation.average_precision import Detections, coco_json, confusion, evaluate, in_original_pixels, table
+from fewshot.training import folders, launch, run, stages
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from fewshot import InputError, pretrained, weights
+from fewshot import InputError, weights
+from fewshot.backbones import pretrained
 
 
 class Backbone(nn.Module):

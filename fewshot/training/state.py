@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from fewshot import InputError, launch
+from fewshot import InputError
+from fewshot.training import launch
 
 LAST, BEFORE, WRITING = "last", "last.old", "last.tmp"
 RECORD = "record.json"

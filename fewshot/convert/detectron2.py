@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fewshot import InputError, methods, weights
+from fewshot.convert.mmfewshot import COCO_CLASSES
 from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
 from fewshot.data.transforms import CAFFE
 from fewshot.detectors.faster_rcnn import anchor_grid
-from fewshot.mmfewshot import COCO_CLASSES
 
 ClassesOf = Literal["voc1", "voc2", "voc3", "coco"]  # whose classes: of one of VOC's splits, or COCO's
 ANCHORS = "proposal_generator.anchor_generator.cell_anchors.0"

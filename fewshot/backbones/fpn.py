@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot import trunks
-from fewshot.trunks import C4, Trunk, c4
+from fewshot.backbones import trunks
+from fewshot.backbones.trunks import C4, Trunk, c4
 
 
 class FPN(Trunk):

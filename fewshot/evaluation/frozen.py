@@ -21,14 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewshot import InputError, backbones, folders, weights
-from fewshot.backbones import Backbone
+from fewshot import InputError, weights
+from fewshot.backbones import networks
+from fewshot.backbones.networks import Backbone
 from fewshot.data import episodes
 from fewshot.data.cache import Squares, alone, unfinished
 from fewshot.data.classification import open_domain, open_splits
 from fewshot.data.image_set import ImageSet
 from fewshot.data.transforms import Normalisation
-from fewshot.meta_test import FewShotModel, extract
+from fewshot.evaluation.meta_test import FewShotModel, extract
+from fewshot.training import folders
 
 NOT_KEPT = "{}: features cannot be kept here ({}): give another --features"
 
@@ -57,7 +59,7 @@ def opened(accelerator: Accelerator, args: Any) -> Opened:
     """What `--init`, or `--backbone` with `--weights` and `--size`, and the flags of the data ask for.
 
     Raises:
-        InputError: not one of these two flags is given; or as `backbones.of`, `open_dataset` and `episodes.check` do.
+        InputError: not one of these two flags is given; or as `networks.of`, `open_dataset` and `episodes.check` do.
     """
     if not args.test_only and (args.init is None) == (args.backbone is None):
         raise InputError(
@@ -70,7 +72,7 @@ def opened(accelerator: Accelerator, args: Any) -> Opened:
         name = trained.get("backbone") or trained["args"]["backbone"]
         pictures = {"size": trained["size"], "normalisation": Normalisation.from_dict(trained["normalisation"])}
     else:
-        trained, name, pictures = {}, args.backbone, backbones.inputs(args)
+        trained, name, pictures = {}, args.backbone, networks.inputs(args)
     if trained.get("dataset", args.dataset) not in (args.dataset, "folder"):
         accelerator.print(f"{source} was trained on {trained['dataset']}, and is used on {args.dataset}")
     with accelerator.local_main_process_first():  # one process fills the cache
@@ -83,10 +85,10 @@ def opened(accelerator: Accelerator, args: Any) -> Opened:
         episodes.check_imbalanced(test_set, args.ways, max(args.shots), args.queries, args.imbalance)
     accelerator.print(f"{test_set.origin}: {len(test_set)} pictures of {len(test_set.classes)} classes to test on")
     if source:
-        backbone = backbones.build(name, base_set.size)
+        backbone = networks.build(name, base_set.size)
         weights.fill_part(backbone, source, "features.")
     else:
-        backbone = backbones.of(args, base_set.size)
+        backbone = networks.of(args, base_set.size)
     backbone.freeze()
     return Opened(backbone, base_set, test_set, base_set.describe() | {"backbone": name})
 

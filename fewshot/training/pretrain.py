@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from torchvision import ops
 from tqdm.auto import tqdm
 
-from fewshot import launch
+from fewshot.backbones.trunks import C4
 from fewshot.data.detection import DetectionSet
 from fewshot.data.pipeline import Pipeline, train_loader
 from fewshot.data.stream import Feed, Word
 from fewshot.detectors import faster_rcnn
-from fewshot.run import Schedule
-from fewshot.trunks import C4
+from fewshot.training import launch
+from fewshot.training.run import Schedule
 
 NEAR, FAR = 8, 16  # boxes around each object, and anywhere on a picture, that are classified besides the objects
 ROIS = 32  # of them that are trained on, per picture

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fewshot import InputError, hub, methods, torchvision_base, weights
+from fewshot import InputError, methods, weights
+from fewshot.convert import torchvision as torchvision_base
 from fewshot.data.detection import DetectionSplit
 from fewshot.detectors import mpsr
 from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.tfa import TFA
+from fewshot.inference import hub
 
 # words for torchvision's detectors trained on COCO: a large one, and one for CPUs
 COCO = {"coco": "resnet50", "coco_mobile": "mobilenet_v3_large"}

@@ -11,10 +11,10 @@ from torch import Tensor
 from torchvision.models import detection
 
 from fewshot import InputError, weights
+from fewshot.backbones.trunks import FrozenBatchNorm2d
 from fewshot.data.transforms import IMAGENET
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.tfa import TFA
-from fewshot.trunks import FrozenBatchNorm2d
 
 Backbone = Literal["resnet50", "mobilenet_v3_large"]
 WEIGHTS = {

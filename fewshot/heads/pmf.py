@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fewshot import InputError, heads
-from fewshot.schedule import Schedule
+from fewshot import InputError
+from fewshot.heads import metric
+from fewshot.training.schedule import Schedule
 
 RATES = 0.01, 0.001, 0.0001  # that "auto" chooses from, besides 0
 AUGMENTED = 0.9  # share of the steps of fine-tuning whose images are augmented
@@ -46,7 +47,7 @@ class PMF(nn.Module):
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Logits (tasks, m, ways) of features (tasks, m, D), the supports (tasks, ways * shots, D) class by class."""
-        return self.scale * (heads.cosines(query, heads.class_means(support, ways)) + self.bias)
+        return self.scale * (metric.cosines(query, metric.class_means(support, ways)) + self.bias)
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """The same of images (tasks, n, 3, H, W), without fine-tuning: what is meta-trained."""

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fewshot import launch, run
 from fewshot.data import episodes, transforms
 from fewshot.data.image_set import ImageSet
 from fewshot.data.stream import Feed
+from fewshot.training import launch, run
 
 BATCH = 256  # images per forward pass; fixed, so that features do not depend on the number of processes
 CHUNK_BYTES = 8 << 20  # features gathered at once: a chunk of tasks should stay in the processor's cache

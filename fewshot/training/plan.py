@@ -8,11 +8,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from fewshot import backbones, folders
+from fewshot.backbones import networks
 from fewshot.data import episodes
 from fewshot.data.classification import open_domain, open_splits
 from fewshot.data.image_set import ImageSet
-from fewshot.schedule import Passes, Schedule
+from fewshot.training import folders
+from fewshot.training.schedule import Passes, Schedule
 
 
 def folder(method: str, args: Any) -> str:
@@ -30,7 +31,7 @@ def opened(accelerator: Accelerator, args: Any) -> tuple[ImageSet, ImageSet, Ima
         InputError: a data set cannot be opened (`open_dataset`), or has too little for the tasks.
     """
     with accelerator.local_main_process_first():  # one process fills the cache
-        sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache, **backbones.inputs(args))
+        sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache, **networks.inputs(args))
         if args.test_dataset:
             root = args.test_root or args.data_root
             sets = (*sets[:2], open_domain(args.test_dataset, root, sets[0], cache=args.cache))

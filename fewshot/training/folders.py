@@ -20,8 +20,9 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from fewshot import InputError, state, weights
-from fewshot.launch import on_main
+from fewshot import InputError, weights
+from fewshot.training import state
+from fewshot.training.launch import on_main
 
 # Arguments that change how a run is carried out, not what it computes: a resumed run may change these.
 FREE_ARGS = {"resume", "overwrite", "wandb", "workers", "out", "test_only", "stage", "save_every", "features"}

@@ -18,7 +18,7 @@ from torchvision import ops
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fewshot import InputError
-from fewshot.backbones import init_convs
+from fewshot.backbones.networks import init_convs
 from fewshot.data.transforms import CAFFE, HALF, IMAGENET, Normalisation
 from fewshot.weights import downloaded, fill, read_state
 

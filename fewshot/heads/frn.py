@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewshot.backbones import Backbone, ConvNet
+from fewshot.backbones.networks import Backbone, ConvNet
 
 
 def reconstructed(query: Tensor, pool: Tensor, penalty: Tensor) -> Tensor:

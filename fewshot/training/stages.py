@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from fewshot import InputError, bases, calibrate, folders, launch, run
+from fewshot import InputError
 from fewshot.data import check, k_shot
 from fewshot.data.detection import PUBLISHED, PUBLISHED_SPLITS, DetectionSet, DetectionSplit, open_split
 from fewshot.data.pipeline import Pipeline
-from fewshot.intervals import mean_interval
-from fewshot.schedule import Passes, Schedule, choose
+from fewshot.detectors import calibrate
+from fewshot.training import bases, folders, launch, run
+from fewshot.training.intervals import mean_interval
+from fewshot.training.schedule import Passes, Schedule, choose
 
 LARGE = 800 * 1333  # pixels of a picture that published detectors look for objects in
 FEWEST = 300  # proposals: on NEU-DET 100 cost a tenth of the AP and save a quarter of the time

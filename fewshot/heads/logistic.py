@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.transductive import float64, one_hot
+from fewshot.heads.transductive import float64, one_hot
 
 STEPS = 100  # Newton's: a handful does, but for a C so large that hardly a penalty is left
 

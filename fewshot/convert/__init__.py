@@ -1,0 +1,1 @@
+"""Other projects' names of tensors, for those who come with a checkpoint."""

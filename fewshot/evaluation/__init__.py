@@ -1,0 +1,1 @@
+"""Tests: of classifiers by tasks, of detectors by average precision."""

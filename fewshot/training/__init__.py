@@ -1,0 +1,1 @@
+"""What a run goes through: launch, folder, state, schedule, stages; knows no test."""
