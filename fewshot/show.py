@@ -1,10 +1,12 @@
-"""Pictures for people: what was detected beside what is there, shots, guesses."""
+"""Pictures for people: what was detected beside what is there, shots, guesses, training curves."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice, zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 
-from fewshot.data.detection import DetectionSet
-from fewshot.evaluation.average_precision import Detections
+from fewshot.data.detection import Detections, DetectionSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # elsewhere only where something is drawn: it takes long to import
@@ -276,3 +277,26 @@ def sheet(images: Sequence[Tensor], columns: int = 4) -> Image.Image:
     height, width = (max(image.shape[d] for image in images) for d in (-2, -1))
     padded = [F.pad(i, [0, 0, width - i.shape[-1], height - i.shape[-2]], fill=255) for i in images]
     return F.to_pil_image(make_grid(torch.stack(padded), columns, padding=4, pad_value=255))
+
+
+def curves(log: Path, out: Path) -> None:
+    """Plot every number of a log.jsonl against the step, one panel each, to `out` (png), unless there are none."""
+    from matplotlib.figure import Figure  # here, so that a recipe's --help does not wait for it
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    names = sorted({name for line in lines for name in line} - {"step", "seconds"})
+    if not names:
+        return
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")  # without pyplot: needs no display
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 30 else None)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    figure.savefig(out, dpi=110)

@@ -20,6 +20,7 @@ from fewshot import InputError
 from fewshot.described import Said, Shapes, checked
 
 ADVICE = "give the model.safetensors of a run, or of one of scripts/convert_*.py"
+FILE = "model.safetensors"  # of a run's folder, and on the hub
 FORMAT = 1  # of the metadata; a reader refuses newer ones
 
 
@@ -49,6 +50,59 @@ def save_state(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written ({error}): make room on the disk, or give another folder") from None
+
+
+def find(source: str | Path) -> Path:
+    """The model file that `source` means: a file, a folder that holds one, or a hub id, which is downloaded.
+
+    An id is two words and a slash. What looks like a path is never asked of the hub: what ends in .safetensors, begins
+    with a dot, a slash, ~ or runs/, or would lie in a folder that is there.
+
+    Raises:
+        InputError: there is none; of an id that cannot be had it says why.
+    """
+    path, text = Path(source).expanduser(), str(source)
+    if path.is_dir():
+        if not (path / FILE).is_file():
+            raise InputError(f"{path} holds no {FILE}: {_instead(path)}")
+        return path / FILE
+    if path.exists():
+        return path
+    local = text.startswith((".", "/", "~", "runs/")) or path.suffix == ".safetensors" or path.parent.exists()
+    if local or text.count("/") != 1:
+        raise InputError(
+            f"{path}: no such model file or folder; give a run's folder, its {FILE}, or a hub id, user/model"
+        )
+    return download(text)
+
+
+def _instead(folder: Path) -> str:
+    """What to load where a folder has no model."""
+    if inner := sorted(p.parent.name for p in folder.glob(f"*/{FILE}") if not p.parent.name.startswith("last")):
+        return f"give one of {', '.join(inner)} in it"
+    if (folder / "args.json").exists():
+        return "its run has saved no model yet, go on with it (--resume)"
+    return "give a run's folder, or the file itself"
+
+
+def download(repo_id: str, **options: Any) -> Path:
+    """The model file under this id, from the hub or its local cache; `options` of huggingface_hub's `hf_hub_download`.
+
+    Raises:
+        InputError: it cannot be had; the message says why.
+    """
+    # here: only whoever asks the hub waits for it
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, FILE, **options))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{repo_id}: no such local file, and not to be had from the hub ({reason}); "
+            "a path to a model.safetensors or a run's folder works without network"
+        ) from None
 
 
 def model_file(source: str | Path) -> Path:

@@ -8,7 +8,7 @@ nearest. Start from a trained backbone, as published: without one it is no bette
 """
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,38 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "feat"  # names runs and models; a copy of this recipe needs a name of its own
 
+
+class Setting(NamedTuple):
+    """What training was published with."""
+
+    temperature: float  # divides squared distances of features as they are to prototypes as long as D^½
+    auxiliary_temperature: float  # the same in the auxiliary loss
+    balance: float  # weight of that loss
+    schedule: Schedule  # of the backbone; the rate of the attention is ten times as high
+
+
+# Adam, and SGD with Nesterov's momentum; rates are halved every 20 or 40 of 200 epochs of 100 episodes
+CONV4 = Schedule(20_000, 1e-4, tuple(range(2000, 20_000, 2000)), gamma=0.5)
+RESNET12 = Schedule(20_000, 2e-4, tuple(range(4000, 20_000, 4000)), gamma=0.5)
+PUBLISHED = {  # by backbone, or data where these have their own, and shots in training
+    ("conv4", 1): Setting(64, 16, 1.0, CONV4),
+    ("conv4", 5): Setting(32, 64, 0.1, CONV4),
+    ("resnet12", 1): Setting(64, 64, 0.01, RESNET12),
+    ("resnet12", 5): Setting(64, 32, 0.1, RESNET12),
+    ("tiered_imagenet", 1): Setting(64, 64, 0.1, RESNET12._replace(milestones=CONV4.milestones)),
+    ("tiered_imagenet", 5): Setting(32, 64, 0.1, RESNET12),
+}
+
+
+def published(backbone: str, dataset: str, shots: int) -> Setting:
+    """The row of `PUBLISHED`: mini-ImageNet's for other data, ResNet-12's for other backbones, 5 for several shots."""
+    kind = "conv4" if backbone == "conv4" else dataset if dataset == "tiered_imagenet" else "resnet12"
+    return PUBLISHED[kind, 1 if shots == 1 else 5]
+
+
 # steps and the backbone's rate, a tenth of the attention's: Conv4's as published, but for glyphs and Omniglot quick
 QUICK, OWN = Schedule(600, 1e-4), Passes(100, 1e-4, 600, 20_000)  # passes, rate, least and most steps
-SCHEDULE = dict.fromkeys(get_args(DatasetName), feat.CONV4) | {"glyphs": QUICK, "omniglot": QUICK, "folder": OWN}
+SCHEDULE = dict.fromkeys(get_args(DatasetName), CONV4) | {"glyphs": QUICK, "omniglot": QUICK, "folder": OWN}
 
 
 @dataclass
@@ -71,7 +100,7 @@ class Args:
 
 
 class FEAT(nn.Module):
-    def __init__(self, backbone: nn.Module, setting: feat.Setting):
+    def __init__(self, backbone: nn.Module, setting: Setting):
         super().__init__()
         self.features = backbone
         self.head = feat.FEAT(backbone.out_features, setting.temperature, setting.auxiliary_temperature)
@@ -98,8 +127,8 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     train_set, val_set, test_set = sets = opened(accelerator, args)
     ways, shots, queries = args.train_ways, args.train_shots, args.train_queries
     episodes.check(train_set, ways, shots, queries, episodes.TRAIN_FLAGS)
-    setting, row = feat.published(args.backbone, train_set.name, shots), SCHEDULE[train_set.name]
-    row = setting.schedule if row is feat.CONV4 else row
+    setting, row = published(args.backbone, train_set.name, shots), SCHEDULE[train_set.name]
+    row = setting.schedule if row is CONV4 else row
     schedule, eval_every = planned(accelerator, args, row, sets, pictures=ways * (shots + queries))
 
     # model

@@ -20,10 +20,10 @@ from fewshot import backbones, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, meta_test_images, report
-from fewshot.heads.pmf import PMF, Cosine
+from fewshot.heads.pmf import PMF
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
-from fewshot.training.schedule import Passes
+from fewshot.training.schedule import Cosine, Passes
 
 METHOD = "pmf"  # names runs and models; a copy of this recipe needs a name of its own
 

@@ -29,13 +29,14 @@ from fewshot import backbones, heads
 from fewshot.backbones import fpn, trunks
 from fewshot.data import detection, episodes, transforms
 from fewshot.data.classification import DatasetName, open_dataset
+from fewshot.data.detection import Detections
 from fewshot.data.glyphs import glyph, scene
 from fewshot.data.pipeline import Batch, Pipeline, train_loader
 from fewshot.data.stream import Feed
 from fewshot.data.support import NWayKShot, SupportBatch
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.attention_rpn import AttentionRPN, MultiRelation
-from fewshot.detectors.fold import folded
+from fewshot.detectors.build import folded
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.fsdetview import FSDetView
 from fewshot.detectors.meta_rcnn import MetaRCNN
@@ -367,7 +368,7 @@ def plain_relation(relation: MultiRelation, queries: Tensor, support: Tensor) ->
 
 
 @torch.no_grad()
-def plain_attention_rpn(model: AttentionRPN, images: Tensor, size: tuple[int, int]) -> list[faster_rcnn.Detections]:
+def plain_attention_rpn(model: AttentionRPN, images: Tensor, size: tuple[int, int]) -> list[Detections]:
     """Attention-RPN's test as published: a class after the other, from the trunk's features on."""
     features, found = model.trunk(images), []
     for kernel, shown in zip(model.kernels, model.maps):

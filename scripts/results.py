@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from fewshot import InputError
 from fewshot.data import annotations, cd_fsod
-from fewshot.training.intervals import mean_interval
+from fewshot.training.folders import mean_interval
 
 GROUPS = ("base", "novel", "all")
 TEST = re.compile(r"test-[0-9a-f]{8}\.json")  # what --test-only leaves

@@ -8,9 +8,10 @@ import torch
 from naming_rule import GAINS, boxes, close, image, weight
 from torch import Tensor, nn
 
+from fewshot.data.detection import Detections
 from fewshot.data.transforms import CAFFE, Normalisation
 from fewshot.detectors import faster_rcnn
-from fewshot.detectors.faster_rcnn import RPN, Detections
+from fewshot.detectors.faster_rcnn import RPN
 from fewshot.detectors.meta_rcnn import MetaRCNN
 
 SIZE = (256, 320)  # height and width of the reference's pictures

@@ -25,8 +25,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import tqdm
+from runs import result_of, run_here
 from safetensors.torch import load_file
-from test_recipes import result_of, run_here
 
 from fewshot.data import detection
 

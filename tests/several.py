@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import tyro
 from accelerate import PartialState
-from test_recipes import load
+from runs import load
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook

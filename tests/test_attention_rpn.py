@@ -17,6 +17,7 @@ from naming_rule import boxes, close, golden
 
 from fewshot.backbones import trunks
 from fewshot.convert.mmfewshot import detector_name
+from fewshot.data.detection import Detections
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.attention_rpn import AttentionRPN
 
@@ -79,12 +80,12 @@ def test_query_path_supports_and_detections(case):
     check_per_class(found, expected["det_fixed"])
     (whole,) = model.detect(query, [SIZE])
     check_per_class(
-        [faster_rcnn.Detections(*(column[whole.labels == c] for column in whole)) for c in range(5)],
+        [Detections(*(column[whole.labels == c] for column in whole)) for c in range(5)],
         expected["det_e2e"],
     )
 
 
-def check_per_class(found: list[faster_rcnn.Detections], expected: dict) -> None:
+def check_per_class(found: list[Detections], expected: dict) -> None:
     """Each class's detections; of all together the best are equal."""
     assert [len(d.scores) for d in found] == expected["per_class"][: len(found)]
     scores, labels = torch.cat([d.scores for d in found]), [i for i, d in enumerate(found) for _ in d.scores]

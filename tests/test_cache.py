@@ -222,7 +222,7 @@ def begun(root: Path, how: str) -> subprocess.Popen:
 
 def test_one_program_decodes_and_another_waits(root):
     first = begun(root, "slow")
-    assert first.stdout.readline() == "decodes\n"
+    assert first.stdout.readline().startswith("decodes")  # two threads may write at once
     second = begun(root, "quick")
     assert second.stdout.readline().endswith("is being made by another process: waiting for it\n")
     (root / "go").touch()

@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from naming_rule import boxes, close, golden, image, weight
+from runs import QUICK, run_here
 from safetensors.torch import save_file
-from test_recipes import QUICK, run_here
 from torch import Tensor, nn
 
 import fewshot
 from fewshot import InputError, weights
 from fewshot.data import detection
 from fewshot.data.annotations import make_record
-from fewshot.data.detection import DetectionSet
+from fewshot.data.detection import Detections, DetectionSet
 from fewshot.data.transforms import Normalisation
 from fewshot.detectors import calibrate
 from fewshot.detectors.calibrate import Calibration, Regions
-from fewshot.evaluation.average_precision import Detections, evaluate
+from fewshot.evaluation.average_precision import evaluate
 
 AS_THEY_ARE = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

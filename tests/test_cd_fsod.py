@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_recipes import QUICK, metrics, run_here
+from runs import QUICK, metrics, run_here
 from test_results import call, cells
 from torchvision.io import write_png
 

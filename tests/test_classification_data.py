@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fewshot import InputError
-from fewshot.data import classification, label_orders, pickles, transforms
+from fewshot.data import classification, label_orders, transforms
 from fewshot.data.classification import ImageSet, open_dataset
 from fewshot.data.glyphs import glyph
 
@@ -518,7 +518,7 @@ def test_broken_pickles_are_named(tmp_path):
         for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
             broken.write_bytes(damaged)
             try:
-                pickles.read(broken, lambda found: None, "a")
+                classification.read_pickle(broken, lambda found: None, "a")
             except InputError as error:
                 assert str(error).startswith(f"{broken}: not readable")
 
@@ -544,7 +544,7 @@ def test_pickles_run_no_code(tmp_path, protocol):
     ]:
         path.write_bytes(pickle.dumps([planted], protocol=protocol))
         with pytest.raises(InputError, match=f"val_images_png.pkl: not readable .*{name}"):
-            pickles.read(path, lambda found: None)
+            classification.read_pickle(path, lambda found: None)
         assert not done.exists()
 
 
@@ -553,11 +553,11 @@ def test_pickles_of_python_2_and_3_give_their_arrays(tmp_path):
     content |= {"s": np.array(["a", "bc"]), "o": np.array([1, "x"], object), ">": np.array([258], ">i2")}
     for protocol in (2, 3, 4):
         (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-        found = pickles.read(tmp_path / "a.pkl", lambda found: None, "bytes", "n")
+        found = classification.read_pickle(tmp_path / "a.pkl", lambda found: None, "bytes", "n")
         for key, wanted in pickle.loads((tmp_path / "a.pkl").read_bytes()).items():
             assert np.array_equal(found[key], wanted) and found[key].dtype == wanted.dtype
     # by Python 2, whose texts are bytes
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + array + b"(K\x01K\x02\x85" + dtype + b"\x89U\x02\x07\xfftb.")
-    assert pickles.read(tmp_path / "a.pkl", lambda found: None).tolist() == [7, 255]
+    assert classification.read_pickle(tmp_path / "a.pkl", lambda found: None).tolist() == [7, 255]

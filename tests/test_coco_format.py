@@ -6,7 +6,7 @@ from pathlib import Path
 import coco_format
 import numpy as np
 import pytest
-from test_recipes import run_here
+from runs import run_here
 
 from fewshot.data import detection
 from fewshot.data.annotations import VOC_NOVEL

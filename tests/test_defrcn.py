@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from detector_goldens import SIZE, check_detections, check_gradients, normalised, training_batch
 from naming_rule import close, golden, image, weight
+from runs import FROZEN, QUICK, load, run_here
 from safetensors.torch import load_file
-from test_recipes import FROZEN, QUICK, load, run_here
 from torch import Tensor
 
 import fewshot

@@ -16,12 +16,12 @@ from pycocotools.cocoeval import COCOeval
 
 from fewshot.data import detection, pipeline
 from fewshot.data.annotations import make_record
-from fewshot.data.detection import DetectionSet
+from fewshot.data.detection import Detections, DetectionSet
 from fewshot.data.pipeline import Pipeline
 from fewshot.data.stream import Feed
 from fewshot.data.transforms import HALF
 from fewshot.evaluation import average_precision
-from fewshot.evaluation.average_precision import Detections, evaluate_coco, evaluate_voc
+from fewshot.evaluation.average_precision import evaluate_coco, evaluate_voc
 
 GOLDEN = golden("voc_ap")
 CASES = [case for case in GOLDEN if isinstance(GOLDEN[case], dict) and "mean_ap" in GOLDEN[case]]

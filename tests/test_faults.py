@@ -21,8 +21,8 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from runs import result_of, run_here
 from safetensors.torch import load_file
-from test_recipes import result_of, run_here
 
 from fewshot import InputError
 from fewshot.data import detection, pictures

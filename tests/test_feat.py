@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naming_rule import array, close, fill, golden
+from runs import load
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.heads.feat import FEAT, PUBLISHED, published
+from fewshot.heads.feat import FEAT
 
 GOLDENS = golden("cls_feat")
 NAMES = {"w_qs": "query", "w_ks": "key", "w_vs": "value", "layer_norm": "norm", "fc": "fc"}
@@ -102,11 +103,13 @@ def test_what_cannot_be():
 
 
 def test_settings_are_the_published_ones():
+    recipe = load("feat")
+    published, table = recipe.published, recipe.PUBLISHED
     assert published("conv4", "cub", 1)[:3] == (64, 16, 1.0)
     assert published("conv4", "tiered_imagenet", 5)[:3] == (32, 64, 0.1)
-    assert published("resnet18", "glyphs", 3) is PUBLISHED["resnet12", 5]
-    assert published("resnet12", "tiered_imagenet", 1) is PUBLISHED["tiered_imagenet", 1]
-    for (kind, shots), setting in PUBLISHED.items():
+    assert published("resnet18", "glyphs", 3) is table["resnet12", 5]
+    assert published("resnet12", "tiered_imagenet", 1) is table["tiered_imagenet", 1]
+    for (kind, shots), setting in table.items():
         every = 2000 if kind == "conv4" or (kind, shots) == ("tiered_imagenet", 1) else 4000
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=setting.schedule.lr)
         scheduler = setting.schedule.of(optimizer)

@@ -6,7 +6,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fewshot.backbones import trunks
 from fewshot.backbones.fpn import fpn
-from fewshot.detectors.fold import folded
+from fewshot.detectors.build import folded
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.tfa import TFA
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from runs import QUICK, load, run_here
 from safetensors.torch import load_file
-from test_recipes import QUICK, load, run_here
 from torch import nn
 
 import fewshot
@@ -25,7 +25,7 @@ from fewshot.data.pipeline import Pipeline
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.tfa import TFA
-from fewshot.heads import feat, frn
+from fewshot.heads import frn
 from fewshot.heads.maml import MAML
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ RECIPES = {  # a model of every classifier's recipe, from its module and a backb
     "relation_net": lambda recipe, backbone: recipe.RelationNet(backbone, 0.1),
     "meta_baseline": lambda recipe, backbone: recipe.MetaBaseline(backbone),
     "maml": lambda recipe, backbone: recipe.MAML(backbone, 3, test_steps=2, lr=0.1),
-    "feat": lambda recipe, backbone: recipe.FEAT(backbone, feat.PUBLISHED["conv4", 1]),
+    "feat": lambda recipe, backbone: recipe.FEAT(backbone, recipe.PUBLISHED["conv4", 1]),
     "frn": lambda recipe, backbone: recipe.FRN(*frn.parts(backbones.build("conv4", 32))),
 }
 
@@ -415,7 +415,7 @@ def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
         asked.append(repo_id)
         raise OSError("not today")
 
-    monkeypatch.setattr("fewshot.inference.hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for source in (
@@ -459,7 +459,7 @@ def test_names_on_a_card_are_only_names(runs, tmp_path):
 def test_what_importing_costs():
     """A recipe that only says how it is used should not load what it never uses."""
     heavy = "torch torchvision matplotlib pycocotools accelerate huggingface_hub".split()
-    needed = {"fewshot": "", "fewshot.curves": "", "fewshot.inference": "torch torchvision pycocotools huggingface_hub"}
+    needed = {"fewshot": "", "fewshot.inference": "torch torchvision pycocotools huggingface_hub"}
     for module, allowed in needed.items():
         code = f"import sys, {module}; from fewshot import InputError, load; print(*sys.modules.keys() & set({heavy}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

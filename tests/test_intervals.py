@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fewshot.training.intervals import mean_interval
+from fewshot.training.folders import mean_interval
 
 
 def test_three_values():

@@ -17,7 +17,7 @@ FLAGS = {
 WATCH = """
 import multiprocessing, os, sys
 import torch
-from test_recipes import load
+from runs import load
 from fewshot.training import run
 import tyro
 

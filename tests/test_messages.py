@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ROOT, run_here
 from safetensors.torch import save_file
-from test_recipes import ROOT, run_here
 
 from fewshot import methods, weights
 

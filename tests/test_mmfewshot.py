@@ -16,7 +16,7 @@ import fewshot
 from fewshot import InputError, weights
 from fewshot.convert import mmfewshot
 from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
-from fewshot.detectors.faster_rcnn import Detections
+from fewshot.data.detection import Detections
 from fewshot.inference import Found
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_mmfewshot.py"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import Accelerator
 from PIL import Image
-from test_recipes import CLASSIFIERS, load, metrics, run_here
+from runs import CLASSIFIERS, load, metrics, run_here
 
 from fewshot import InputError, weights
 from fewshot.data import episodes

@@ -9,9 +9,8 @@ import coco_format
 import numpy as np
 import pytest
 import torch
+from runs import QUICK, metrics, results_of_tests, run_here
 from safetensors.torch import load_file
-from test_recipes import QUICK, metrics, run_here
-from test_recipes import test_results as results_of_tests
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 import fewshot

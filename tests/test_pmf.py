@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naming_rule import array, close, fill, golden, image, rgb_input
-from test_recipes import metrics, run_here, test_results
+from runs import metrics, results_of_tests, run_here
 from torch import Tensor, nn
 
 import fewshot
@@ -17,7 +17,8 @@ from fewshot import InputError, backbones, inference, weights
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
 from fewshot.heads import pmf, transductive
-from fewshot.heads.pmf import PMF, Cosine
+from fewshot.heads.pmf import PMF
+from fewshot.training.schedule import Cosine
 
 CASES = golden("cls_pmf_frozen")
 
@@ -284,7 +285,7 @@ def test_a_trained_model_is_tested_with_other_steps_and_rates(tmp_path):
     assert before.keys() == PMF(backbones.build("conv4", 16)).state_dict().keys()
     for other in (fine_tuning, "--test-steps 0", "--test-steps 2 --test-lr 0.5"):
         run_here("pmf", f"{flags} --test-only {other}")
-    found = test_results(tmp_path)
+    found = results_of_tests(tmp_path)
     results = {tuple(r["settings"]["tested"][key] for key in ("test_steps", "test_lr")): r["shots"] for r in found}
     assert results.keys() == {(2, 0.01), (0, "auto"), (2, 0.5)}
     assert results[2, 0.01] == trained["shots"], "what is drawn follows from the task"

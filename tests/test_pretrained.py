@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 import torchvision
+from runs import metrics, parse, results_of_tests, run_here
 from safetensors.torch import save_file
-from test_recipes import metrics, parse, run_here, test_results
 from torch import nn
 
 import fewshot
@@ -205,7 +205,7 @@ def test_a_recipe_on_a_pretrained_backbone(tmp_path, saved, monkeypatch):
         for i in range(4):
             torchvision.io.write_png(picture + 9 * i, str(folders / name / f"{i}.png"))
     run_here("baseline", f"--test-only --test-dataset {folders} --out {tmp_path}/run --shots 1 --queries 3 --tasks 4")
-    (result,) = test_results(tmp_path / "run")
+    (result,) = results_of_tests(tmp_path / "run")
     assert result["settings"]["tested"]["test_dataset"] == str(folders)
     assert result["settings"]["trained"]["dataset"] == "glyphs"
 

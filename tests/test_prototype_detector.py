@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from runs import QUICK, launch, metrics, results_of_tests, run_here
 from safetensors.torch import load_file, save_file
 from test_calibrate import colours
-from test_recipes import QUICK, launch, metrics, run_here, test_results
 from torch import Tensor, nn
 
 import fewshot
@@ -19,10 +19,10 @@ from fewshot import InputError, methods, weights
 from fewshot.backbones import fpn, trunks
 from fewshot.convert import torchvision as torchvision_base
 from fewshot.data import detection
+from fewshot.data.detection import Detections
 from fewshot.data.pipeline import Pipeline
 from fewshot.data.transforms import CAFFE, IMAGENET, Normalisation
 from fewshot.detectors import prototype
-from fewshot.detectors.faster_rcnn import Detections
 from fewshot.detectors.prototype import FrozenMaps, PrototypeDetector, decayed, k_means, uncovered
 from fewshot.evaluation.average_precision import evaluate
 
@@ -393,7 +393,7 @@ def test_it_is_tested_again_from_its_file(run):
     before = (run / "model.safetensors").read_bytes()
     flags = "--shots 2 --test-images 12 --test-proposals 30 --scramble-supports --test-only"
     run_here(METHOD, f"--out {run.parent} {flags}")
-    (again,) = test_results(run)
+    (again,) = results_of_tests(run)
     first = metrics(run)
     assert all(again[key] == first[key] for key in ("AP50", "scrambled_supports", "protocol"))
     assert (run / "model.safetensors").read_bytes() == before

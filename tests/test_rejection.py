@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_recipes import load as load_recipe
+from runs import load as load_recipe
 from test_scripts import load as load_script
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ import fewshot
 from fewshot import InputError, backbones, heads, weights
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
-from fewshot.heads import feat, frn
+from fewshot.heads import frn
 from fewshot.inference import Classifier
 
 predict = load_script("predict")
@@ -109,7 +109,7 @@ METHODS = {
     "relation_net": lambda recipe, net: recipe.RelationNet(net, 0.1),
     "meta_baseline": lambda recipe, net: recipe.MetaBaseline(net),
     "maml": lambda recipe, net: recipe.MAML(net, 3, test_steps=1, lr=0.1),
-    "feat": lambda recipe, net: recipe.FEAT(net, feat.PUBLISHED["conv4", 1]),
+    "feat": lambda recipe, net: recipe.FEAT(net, recipe.PUBLISHED["conv4", 1]),
     "frn": lambda recipe, net: recipe.FRN(*frn.parts(backbones.build("conv4", 32))),
 }
 

@@ -221,7 +221,7 @@ def test_default_folders_tell_runs_apart():
 def test_main_loads_nothing_that_help_does_not_need():
     """curves, pictures and evaluation are imported when they are needed: --help should not wait for them."""
     heavy = "'matplotlib', 'pycocotools', 'wandb', 'huggingface_hub.hf_api'"
-    code = f"import sys; from fewshot import InputError, run; print([m for m in ({heavy}) if m in sys.modules])"
+    code = f"import sys; from fewshot.training import run; print([m for m in ({heavy}) if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.strip()
     assert "matplotlib" not in loaded and "pycocotools" not in loaded

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_recipes import (
+from runs import (
     CLASSIFIERS,
     DETECTORS,
     PROTOTYPES,
@@ -17,10 +16,11 @@ from test_recipes import (
     RECIPES,
     TRAINING_FREE,
     result_of,
+    results_of_tests,
     run_here,
     some,
-    test_results,
 )
+from safetensors.torch import load_file
 
 SEVERAL = Path(__file__).parent / "several.py"
 FEW = {  # two steps, and little of all else
@@ -108,7 +108,7 @@ def check_tests(folder: Path, recipes: list[str], counts: list[int]) -> None:
         starts |= {r: f"--base {folder / 'tfa' / 'base'} --shots 1" for r in recipes if r in PROTOTYPES}
         jobs += [(r, f"{tasks[r]} --out {here / r} {start}") for r, start in starts.items()]
         several(folder, jobs, n)
-        results = {r: test_results(folder / r / FOLDERS[r][-1]) for r in trained}
+        results = {r: results_of_tests(folder / r / FOLDERS[r][-1]) for r in trained}
         results |= {r: [result_of(here / r / ("1shot-seed0" if r in PROTOTYPES else ""))] for r in starts}
         found[n] = {r: {k: v for k, v in one.items() if k != "settings"} for r, (one,) in results.items()}
     for n in counts:

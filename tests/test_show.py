@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fewshot import curves, show
+from fewshot import show
 from fewshot.data.annotations import make_record
-from fewshot.data.detection import DetectionSet, open_detection
-from fewshot.evaluation.average_precision import Detections
+from fewshot.data.detection import Detections, DetectionSet, open_detection
 
 GREY = torch.full((3, 100, 150), 128, dtype=torch.uint8)
 
@@ -122,7 +121,7 @@ def test_confusion_can_be_read():
 
 def test_curves(tmp_path):
     log = tmp_path / "log.jsonl"
-    curves.plot(log, tmp_path / "none.png")
+    show.curves(log, tmp_path / "none.png")
     log.write_text("".join(json.dumps({"step": i, "loss": 1 / i, "lr": 0.1, "seconds": i}) + "\n" for i in range(1, 9)))
-    curves.plot(log, tmp_path / "curves.png")
+    show.curves(log, tmp_path / "curves.png")
     assert not (tmp_path / "none.png").exists() and Image.open(tmp_path / "curves.png").width > 300

@@ -17,7 +17,7 @@ from fake_device import FakeDevice
 from first_losses import RUNS, module_of
 from torch.func import grad, vmap
 
-from fewshot import curves
+from fewshot import show
 from fewshot.data.query_aware import QueryAware
 from fewshot.data.support import NWayKShot
 from fewshot.evaluation import detect, meta_test
@@ -88,7 +88,7 @@ def counted(monkeypatch, tmp_path):
         monkeypatch.setattr(accelerate.Accelerator, "device", fake.device)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
-        monkeypatch.setattr(curves, "plot", lambda *_: None)  # drawing takes longer than training
+        monkeypatch.setattr(show, "curves", lambda *_: None)  # drawing takes longer than training
         monkeypatch.setattr(detect, "report", lambda *_, **__: None)
         flags = [*RUNS[name].split(), "--iters", "2", *flags, "--out", str(tmp_path / name)]
         with fake:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from test_recipes import TRAINING_FREE, launch, load, metrics, parse, run_here, test_results
+from runs import TRAINING_FREE, launch, load, metrics, parse, results_of_tests, run_here
 
 import fewshot
 from fewshot import InputError, weights
@@ -114,7 +114,7 @@ def test_a_damaged_file_of_features_is_named(small, tmp_path):
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from test_recipes import run_here
+from runs import run_here
 from fewshot.evaluation import frozen
 
 folder, how, flags = sys.argv[1:]
@@ -180,7 +180,7 @@ def test_a_model_is_tested_again_from_its_file_and_used(small, tmp_path):
     run_here("laplacian_shot", f"{flags(small, tmp_path)} --shots 1 --lam 0.5")
     again = f"--test-only --out {tmp_path} --dataset {small / 'data'} --features {tmp_path / 'f'} {TASKS}"
     run_here("laplacian_shot", f"{again} --shots 3 --imbalance 1")
-    (result,) = test_results(tmp_path)
+    (result,) = results_of_tests(tmp_path)
     assert result["settings"]["trained"]["lam"] == 0.5 and result["settings"]["tested"]["imbalance"] == 1
     with pytest.raises(SystemExit, match=r"made with lam=0\.5, not 0\.6"):
         run_here("laplacian_shot", f"{again} --lam 0.6")

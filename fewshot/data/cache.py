@@ -11,21 +11,19 @@ import glob
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewshot import InputError
-
-if TYPE_CHECKING:
-    from fewshot.data.image_set import ImageSet
 
 LAYOUT = 1  # counts up when a picture comes to be stored in another way, so that no older file is taken for a new one
 CHUNK = 512  # pictures decoded before they are written
@@ -68,7 +66,16 @@ class Squares:
         return Squares, (self.path,)  # a loading process opens the file instead of being sent its contents
 
 
-def squares(dataset: ImageSet, folder: Path, version: object) -> Squares:
+class Decoder(NamedTuple):
+    """What is decoded: `read(i)` gives the square, uint8 (3, side, side), and the aspect of picture i of `number`."""
+
+    name: str  # of the data set and its split
+    number: int
+    side: int
+    read: Callable[[int], tuple[Tensor, float]]
+
+
+def squares(decoder: Decoder, folder: Path, version: object) -> Squares:
     """The squares of a data set, decoded into a file of `folder` unless they are there.
 
     `version` is something whose repr changes when the pictures do. Files of the same set, split and S with another
@@ -77,15 +84,15 @@ def squares(dataset: ImageSet, folder: Path, version: object) -> Squares:
 
     Raises InputError when the folder cannot be written to, and for a picture that cannot be read.
     """
-    digest = hashlib.sha256(repr((LAYOUT, len(dataset), version)).encode()).hexdigest()[:12]
-    prefix = f"{dataset.name}-{dataset.split}-{dataset.stored}"
+    digest = hashlib.sha256(repr((LAYOUT, decoder.number, version)).encode()).hexdigest()[:12]
+    prefix = f"{decoder.name}-{decoder.side}"
     path = folder / f"{prefix}-{digest}.npy"
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with alone(path):
                 if not path.exists():
-                    _write(path, dataset)
+                    _write(path, decoder)
                 for stale in set(folder.glob(f"{prefix}-*.npy")) - {path}:
                     stale.unlink(missing_ok=True)
         except OSError as error:
@@ -94,7 +101,7 @@ def squares(dataset: ImageSet, folder: Path, version: object) -> Squares:
                 "folder of your own that has a link to the data in it, or do without the cache"
             ) from error
     found = Squares(path)
-    if found.pixels.shape != (len(dataset), 3, dataset.stored, dataset.stored):
+    if found.pixels.shape != (decoder.number, 3, decoder.side, decoder.side):
         raise InputError(f"{path}: not readable as a cache of this set; delete it to have it made again")
     return found
 
@@ -140,17 +147,17 @@ def _lives(process: str) -> bool:
     return int(process) != os.getpid()
 
 
-def _write(path: Path, dataset: ImageSet) -> None:
+def _write(path: Path, decoder: Decoder) -> None:
     """Decode all pictures into a file of this process's own, which becomes `path` once it is whole."""
-    n, side = len(dataset), dataset.stored
+    n, side = decoder.number, decoder.side
     header = {"descr": np.lib.format.dtype_to_descr(kind(side)), "fortran_order": False, "shape": (n,)}
 
     def record(index: int) -> bytes:
-        pixels = dataset.pixels(index).numpy()
-        return np.array((dataset.aspect(index), pixels), kind(side)).tobytes()
+        pixels, aspect = decoder.read(index)
+        return np.array((aspect, pixels.numpy()), kind(side)).tobytes()
 
     own = unfinished(path)
-    progress = tqdm(total=n, desc=f"decoding {dataset.name} {dataset.split}", leave=False, dynamic_ncols=True)
+    progress = tqdm(total=n, desc=f"decoding {decoder.name}", leave=False, dynamic_ncols=True)
     try:
         # Written, not mapped: on a full disk writing raises an error, storing through a memory map kills the process.
         with progress, own.open("wb") as file, ThreadPoolExecutor() as pool:

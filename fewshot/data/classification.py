@@ -8,11 +8,12 @@ them, where it has the data set.
 import csv
 import lzma
 import os
+import pickle
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from fewshot import InputError
-from fewshot.data import pickles, pictures, transforms
+from fewshot.data import pictures, transforms
 from fewshot.data.annotations import inside, is_text, read_text
 from fewshot.data.glyphs import glyph
 from fewshot.data.image_set import ImageSet, Source, Split
@@ -321,9 +322,9 @@ def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, si
     """A part of CIFAR-100's classes with all their pictures, those for training and those for testing."""
     home = _find(root, name, ("cifar100",), ("cifar-100-python",)) / "cifar-100-python"
     parts = [
-        pickles.read(home / part, _cifar_flaw, "data", "fine_labels", "coarse_labels") for part in ("train", "test")
+        read_pickle(home / part, _cifar_flaw, "data", "fine_labels", "coarse_labels") for part in ("train", "test")
     ]
-    names = pickles.read(home / "meta", lambda x: _names_flaw(x["fine_label_names"], 100), "fine_label_names")
+    names = read_pickle(home / "meta", lambda x: _names_flaw(x["fine_label_names"], 100), "fine_label_names")
     names = names["fine_label_names"]
     fine, coarse = (np.concatenate([part[f"{key}_labels"] for part in parts]) for key in ("fine", "coarse"))
     if name == "fc100":
@@ -449,7 +450,7 @@ def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path
 def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     home = _find(root, "tiered_imagenet", ("tiered_imagenet",), (f"{split}_labels.pkl",))
     table = home / f"{split}_labels.pkl"
-    found = pickles.read(table, _tiered_flaw, "label_specific_str", "label_specific")
+    found = read_pickle(table, _tiered_flaw, "label_specific_str", "label_specific")
     names, specific = found["label_specific_str"], np.asarray(found["label_specific"])
     classes = _in_order(names, TIERED_ORDER[split], table)
     label = {name: i for i, name in enumerate(classes)}
@@ -465,7 +466,7 @@ def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
                 raise InputError(f"{unpacked / file}: missing; unpack {pickled.name} again, or remove {unpacked}")
         source = _Files([str(unpacked / file) for file in files])
     else:
-        source = _Buffers(str(pickled), pickles.read(pickled, _buffers_flaw))
+        source = _Buffers(str(pickled), read_pickle(pickled, _buffers_flaw))
         if len(source.buffers) != len(labels):
             raise InputError(f"{pickled}: {len(source.buffers)} pictures for the {len(labels)} labels of {table.name}")
     return _open_photographs("tiered_imagenet", split, classes, labels, source, size)
@@ -488,3 +489,58 @@ def _in_order(names: Collection[str], order: str, table: Path) -> list[str]:
         raise InputError(f"{table}: {len(names)} classes, this split has {len(ranks)}; get the published one")
     ranked = sorted(names)
     return [ranked[rank] for rank in ranks]
+
+
+class _Array(np.ndarray):
+    """An array whose pickle says what it holds, but not what numpy should take that for in memory."""
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, dtype, *rest = state
+        super().__setstate__((version, shape, np.dtype(dtype.str), *rest))
+
+
+def _array(*_: Any) -> _Array:
+    return _Array(0, np.uint8)  # its state, shape and all, follows in the pickle
+
+
+def _scalar(dtype: np.dtype, raw: bytes | str) -> np.generic:
+    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.str)[0]
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    return text.encode({"latin1": "latin1"}[encoding])  # how Python 3 writes bytes for Python 2
+
+
+# All that the published pickles call. numpy's own functions would make objects of any bytes, and so crash.
+HARMLESS = {
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _array for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{("numpy", "ndarray"): None, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _bytes},
+}
+
+
+class _Unpickler(pickle._Unpickler):
+    """Calls nothing but `HARMLESS`: a pickle may name any function and have it called.
+
+    It is the one in Python: that in C takes 64 GiB for two bytes that number an object highly.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in HARMLESS:
+            raise pickle.UnpicklingError(f"it would call {module}.{name}")
+        return HARMLESS[module, name]
+
+
+def read_pickle(path: Path, check: Callable[[Any], str | None], *keys: str) -> Any:
+    """The content of a pickle: a dictionary with these keys, if any are given, of which `check` finds no flaw."""
+    try:
+        with path.open("rb") as file:
+            found = _Unpickler(file, encoding="latin1").load()  # Python 2 wrote the published ones
+        if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
+            raise ValueError(f"not a dictionary with {', '.join(keys)}")
+        if flaw := check(found):
+            raise ValueError(flaw)
+        return found
+    except Exception as error:  # a broken pickle calls anything with anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not readable ({reason:.300}); get the published archive again") from error

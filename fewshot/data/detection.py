@@ -302,3 +302,14 @@ def objects_by_class(dataset: DetectionSet) -> list[list[tuple[int, int]]]:
             if not record.difficult[i]:
                 found[label].append((position, i))
     return found
+
+
+class Detections(NamedTuple):
+    """What was found on one image: boxes (n, 4) xyxy, scores (n,), labels (n,).
+
+    A detector gives tensors, best first, in pixels of its input; evaluation takes arrays, in those of the picture.
+    """
+
+    boxes: Tensor | np.ndarray
+    scores: Tensor | np.ndarray
+    labels: Tensor | np.ndarray

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewshot import InputError
 from fewshot.data import transforms
-from fewshot.data.cache import Squares, squares
+from fewshot.data.cache import Decoder, Squares, squares
 
 Split = Literal["train", "val", "test"]
 
@@ -88,6 +88,9 @@ class ImageSet:
             self.pixels(index)
         return float(self._aspects[index])
 
+    def _square(self, index: int) -> tuple[Tensor, float]:
+        return self.pixels(index), self.aspect(index)
+
     def cached(self, folder: str | os.PathLike) -> "ImageSet":
         """The same set with its squares in a memory map, decoded into a file of `folder` unless they are there.
 
@@ -96,8 +99,9 @@ class ImageSet:
         """
         if isinstance(self.source, Squares) or (version := self.source.version()) is None:
             return self
+        decoder = Decoder(f"{self.name}-{self.split}", len(self), self.stored, self._square)
         twin = copy.copy(self)
-        twin.source = squares(self, Path(folder), version)
+        twin.source = squares(decoder, Path(folder), version)
         return twin
 
     def describe(self) -> dict[str, Any]:

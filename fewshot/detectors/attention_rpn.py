@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot.backbones.trunks import C4
+from fewshot.data.detection import Detections
 from fewshot.detectors import faster_rcnn
-from fewshot.detectors.faster_rcnn import RPN, Detections, RoIs
+from fewshot.detectors.faster_rcnn import RPN, RoIs
 
 CLASSES_AT_ONCE = {"cpu": 2, "cuda": 5}  # in testing: more need more memory, and a CPU more time to fetch it
 WHOLE = 7  # cells per side of the RoI maps for which the patch relation was made

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot.backbones.trunks import C4
+from fewshot.data.detection import Detections
 from fewshot.detectors import faster_rcnn, tfa
-from fewshot.detectors.faster_rcnn import RPN, Convention, Detections, RoIs
+from fewshot.detectors.faster_rcnn import RPN, Convention, RoIs
 
 CONVENTION: Convention = "detectron2"  # in which the published models were trained
 

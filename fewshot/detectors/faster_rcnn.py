@@ -13,27 +13,17 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
+from fewshot.data.detection import Detections
+
 RPN_STD = (1.0, 1.0, 1.0, 1.0)
 ROI_STD = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_SIZE = abs(math.log(16 / 1000))  # a box grows or shrinks by at most this much from its anchor
 NEGATIVE, UNUSED = -1, -2
-
-
-class Detections(NamedTuple):
-    """What was found on one image: boxes (n, 4) xyxy, scores (n,), labels (n,).
-
-    A detector gives tensors, best first, in pixels of its input; evaluation takes arrays, in those of the picture.
-    """
-
-    boxes: Tensor | np.ndarray
-    scores: Tensor | np.ndarray
-    labels: Tensor | np.ndarray
 
 
 class RoIs(NamedTuple):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fewshot import InputError
 from fewshot.backbones.trunks import C4
+from fewshot.data.detection import Detections
 from fewshot.detectors import faster_rcnn
-from fewshot.detectors.faster_rcnn import RPN, Detections
+from fewshot.detectors.faster_rcnn import RPN
 
 
 class MetaRCNN(nn.Module):

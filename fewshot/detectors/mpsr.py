@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fewshot import InputError
 from fewshot.backbones.fpn import FPN
+from fewshot.data.detection import Detections
 from fewshot.detectors import faster_rcnn, tfa
-from fewshot.detectors.faster_rcnn import RPN, Convention, Detections, RoIs
+from fewshot.detectors.faster_rcnn import RPN, Convention, RoIs
 
 ROI_SIZE = 8  # cells per side of a RoI's features
 CLASS_CHANNELS = 64  # by which the RPN scores an anchor

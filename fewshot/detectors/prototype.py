@@ -17,9 +17,10 @@ from fewshot import InputError
 from fewshot.backbones import pretrained
 from fewshot.backbones.fpn import FPN
 from fewshot.backbones.trunks import C4, Trunk
+from fewshot.data.detection import Detections
 from fewshot.data.pipeline import Pipeline
 from fewshot.detectors import faster_rcnn
-from fewshot.detectors.faster_rcnn import RPN, Detections
+from fewshot.detectors.faster_rcnn import RPN
 
 FIRST_STAGE = ("trunk", "rpn", "affine_rpn")  # parts of detectors that propose
 PROBE = 224  # pixels: a multiple of what maps' cells usually cover

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot.backbones.fpn import FPN
+from fewshot.data.detection import Detections
 from fewshot.detectors import faster_rcnn
-from fewshot.detectors.faster_rcnn import RPN, Convention, Detections, RoIs
+from fewshot.detectors.faster_rcnn import RPN, Convention, RoIs
 
 ROI_SIZE = 7  # cells per side of a RoI's features
 

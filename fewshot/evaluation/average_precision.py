@@ -16,9 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from fewshot.data.detection import DetectionSet
+from fewshot.data.detection import Detections, DetectionSet
 from fewshot.data.pipeline import Batch
-from fewshot.detectors.faster_rcnn import Detections
 
 PROPOSALS = (100, 300, 1000)  # detections per picture (COCO's maxDets) and proposals per picture that are looked at
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # that COCO's AP averages over

@@ -13,14 +13,13 @@ from tqdm.auto import tqdm
 
 from fewshot import InputError
 from fewshot.data import cd_fsod
-from fewshot.data.detection import PUBLISHED_SPLITS, DetectionSet, DetectionSplit
+from fewshot.data.detection import PUBLISHED_SPLITS, Detections, DetectionSet, DetectionSplit
 from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
 from fewshot.data.transforms import Normalisation
 from fewshot.detectors import calibrate
-from fewshot.detectors.build import rebuilt
-from fewshot.detectors.fold import folded
-from fewshot.evaluation.average_precision import Detections, coco_json, confusion, evaluate, in_original_pixels, table
+from fewshot.detectors.build import folded, rebuilt
+from fewshot.evaluation.average_precision import coco_json, confusion, evaluate, in_original_pixels, table
 from fewshot.training import folders, launch, run, stages
 
 

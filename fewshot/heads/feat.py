@@ -7,43 +7,14 @@ queries do not. Features are supports (tasks, ways * shots, D), all shots of cla
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot import InputError
-from fewshot.heads import metric
-from fewshot.training.schedule import Schedule
-
-
-class Setting(NamedTuple):
-    """What training was published with."""
-
-    temperature: float  # divides squared distances of features as they are to prototypes as long as D^½
-    auxiliary_temperature: float  # the same in the auxiliary loss
-    balance: float  # weight of that loss
-    schedule: Schedule  # of the backbone; the rate of the attention is ten times as high
-
-
-# Adam, and SGD with Nesterov's momentum; rates are halved every 20 or 40 of 200 epochs of 100 episodes
-CONV4 = Schedule(20_000, 1e-4, tuple(range(2000, 20_000, 2000)), gamma=0.5)
-RESNET12 = Schedule(20_000, 2e-4, tuple(range(4000, 20_000, 4000)), gamma=0.5)
-PUBLISHED = {  # by backbone, or data where these have their own, and shots in training
-    ("conv4", 1): Setting(64, 16, 1.0, CONV4),
-    ("conv4", 5): Setting(32, 64, 0.1, CONV4),
-    ("resnet12", 1): Setting(64, 64, 0.01, RESNET12),
-    ("resnet12", 5): Setting(64, 32, 0.1, RESNET12),
-    ("tiered_imagenet", 1): Setting(64, 64, 0.1, RESNET12._replace(milestones=CONV4.milestones)),
-    ("tiered_imagenet", 5): Setting(32, 64, 0.1, RESNET12),
-}
-
-
-def published(backbone: str, dataset: str, shots: int) -> Setting:
-    """The row of `PUBLISHED`: mini-ImageNet's for other data, ResNet-12's for other backbones, 5 for several shots."""
-    kind = "conv4" if backbone == "conv4" else dataset if dataset == "tiered_imagenet" else "resnet12"
-    return PUBLISHED[kind, 1 if shots == 1 else 5]
+from fewshot.heads.metric import class_means, squared_distances
 
 
 class SetAttention(nn.Module):
@@ -76,7 +47,8 @@ class FEAT(nn.Module):
 
     Args:
         features: D.
-        temperature, auxiliary_temperature: see `Setting`.
+        temperature: divides squared distances of features as they are to prototypes as long as D^½.
+        auxiliary_temperature: the same in the auxiliary loss.
         distance: "euclidean" as published, or "cosine", the product of a query as it is with prototypes of length 1.
 
     Raises:
@@ -98,7 +70,7 @@ class FEAT(nn.Module):
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Logits (tasks, m, ways) of the queries."""
-        prototypes = self.adapt(metric.class_means(support, ways))
+        prototypes = self.adapt(class_means(support, ways))
         return self._compare(query, prototypes) / self.temperature
 
     def auxiliary(self, support: Tensor, query: Tensor, ways: int) -> tuple[Tensor, Tensor]:
@@ -113,5 +85,5 @@ class FEAT(nn.Module):
 
     def _compare(self, x: Tensor, prototypes: Tensor) -> Tensor:
         if self.distance == "euclidean":
-            return -metric.squared_distances(x, prototypes)
+            return -squared_distances(x, prototypes)
         return x @ F.normalize(prototypes, dim=-1).mT

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fewshot import InputError
-from fewshot.heads import metric
-from fewshot.training.schedule import Schedule
+from fewshot.heads.metric import class_means, cosines
 
 RATES = 0.01, 0.001, 0.0001  # that "auto" chooses from, besides 0
 AUGMENTED = 0.9  # share of the steps of fine-tuning whose images are augmented
@@ -47,7 +46,7 @@ class PMF(nn.Module):
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Logits (tasks, m, ways) of features (tasks, m, D), the supports (tasks, ways * shots, D) class by class."""
-        return self.scale * (metric.cosines(query, metric.class_means(support, ways)) + self.bias)
+        return self.scale * (cosines(query, class_means(support, ways)) + self.bias)
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """The same of images (tasks, n, 3, H, W), without fine-tuning: what is meta-trained."""
@@ -152,21 +151,3 @@ def translate(images: Tensor, shifts: Tensor) -> Tensor:
     number = torch.arange(len(images), device=images.device)[:, None, None]
     moved = images[number, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
     return moved * (rows_inside[:, :, None] & columns_inside[:, None])[:, None]
-
-
-class Cosine(Schedule):
-    """A `Schedule` that falls to the rate where its warm-up began, `ratio` of the peak, along half a cosine.
-
-    As timm's, of which the published training had one: the cosine began at step 0, and the warm-up hides its beginning.
-    """
-
-    __slots__ = ()
-
-    def of(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        """The scheduler: it multiplies each group's own rate."""
-
-        def factor(t: int) -> float:
-            share = t / self.warmup if t < self.warmup else (1 + math.cos(math.pi * t / self.steps)) / 2
-            return self.ratio + (1 - self.ratio) * share
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

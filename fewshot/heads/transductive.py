@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.heads import metric
+from fewshot.heads.metric import class_means, cosines, prototype, squared_distances
 
 
 def centred(features: Tensor, mean: Tensor) -> Tensor:
@@ -94,10 +94,10 @@ def simple_shot(
         Minus Euclidean distances, or cosines.
     """
     if metric == "cosine":
-        return metric.cosines(query, metric.class_means(support, ways))
+        return cosines(query, class_means(support, ways))
     if metric != "euclidean":
         raise InputError(f"no metric is called {metric!r}: choose euclidean or cosine")
-    return metric.prototype(support, query, ways, "euclidean")
+    return prototype(support, query, ways, "euclidean")
 
 
 Rectification = Literal["unshifted", "shifted", "easyfsl"]
@@ -121,10 +121,10 @@ def bd_cspn(support: Tensor, query: Tensor, ways: int, *, version: Rectification
         raise InputError(f"no version is called {version!r}: choose one of {', '.join(get_args(Rectification))}")
     prototypes = rectified(support, query, ways, easyfsl=version == "easyfsl")
     if version == "easyfsl":
-        return metric.cosines(query, prototypes)
+        return cosines(query, prototypes)
     if version == "shifted":
         prototypes = prototypes - _shift(support, query)
-    return metric.prototype(prototypes, query, ways, "euclidean")
+    return prototype(prototypes, query, ways, "euclidean")
 
 
 def _shift(support: Tensor, query: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def rectified(support: Tensor, query: Tensor, ways: int, *, easyfsl: bool = Fals
     Args:
         easyfsl: supports belong to their own class, and w is exp(cosine), divided by its sum over X_c.
     """
-    means = metric.class_means(support, ways)
+    means = class_means(support, ways)
     x = torch.cat([support, query + _shift(support, query)], 1)
     cosines = unit(means) @ x.mT / x.norm(dim=2).clamp(min=1e-12)[:, None]  # (tasks, ways, n + m)
     belongs = F.one_hot(cosines.argmax(1), ways).mT.to(x.dtype)
@@ -192,7 +192,7 @@ def laplacian_shot(
         raise InputError(f"LaplacianShot compares a query with {neighbours} others: {query.shape[1]} are too few")
     if lam is None:
         lam = 0.7 if support.shape[1] == ways else 0.3
-    prototypes = rectified(support, query, ways) if rectify else metric.class_means(support, ways)
+    prototypes = rectified(support, query, ways) if rectify else class_means(support, ways)
     if shift:
         prototypes = prototypes - _shift(support, query)
     inner = query @ query.mT
@@ -250,7 +250,7 @@ def alpha_tim(
 
 
 def _probabilities(prototypes: Tensor, query: Tensor, temperature: float) -> Tensor:
-    return (-temperature / 2 * metric.squared_distances(query, prototypes)).softmax(2)
+    return (-temperature / 2 * squared_distances(query, prototypes)).softmax(2)
 
 
 @_exact
@@ -276,7 +276,7 @@ def tim_prototypes(
     x, labels = torch.cat([support, query], 1), one_hot(support, ways)[:-1]
     # the derivative of a logit by w_c is temperature * (x - w_c)
     on_supports, on_mean, on_each = (temperature * weight / size for weight, size in zip(weights, (n, m, m)))
-    w = metric.class_means(support, ways)
+    w = class_means(support, ways)
     adam = torch.optim.Adam([w], lr=lr, fused=True)
     # of the loss by the logits, times the temperature. A sample's sum to 0, as its logits matter by their differences
     # alone, so that the last class is left out of products with features

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from fewshot import InputError, methods, weights
-from fewshot.detectors.fold import folded
+from fewshot.detectors.build import folded
 from fewshot.inference.classifier import NONE, Classifier, Guess
 from fewshot.inference.detector import Detector, Found
-from fewshot.inference.hub import find
 from fewshot.inference.model import decoded
+from fewshot.weights import find
 
 __all__ = ["NONE", "Classifier", "Detector", "Found", "Guess", "decoded", "load"]
 

@@ -7,13 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 from torch import Tensor
 
-from fewshot import InputError, weights
+from fewshot import weights
 
-FILE = "model.safetensors"
 CARD = """---
 {{ card_data }}
 ---
@@ -50,7 +48,7 @@ class HubModel(ModelHubMixin):
         self.state, self.about, self.method = state, about, about["method"]
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        weights.save_state(Path(save_directory) / FILE, self.state, self.about)
+        weights.save_state(Path(save_directory) / weights.FILE, self.state, self.about)
         # what the hub looks for to count downloads
         (Path(save_directory) / "config.json").write_text(json.dumps({"method": self.method}) + "\n")
 
@@ -97,52 +95,3 @@ def _results(results: dict[str, Any]) -> dict[str, str]:
         if name.startswith(("AP", "mAP")):
             lines[name] = ", ".join(f"{group} {value:.1f}" for group, value in groups.items())
     return lines
-
-
-def find(source: str | Path) -> Path:
-    """The model file that `source` means: a file, a folder that holds one, or a hub id, which is downloaded.
-
-    An id is two words and a slash. What looks like a path is never asked of the hub: what ends in .safetensors, begins
-    with a dot, a slash, ~ or runs/, or would lie in a folder that is there.
-
-    Raises:
-        InputError: there is none; of an id that cannot be had it says why.
-    """
-    path, text = Path(source).expanduser(), str(source)
-    if path.is_dir():
-        if not (path / FILE).is_file():
-            raise InputError(f"{path} holds no {FILE}: {_instead(path)}")
-        return path / FILE
-    if path.exists():
-        return path
-    local = text.startswith((".", "/", "~", "runs/")) or path.suffix == ".safetensors" or path.parent.exists()
-    if local or text.count("/") != 1:
-        raise InputError(
-            f"{path}: no such model file or folder; give a run's folder, its {FILE}, or a hub id, user/model"
-        )
-    return download(text)
-
-
-def _instead(folder: Path) -> str:
-    """What to load where a folder has no model."""
-    if inner := sorted(p.parent.name for p in folder.glob(f"*/{FILE}") if not p.parent.name.startswith("last")):
-        return f"give one of {', '.join(inner)} in it"
-    if (folder / "args.json").exists():
-        return "its run has saved no model yet, go on with it (--resume)"
-    return "give a run's folder, or the file itself"
-
-
-def download(repo_id: str, **options: Any) -> Path:
-    """The model file under this id, from the hub or its local cache; `options` of huggingface_hub's `hf_hub_download`.
-
-    Raises:
-        InputError: it cannot be had; the message says why.
-    """
-    try:
-        return Path(hf_hub_download(repo_id, FILE, **options))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"{repo_id}: no such local file, and not to be had from the hub ({reason}); "
-            "a path to a model.safetensors or a run's folder works without network"
-        ) from None

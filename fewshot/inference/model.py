@@ -16,7 +16,8 @@ from torchvision.transforms.v2 import functional as T
 from fewshot import InputError
 from fewshot.data import pictures as files
 from fewshot.data.transforms import Normalisation
-from fewshot.inference.hub import FILE, HubModel, download
+from fewshot.inference.hub import HubModel
+from fewshot.weights import FILE, download
 
 if TYPE_CHECKING:
     from fewshot.inference import Classifier, Detector

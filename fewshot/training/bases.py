@@ -14,7 +14,6 @@ from fewshot.data.detection import DetectionSplit
 from fewshot.detectors import mpsr
 from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.tfa import TFA
-from fewshot.inference import hub
 
 # words for torchvision's detectors trained on COCO: a large one, and one for CPUs
 COCO = {"coco": "resnet50", "coco_mobile": "mobilenet_v3_large"}
@@ -60,7 +59,7 @@ def load(args: Any, data: DetectionSplit, method: str, detector: type[nn.Module]
             those that it was trained on, or the base's classes are to be kept and the data lack them.
     """
     source = args.base
-    state, about = torchvision_base.coco(COCO[source]) if source in COCO else weights.load(hub.find(source))
+    state, about = torchvision_base.coco(COCO[source]) if source in COCO else weights.load(weights.find(source))
     known = methods.DETECTORS.get(about["method"], type(None))
     if detector is None:
         if about["method"] == method or known is type(None):

@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
-from fewshot import InputError, curves, weights
+from fewshot import InputError, show, weights
 from fewshot.data.stream import Feed
 from fewshot.training import folders, launch, state
 from fewshot.training.launch import on_main
@@ -373,7 +373,7 @@ class Record:
                 place = self.folder / (f"{path.stem}-{file}" if self.test_only else file)
                 content.save(place) if place.suffix == ".png" else folders.write_json(place, content)
             if not self.test_only:
-                curves.plot(self.folder / "log.jsonl", self.folder / "curves.png")
+                show.curves(self.folder / "log.jsonl", self.folder / "curves.png")
             folders.write_json(path, {**metrics, "settings": settings})
         self.accelerator.wait_for_everyone()
         self.accelerator.log(_flat(metrics), step=self.step)

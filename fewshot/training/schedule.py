@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -46,6 +47,24 @@ class Schedule(NamedTuple):
         def factor(t: int) -> float:
             warm = 1 - (1 - t / self.warmup) * (1 - self.ratio) if t < self.warmup else 1.0
             return warm * self.gamma ** sum(m <= t for m in self.milestones)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Cosine(Schedule):
+    """A `Schedule` that falls to the rate where its warm-up began, `ratio` of the peak, along half a cosine.
+
+    As timm's, of which the published training had one: the cosine began at step 0, and the warm-up hides its beginning.
+    """
+
+    __slots__ = ()
+
+    def of(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """The scheduler: it multiplies each group's own rate."""
+
+        def factor(t: int) -> float:
+            share = t / self.warmup if t < self.warmup else (1 + math.cos(math.pi * t / self.steps)) / 2
+            return self.ratio + (1 - self.ratio) * share
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -13,7 +13,7 @@ from fewshot.data.detection import PUBLISHED, PUBLISHED_SPLITS, DetectionSet, De
 from fewshot.data.pipeline import Pipeline
 from fewshot.detectors import calibrate
 from fewshot.training import bases, folders, launch, run
-from fewshot.training.intervals import mean_interval
+from fewshot.training.folders import mean_interval
 from fewshot.training.schedule import Passes, Schedule, choose
 
 LARGE = 800 * 1333  # pixels of a picture that published detectors look for objects in
