@@ -1,8 +1,9 @@
 """What a model's file says of itself, checked before anything is built or taken from it.
 
-A file may come from anybody. Fields that this project writes are of their kind and within bounds, sizes are those of
-the file's own tensors, and what a trunk, a detector or its pictures are made of has no other fields: none may name a
-path or something to download. Of fields that recipes of one's own add only that they are json is known.
+A file may come from anybody. Fields that this project writes are of their kind and within bounds,
+sizes are those of the file's own tensors, and what a trunk, a detector or its pictures are made of
+has no other fields: none may name a path or something to download. Of fields that recipes of one's
+own add only that they are json is known.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ ADVICE = "it is damaged, or not of this project: save it anew"
 
 
 class Said(dict):
-    """A json object of a model's file: to ask for a field that it lacks is an `InputError` that names the file.
+    """A json object of a model's file: to ask for a field that it lacks is an `InputError` that
+    names the file.
 
     Attributes:
         source: the file. shapes: of its tensors; only the outermost object has them.
@@ -56,7 +58,9 @@ def optional(check: Check) -> Check:
 
 
 def several(check: Check, many: int | None = None) -> Check:
-    return lambda value: isinstance(value, list) and many in (None, len(value)) and all(map(check, value))
+    return lambda value: (
+        isinstance(value, list) and many in (None, len(value)) and all(map(check, value))
+    )
 
 
 def names(value: Any) -> bool:
@@ -69,16 +73,24 @@ def results(value: Any) -> bool:
         return False
     lines = [result for name, result in value.items() if name.startswith(("AP", "mAP"))]
     lines += [
-        isinstance(result, dict) and {key: result.get(key) for key in ("accuracy", "ci95")} for result in shots.values()
+        isinstance(result, dict) and {key: result.get(key) for key in ("accuracy", "ci95")}
+        for result in shots.values()
     ]
-    numbers = all(isinstance(line, dict) and all(type(x) in (int, float) for x in line.values()) for line in lines)
+    numbers = all(
+        isinstance(line, dict) and all(type(x) in (int, float) for x in line.values())
+        for line in lines
+    )
     return numbers and (not shots or {"ways", "tasks"} <= value.keys())
 
 
 def vectors(value: Any) -> bool:
     """Whether it names vectors, all of one length."""
     finite = several(number(-1e30, 1e30))
-    return isinstance(value, dict) and all(map(finite, value.values())) and len({len(v) for v in value.values()}) < 2
+    return (
+        isinstance(value, dict)
+        and all(map(finite, value.values()))
+        and len({len(v) for v in value.values()}) < 2
+    )
 
 
 SIDE, CHANNELS, PROPOSALS = whole(1, 4096), whole(1, 65536), several(whole(1, 1_000_000), 2)
@@ -158,7 +170,8 @@ FLAGS: dict[str, Check] = {
     "loss_weights": several(number(-1e9, 1e9), 3),
     "steps": optional(whole(0, 1_000_000)),
 }
-# Which tensor's first side a size is: a field of `sizes` unless said otherwise, one of these tensors.
+# Which tensor's first side a size is: a field of `sizes` unless said otherwise, one of these
+# tensors.
 SIDES = {
     ("sizes", "rpn_channels"): ("rpn.conv.weight",),
     ("sizes", "width"): ("fc2.weight", "cls_fc2.weight"),
@@ -169,7 +182,8 @@ SIDES = {
 
 
 def checked(about: Said) -> Said:
-    """The same, in which every field that is known is of its kind, and sizes are those of the tensors.
+    """The same, in which every field that is known is of its kind, and sizes are those of the
+    tensors.
 
     Raises:
         InputError: naming the file and the field.
@@ -181,7 +195,9 @@ def checked(about: Said) -> Said:
         size = (about.get(part, {}) if part else about).get(key)
         found = [about.shapes[tensor] for tensor in tensors if tensor in about.shapes]
         if size and not any(shape and shape[0] == size for shape in found):
-            raise InputError(f"{about.source}: {key!r} is {size}, which its {' or '.join(tensors)} is not; {ADVICE}")
+            raise InputError(
+                f"{about.source}: {key!r} is {size}, which its {' or '.join(tensors)} is not; {ADVICE}"
+            )
     return about
 
 
@@ -192,12 +208,18 @@ def check_flags(about: Mapping[str, Any]) -> None:
 
 
 def check_known(about: Mapping[str, Any], part: str, known: Collection[str]) -> None:
-    """Raises InputError if a nested object has another field than these, which might be a path or a download."""
+    """Raises InputError if a nested object has another field than these, which might be a path or a
+    download.
+    """
     if isinstance(about, Said) and (unknown := about.get(part, {}).keys() - known):
-        raise InputError(f"{about.source}: its {part} have an unknown {min(unknown)!r:.60}; {ADVICE}")
+        raise InputError(
+            f"{about.source}: its {part} have an unknown {min(unknown)!r:.60}; {ADVICE}"
+        )
 
 
-def _check(about: Said, fields: Mapping[str, Any], checks: Mapping[str, Check], part: str = "") -> None:
+def _check(
+    about: Said, fields: Mapping[str, Any], checks: Mapping[str, Check], part: str = ""
+) -> None:
     for key in fields.keys() & checks.keys():
         if not checks[key](fields[key]):
             where = f"{part} {key!r}" if part else repr(key)

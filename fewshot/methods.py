@@ -1,7 +1,8 @@
 """The methods, for use: how the model of each is built from what its file says.
 
-A recipe has its own model in full view, with losses. The classifiers here are the part of it that tests a task, under
-the same names of parameters and with the interface that `meta_test` asks for; the detectors are the recipes' own.
+A recipe has its own model in full view, with losses. The classifiers here are the part of it that
+tests a task, under the same names of parameters and with the interface that `meta_test` asks for;
+the detectors are the recipes' own.
 """
 
 import math
@@ -46,15 +47,20 @@ class FeatureClassifier(nn.Module, ABC):
 
     @abstractmethod
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, m, ways) of features (tasks, m, ...), supports (tasks, ways * shots, ...) class by class."""
+        """Logits (tasks, m, ways) of features (tasks, m, ...), supports (tasks, ways * shots, ...)
+        class by class.
+        """
 
     @abstractmethod
     def adapt(self, support: Tensor, groups: Groups) -> Adapted:
-        """A classifier of features (m, ...), by supports (n, ...) of which `groups` has the rows of each class."""
+        """A classifier of features (m, ...), by supports (n, ...) of which `groups` has the rows of
+        each class.
+        """
 
 
 class ByMeans(FeatureClassifier):
-    """Compares queries with the mean of each class's supports, of which classes may thus have different numbers.
+    """Compares queries with the mean of each class's supports, of which classes may thus have
+    different numbers.
 
     Args:
         head: of `heads`, a function or a module: (support, query, ways) -> logits, as `classify`.
@@ -85,7 +91,9 @@ class MatchingNet(FeatureClassifier):
 
         def logits(query: Tensor) -> Tensor:
             attention = (self.temperature * heads.cosines(query, support)).log_softmax(1)  # (m, n)
-            return torch.stack([attention[:, rows].logsumexp(1) - math.log(len(rows)) for rows in groups], 1)
+            return torch.stack(
+                [attention[:, rows].logsumexp(1) - math.log(len(rows)) for rows in groups], 1
+            )
 
         return logits
 
@@ -103,15 +111,23 @@ class Reconstructing(FeatureClassifier):
     def adapt(self, support: Tensor, groups: Groups) -> Adapted:
         """A class reconstructs from its own supports, however many these are."""
         pools = [support[rows][None] for rows in groups]
-        return lambda query: torch.cat([self.classify(pool, query[None], 1)[0] for pool in pools], 1)
+        return lambda query: torch.cat(
+            [self.classify(pool, query[None], 1)[0] for pool in pools], 1
+        )
 
 
 class FineTuned(FeatureClassifier):
-    """Baseline and its kin: a new head for every task, trained on its supports by `fit`, of `task_heads`."""
+    """Baseline and its kin: a new head for every task, trained on its supports by `fit`, of
+    `task_heads`.
+    """
 
     unused = ("head.",)  # what told the training classes apart is of no use to others
 
-    def __init__(self, backbone: nn.Module, fit: Callable[..., fine_tuned.LinearHeads | fine_tuned.CosineHeads]):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        fit: Callable[..., fine_tuned.LinearHeads | fine_tuned.CosineHeads],
+    ):
         super().__init__(backbone)
         self.fit = fit
 
@@ -123,13 +139,16 @@ class FineTuned(FeatureClassifier):
         trained = self._fitted(support[equal(groups)][None], len(groups))
         return lambda query: trained.logits(query[None])[0]
 
-    def _fitted(self, support: Tensor, ways: int) -> fine_tuned.LinearHeads | fine_tuned.CosineHeads:
+    def _fitted(
+        self, support: Tensor, ways: int
+    ) -> fine_tuned.LinearHeads | fine_tuned.CosineHeads:
         n = support.shape[1]
         return self.fit(support, ways, steps=150 if n == ways else 600, batch_size=min(4, n))
 
 
 class TrainingFree(FeatureClassifier):
-    """Features of a backbone that is left as it is, prepared, and classified by `infer`, of `transductive` say.
+    """Features of a backbone that is left as it is, prepared, and classified by `infer`, of
+    `transductive` say.
 
     Args:
         infer: (support, query, ways) -> scores, as `classify`, of prepared features.
@@ -137,7 +156,13 @@ class TrainingFree(FeatureClassifier):
         centred: whether the base classes' mean, a buffer, is taken off first.
     """
 
-    def __init__(self, backbone: nn.Module, infer: Callable, prepare: Callable | None = None, centred: bool = False):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        infer: Callable,
+        prepare: Callable | None = None,
+        centred: bool = False,
+    ):
         super().__init__(backbone)
         self.infer, self.prepare, self.centred = infer, prepare, centred
         if centred:
@@ -151,7 +176,9 @@ class TrainingFree(FeatureClassifier):
         return self.infer(transductive.unit(support), transductive.unit(query), ways)
 
     def adapt(self, support: Tensor, groups: Groups) -> Adapted:
-        """Queries are classified together if the method is transductive. Smaller classes show some supports again."""
+        """Queries are classified together if the method is transductive. Smaller classes show some
+        supports again.
+        """
         repeated = support[equal(groups)][None]
         return lambda query: self.classify(repeated, query[None], len(groups))[0]
 
@@ -194,11 +221,15 @@ def _maml(about: About) -> MAML:
 
 
 def _frn(about: About) -> Reconstructing:
-    return Reconstructing(*frn.parts(_backbone(about, pooled=_setting(about, "backbone") == "conv4")))
+    return Reconstructing(
+        *frn.parts(_backbone(about, pooled=_setting(about, "backbone") == "conv4"))
+    )
 
 
 def _fine_tuned(fit: Callable, about: About) -> FineTuned:
-    return FineTuned(_backbone(about), partial(fit, temperature=_setting(about, "test_temperature")))
+    return FineTuned(
+        _backbone(about), partial(fit, temperature=_setting(about, "test_temperature"))
+    )
 
 
 def _training_free(infer: Callable, *flags: str, **more: Any) -> Callable[[About], TrainingFree]:
@@ -227,14 +258,18 @@ CLASSIFIERS: dict[str, Callable[[About], nn.Module]] = {
     "baseline": lambda about: FineTuned(_backbone(about), fine_tuned.fit_linear),
     "baseline_plus": partial(_fine_tuned, fine_tuned.fit_cosine),
     "neg_margin": partial(_fine_tuned, fine_tuned.fit_normalised),
-    "proto_net": lambda about: ByMeans(_backbone(about), partial(heads.prototype, distance=about["args"]["distance"])),
+    "proto_net": lambda about: ByMeans(
+        _backbone(about), partial(heads.prototype, distance=about["args"]["distance"])
+    ),
     "matching_net": lambda about: MatchingNet(_backbone(about), about["args"]["temperature"]),
     "relation_net": _relation_net,
     "meta_baseline": lambda about: ByMeans(_backbone(about), heads.MetaBaseline()),
     "maml": _maml,
     "feat": _feat,
     "frn": _frn,
-    "pmf": lambda about: PMF(_backbone(about), steps=about["args"]["test_steps"], lr=about["args"]["test_lr"]),
+    "pmf": lambda about: PMF(
+        _backbone(about), steps=about["args"]["test_steps"], lr=about["args"]["test_lr"]
+    ),
     "simple_shot": _training_free(transductive.simple_shot, "metric", centred=True),
     "bd_cspn": _training_free(transductive.bd_cspn, "version", centred=True),
     "laplacian_shot": _training_free(
@@ -261,7 +296,8 @@ DETECTORS: dict[str, type[nn.Module]] = {
 def built(about: About) -> nn.Module:
     """The model that a file describes, before its weights are filled in.
 
-    Of what `weights.load` gave it is first built without memory, to see that it has the file's tensors and no others.
+    Of what `weights.load` gave it is first built without memory, to see that it has the file's
+    tensors and no others.
 
     Raises:
         InputError: its method is none of these, or it is not what its tensors are of.
@@ -275,13 +311,17 @@ def built(about: About) -> nn.Module:
             pyramid = issubclass(DETECTORS[about["method"]], (TFA, MPSR))
             if pyramid != ("channels" in about["architecture"]):
                 has = "no channels" if pyramid else "channels"
-                raise InputError(f"a model of {about['method']} whose architecture has {has}, as if of another method")
+                raise InputError(
+                    f"a model of {about['method']} whose architecture has {has}, as if of another method"
+                )
         with torch.device("meta"):
             model = _made(about)
         weights.check_fit(model, about.shapes, about.source, unused(model))
         return _made(about)
     except InputError as error:
-        raise error if about.source in str(error) else InputError(f"{about.source}: {error}") from None
+        raise (
+            error if about.source in str(error) else InputError(f"{about.source}: {error}")
+        ) from None
 
 
 def _made(about: About) -> nn.Module:
@@ -298,7 +338,9 @@ def _made(about: About) -> nn.Module:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Give a model of `built` its file's weights: `weights.fill`, but for what the file has for training alone."""
+    """Give a model of `built` its file's weights: `weights.fill`, but for what the file has for
+    training alone.
+    """
     weights.fill(model, state, source, unused(model))
 
 

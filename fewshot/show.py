@@ -19,7 +19,8 @@ from torchvision.utils import make_grid
 from fewshot.data.detection import Detections, DetectionSet
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # elsewhere only where something is drawn: it takes long to import
+    # elsewhere only where something is drawn: it takes long to import
+    from matplotlib.figure import Figure
 
 BASE, NOVEL = "royalblue", "orange"  # told apart by the colour-blind too
 
@@ -32,10 +33,12 @@ def detections(
     score_above: float = 0.3,
     side: int = 320,
 ) -> Image.Image:
-    """A sheet of `pictures` of `dataset`, each about `side` pixels high: left the truth, right what was found on it.
+    """A sheet of `pictures` of `dataset`, each about `side` pixels high: left the truth, right what
+    was found on it.
 
-    Pictures with objects of novel classes come first, one of each class in turn; without any, those of the set's
-    order. What was found has its score, and objects that do not count in tests are in brackets.
+    Pictures with objects of novel classes come first, one of each class in turn; without any, those
+    of the set's order. What was found has its score, and objects that do not count in tests are in
+    brackets.
     """
     pairs = []
     for index in islice(_novel_first(dataset), pictures):
@@ -44,19 +47,37 @@ def detections(
         sure = torch.argsort(scores, stable=True)  # the best on top
         sure = sure[scores[sure] >= score_above]
         truth = [dataset.classes[label] for label in record.labels]
-        text = [f"({name})" if difficult else name for name, difficult in zip(truth, record.difficult)]
-        left = boxes_on(image, torch.from_numpy(record.boxes), text, colors(truth, dataset.novel), side)
+        text = [
+            f"({name})" if difficult else name for name, difficult in zip(truth, record.difficult)
+        ]
+        left = boxes_on(
+            image, torch.from_numpy(record.boxes), text, colors(truth, dataset.novel), side
+        )
         names = [dataset.classes[label] for label in labels[sure]]
-        right = boxes_on(image, boxes[sure], captions(names, scores[sure]), colors(names, dataset.novel), side)
-        pairs.append(F.pad(torch.cat([left, F.pad(right, [3, 0, 0, 0], fill=255)], 2), [0, 0, 12, 8], fill=255))
-    heading = f"left: truth (in brackets: does not count)    right: found, score at least {score_above:g}"
+        right = boxes_on(
+            image, boxes[sure], captions(names, scores[sure]), colors(names, dataset.novel), side
+        )
+        pairs.append(
+            F.pad(
+                torch.cat([left, F.pad(right, [3, 0, 0, 0], fill=255)], 2), [0, 0, 12, 8], fill=255
+            )
+        )
+    heading = (
+        f"left: truth (in brackets: does not count)    right: found, score at least {score_above:g}"
+    )
     return _with_legend(sheet(pairs, columns=2), heading)
 
 
 def _novel_first(dataset: DetectionSet) -> Iterator[int]:
-    """Positions of all pictures: of each novel class one in turn until none is left, then the others in order."""
+    """Positions of all pictures: of each novel class one in turn until none is left, then the
+    others in order.
+    """
     holding = [
-        [i for i, record in enumerate(dataset.records) if (record.labels[~record.difficult] == label).any()]
+        [
+            i
+            for i, record in enumerate(dataset.records)
+            if (record.labels[~record.difficult] == label).any()
+        ]
         for label in map(dataset.classes.index, dataset.novel)
     ]
     turns = [i for turn in zip_longest(*holding) for i in turn if i is not None]
@@ -79,19 +100,26 @@ def _with_legend(picture: Image.Image, text: str) -> Image.Image:
 
 
 def shots(dataset: DetectionSet, *, most: int = 10, side: int = 128) -> Image.Image:
-    """The objects of a set as a sheet: of each class the first `most`, in squares of `side` pixels under its name.
+    """The objects of a set as a sheet: of each class the first `most`, in squares of `side` pixels
+    under its name.
 
-    An object is shown in its surroundings, a quarter of its longer side on both ends of that. Classes with few objects
-    stand side by side. Names and boxes of novel classes are orange.
+    An object is shown in its surroundings, a quarter of its longer side on both ends of that.
+    Classes with few objects stand side by side. Names and boxes of novel classes are orange.
     """
     objects = [
-        [(i, box) for i, r in enumerate(dataset.records) for box in torch.as_tensor(r.boxes[r.labels == label])]
+        [
+            (i, box)
+            for i, r in enumerate(dataset.records)
+            for box in torch.as_tensor(r.boxes[r.labels == label])
+        ]
         for label in range(len(dataset.classes))
     ]
     columns = max(1, *(len(mine[:most]) for mine in objects))
     blocks = []
     for name, color, mine in zip(dataset.classes, colors(dataset.classes, dataset.novel), objects):
-        cells = [_in_surroundings(dataset.image(index), box, color, side) for index, box in mine[:most]]
+        cells = [
+            _in_surroundings(dataset.image(index), box, color, side) for index, box in mine[:most]
+        ]
         blank = torch.full((3, side, side), 255, dtype=torch.uint8)
         row = F.pil_to_tensor(sheet(cells + [blank] * (columns - len(cells)), columns))
         number = f"{len(mine)}" if len(mine) <= most else f"{most} of {len(mine)}"
@@ -106,7 +134,9 @@ def _in_surroundings(image: Tensor, box: Tensor, color: str, side: int) -> Tenso
     width = int(2 * half)
     right, bottom = left + width - image.shape[-1], top + width - image.shape[-2]
     margins = [max(-left, 0), max(-top, 0), max(right, 0), max(bottom, 0)]
-    window = F.crop(F.pad(image, margins, fill=225), top + margins[1], left + margins[0], width, width)
+    window = F.crop(
+        F.pad(image, margins, fill=225), top + margins[1], left + margins[0], width, width
+    )
     inside = box - torch.tensor([left, top, left, top])
     return boxes_on(window, inside[None], [], [color], side)
 
@@ -122,10 +152,11 @@ def _heading(text: str, color: str, width: int) -> Tensor:
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str], novel: Sequence[str]) -> Image.Image:
-    """`evaluate.confusion` as a picture: rows what is there, columns what it is found as, colours shares of a row.
+    """`evaluate.confusion` as a picture: rows what is there, columns what it is found as, colours
+    shares of a row.
 
-    `matrix`: counts (classes + 1, classes + 1). Names are on the colours of base and novel classes, and with at most
-    25 classes the counts can be read.
+    `matrix`: counts (classes + 1, classes + 1). Names are on the colours of base and novel classes,
+    and with at most 25 classes the counts can be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -136,13 +167,17 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], novel: Sequence[str]) 
     side = cell * (n + 1) + 2.6
     figure = Figure(figsize=(side + 0.6, side), dpi=100, layout="constrained")
     axis = figure.subplots()
-    drawn = axis.imshow(np.sqrt(shares), cmap="Greys", vmin=0, vmax=1)  # the root, so that rare mistakes are seen
+    # the root, so that rare mistakes are seen
+    drawn = axis.imshow(np.sqrt(shares), cmap="Greys", vmin=0, vmax=1)
     rows = [f"{name} ({total})" for name, total in zip([*classes, "nothing"], matrix.sum(1))]
     axis.set_yticks(range(n + 1), rows, fontsize=size)
     axis.set_xticks(range(n + 1), [*classes, "missed"], fontsize=size, rotation=90)
     for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
         for label, color in zip(labels, colors(classes, novel)):
-            label.set(color=_readable_on(color), bbox={"facecolor": color, "edgecolor": "none", "pad": 1.5})
+            label.set(
+                color=_readable_on(color),
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 1.5},
+            )
     axis.tick_params(length=0, pad=4)
     axis.set_xticks(np.arange(n) + 0.5, minor=True)
     axis.set_yticks(np.arange(n) + 0.5, minor=True)
@@ -153,7 +188,13 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], novel: Sequence[str]) 
     for row, column in np.argwhere(matrix) if n <= 25 else ():
         light = shares[row, column] < 0.3
         axis.text(
-            column, row, str(matrix[row, column]), ha="center", va="center", fontsize=size, color="k" if light else "w"
+            column,
+            row,
+            str(matrix[row, column]),
+            ha="center",
+            va="center",
+            fontsize=size,
+            color="k" if light else "w",
         )
     axis.set_ylabel("what is there (number)")
     axis.set_xlabel("what it is found as")
@@ -166,12 +207,18 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], novel: Sequence[str]) 
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def guesses(images: Sequence[Tensor], probabilities: Sequence[Mapping[str, float]], most: int = 5) -> Figure:
-    """A figure of pictures, uint8 (3, H, W), each beside bars of its likeliest classes' probabilities."""
+def guesses(
+    images: Sequence[Tensor], probabilities: Sequence[Mapping[str, float]], most: int = 5
+) -> Figure:
+    """A figure of pictures, uint8 (3, H, W), each beside bars of its likeliest classes'
+    probabilities.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 2 * len(images)), layout="constrained")
-    for (picture, bars), image, table in zip(figure.subplots(len(images), 2, squeeze=False), images, probabilities):
+    for (picture, bars), image, table in zip(
+        figure.subplots(len(images), 2, squeeze=False), images, probabilities
+    ):
         picture.imshow(image.permute(1, 2, 0))
         picture.axis("off")
         best = sorted(table.items(), key=lambda item: -item[1])[:most][::-1]
@@ -183,9 +230,14 @@ def guesses(images: Sequence[Tensor], probabilities: Sequence[Mapping[str, float
 
 
 def found(
-    images: Sequence[Tensor], found: Sequence[tuple[Tensor, Tensor, list[str]]], novel: Sequence[str], side: int = 480
+    images: Sequence[Tensor],
+    found: Sequence[tuple[Tensor, Tensor, list[str]]],
+    novel: Sequence[str],
+    side: int = 480,
 ) -> Figure:
-    """A figure of pictures, uint8 (3, H, W), with (boxes, scores, names) of each; novel classes are orange."""
+    """A figure of pictures, uint8 (3, H, W), with (boxes, scores, names) of each; novel classes are
+    orange.
+    """
     from matplotlib.figure import Figure
 
     columns = min(3, len(images))
@@ -222,8 +274,11 @@ def colors(names: Sequence[str], novel: Sequence[str]) -> list[str]:
     return [NOVEL if name in novel else BASE for name in names]
 
 
-def boxes_on(image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequence[str], side: int) -> Tensor:
-    """`image` uint8 (3, H, W), resized to be `side` pixels high, with xyxy `boxes` (n, 4) in its own pixels, named.
+def boxes_on(
+    image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequence[str], side: int
+) -> Tensor:
+    """`image` uint8 (3, H, W), resized to be `side` pixels high, with xyxy `boxes` (n, 4) in its
+    own pixels, named.
 
     Names stand inside the picture, on their box's colour, and if there is room not on each other.
     """
@@ -234,12 +289,17 @@ def boxes_on(image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequenc
     rows = torch.minimum((boxes.float() * scale).clamp(min=0), ends).tolist()
     for box, color in zip(rows, colors):
         draw.rectangle(box, outline=color, width=2)
-    for (x1, y1, _, y2), name, color in reversed(list(zip(rows, names, colors))):  # the last is the most important
+    # the last is the most important
+    for (x1, y1, _, y2), name, color in reversed(list(zip(rows, names, colors))):
         name = _fitting(name, font, picture.width - 4)
         width, height = round(font.getlength(name)) + 4, round(font.size * 1.25)
         left = min(x1, picture.width - width)
         places = [(left, min(max(y, 0), side - height)) for y in (y1 - height, y1, y2, y2 - height)]
-        free = [p for p in places if not any(_overlap((*p, p[0] + width, p[1] + height), other) for other in taken)]
+        free = [
+            p
+            for p in places
+            if not any(_overlap((*p, p[0] + width, p[1] + height), other) for other in taken)
+        ]
         x, y = (free or places)[0]
         taken.append((x, y, x + width, y + height))
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
@@ -280,7 +340,9 @@ def sheet(images: Sequence[Tensor], columns: int = 4) -> Image.Image:
 
 
 def curves(log: Path, out: Path) -> None:
-    """Plot every number of a log.jsonl against the step, one panel each, to `out` (png), unless there are none."""
+    """Plot every number of a log.jsonl against the step, one panel each, to `out` (png), unless
+    there are none.
+    """
     from matplotlib.figure import Figure  # here, so that a recipe's --help does not wait for it
 
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -289,7 +351,8 @@ def curves(log: Path, out: Path) -> None:
         return
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")  # without pyplot: needs no display
+    # without pyplot: needs no display
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         points = [(line["step"], line[name]) for line in lines if name in line]

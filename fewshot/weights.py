@@ -27,7 +27,8 @@ FORMAT = 1  # of the metadata; a reader refuses newer ones
 def save(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -> None:
     """Write `model`'s parameters and buffers with `metadata` (json values), atomically.
 
-    The file also names the format and the git commit of the code, so that the model can be rebuilt from it alone.
+    The file also names the format and the git commit of the code, so that the model can be rebuilt
+    from it alone.
     """
     save_state(path, model.state_dict(), {"commit": commit(), **metadata})
 
@@ -40,7 +41,8 @@ def save_state(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[
     for name, t in state.items():
         t = t.detach().cpu().contiguous()
         store = t.untyped_storage().data_ptr()
-        tensors[name] = t.clone() if store in stores else t  # safetensors refuses those that share memory
+        # safetensors refuses those that share memory
+        tensors[name] = t.clone() if store in stores else t
         stores.add(store)
     about = {**metadata, "fewshot_format": FORMAT}
     temporary = path.with_name(path.name + ".tmp")
@@ -49,14 +51,17 @@ def save_state(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error}): make room on the disk, or give another folder") from None
+        raise InputError(
+            f"{path} cannot be written ({error}): make room on the disk, or give another folder"
+        ) from None
 
 
 def find(source: str | Path) -> Path:
-    """The model file that `source` means: a file, a folder that holds one, or a hub id, which is downloaded.
+    """The model file that `source` means: a file, a folder that holds one, or a hub id, which is
+    downloaded.
 
-    An id is two words and a slash. What looks like a path is never asked of the hub: what ends in .safetensors, begins
-    with a dot, a slash, ~ or runs/, or would lie in a folder that is there.
+    An id is two words and a slash. What looks like a path is never asked of the hub: what ends in
+    .safetensors, begins with a dot, a slash, ~ or runs/, or would lie in a folder that is there.
 
     Raises:
         InputError: there is none; of an id that cannot be had it says why.
@@ -68,7 +73,11 @@ def find(source: str | Path) -> Path:
         return path / FILE
     if path.exists():
         return path
-    local = text.startswith((".", "/", "~", "runs/")) or path.suffix == ".safetensors" or path.parent.exists()
+    local = (
+        text.startswith((".", "/", "~", "runs/"))
+        or path.suffix == ".safetensors"
+        or path.parent.exists()
+    )
     if local or text.count("/") != 1:
         raise InputError(
             f"{path}: no such model file or folder; give a run's folder, its {FILE}, or a hub id, user/model"
@@ -78,7 +87,9 @@ def find(source: str | Path) -> Path:
 
 def _instead(folder: Path) -> str:
     """What to load where a folder has no model."""
-    if inner := sorted(p.parent.name for p in folder.glob(f"*/{FILE}") if not p.parent.name.startswith("last")):
+    if inner := sorted(
+        p.parent.name for p in folder.glob(f"*/{FILE}") if not p.parent.name.startswith("last")
+    ):
         return f"give one of {', '.join(inner)} in it"
     if (folder / "args.json").exists():
         return "its run has saved no model yet, go on with it (--resume)"
@@ -86,7 +97,8 @@ def _instead(folder: Path) -> str:
 
 
 def download(repo_id: str, **options: Any) -> Path:
-    """The model file under this id, from the hub or its local cache; `options` of huggingface_hub's `hf_hub_download`.
+    """The model file under this id, from the hub or its local cache; `options` of huggingface_hub's
+    `hf_hub_download`.
 
     Raises:
         InputError: it cannot be had; the message says why.
@@ -122,12 +134,17 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Said]:
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118  (not a dict)
-    except (SafetensorError, LookupError, RuntimeError) as error:  # also of types that torch has not
-        raise InputError(f"{path}: not a model file of this project ({error!s:.300}); {ADVICE}") from error
+    # also of types that torch has not
+    except (SafetensorError, LookupError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: not a model file of this project ({error!s:.300}); {ADVICE}"
+        ) from error
 
 
 def describe_file(path: str | Path) -> Said:
-    """What a file that `save` wrote says of itself, `described.checked`; arguments and errors as of `load`."""
+    """What a file that `save` wrote says of itself, `described.checked`; arguments and errors as of
+    `load`.
+    """
     path = model_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such model file; train it first, or correct the path")
@@ -139,13 +156,19 @@ def describe_file(path: str | Path) -> Said:
 
     try:
         with safe_open(path, "pt") as file:
-            texts = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+            texts = {
+                key: value for key, value in (file.metadata() or {}).items() if key != "format"
+            }
             about = said({key: json.loads(value, object_hook=said) for key, value in texts.items()})
             about.shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a model file of this project ({error!s:.300}); {ADVICE}") from error
+        raise InputError(
+            f"{path}: not a model file of this project ({error!s:.300}); {ADVICE}"
+        ) from error
     if not isinstance(about.get("fewshot_format"), int):
-        raise InputError(f"{path}: not a model file of this project (it does not describe itself); {ADVICE}")
+        raise InputError(
+            f"{path}: not a model file of this project (it does not describe itself); {ADVICE}"
+        )
     if about["fewshot_format"] > FORMAT:
         raise InputError(
             f"{path}: written by a newer version (format {about['fewshot_format']}, this one reads {FORMAT})"
@@ -154,7 +177,8 @@ def describe_file(path: str | Path) -> Said:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or PyTorch file, which may have them under `state_dict` or `model`.
+    """The tensors of a .safetensors or PyTorch file, which may have them under `state_dict` or
+    `model`.
 
     Raises:
         InputError: it cannot be read, or holds other objects, whose code is not run.
@@ -171,17 +195,40 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         return state
     except (SafetensorError, *UNPICKLING_ERRORS) as error:
         pickled = isinstance(error, pickle.UnpicklingError)
-        reason = "it is no file of tensors alone" if pickled else f"{str(error).partition(chr(10))[0]:.300}"
-        raise InputError(f"{path} cannot be read as weights ({reason}): give a .safetensors or .pth file") from error
+        reason = (
+            "it is no file of tensors alone"
+            if pickled
+            else f"{str(error).partition(chr(10))[0]:.300}"
+        )
+        raise InputError(
+            f"{path} cannot be read as weights ({reason}): give a .safetensors or .pth file"
+        ) from error
 
 
 # whatever torch stumbles over in a file that is damaged
-UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError)
-UNPICKLING_ERRORS += (LookupError, OverflowError, MemoryError, RecursionError, struct.error, zipfile.BadZipFile)
+UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
+UNPICKLING_ERRORS += (
+    LookupError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def unpickled(path: Path) -> Any:
-    """What a PyTorch file holds, of which no code is run. Raises one of `UNPICKLING_ERRORS`, also for a zip bomb."""
+    """What a PyTorch file holds, of which no code is run. Raises one of `UNPICKLING_ERRORS`, also
+    for a zip bomb.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -191,8 +238,14 @@ def unpickled(path: Path) -> Any:
 
 
 def state_flaw(state: Any) -> str | None:
-    """What keeps something from being a state dict of tensors, each of which is as large as what is in the file."""
-    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    """What keeps something from being a state dict of tensors, each of which is as large as what is
+    in the file.
+    """
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(t, torch.Tensor) for t in state.values())
+    ):
         return "it has no state dict of tensors alone"
     for name, t in state.items():
         if not isinstance(name, str):
@@ -212,10 +265,14 @@ def downloaded(published: Any, name: str, advice: str) -> dict[str, torch.Tensor
     try:
         return dict(published.get_state_dict(check_hash=True))
     except OSError as error:
-        raise InputError(f"{name}'s ImageNet weights cannot be downloaded ({error}): {advice}") from error
+        raise InputError(
+            f"{name}'s ImageNet weights cannot be downloaded ({error}): {advice}"
+        ) from error
 
 
-def load_of(classes: Sequence[str], path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_of(
+    classes: Sequence[str], path: str | Path
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """`load` of a model to go on from, which must know exactly these classes in this order.
 
     Raises:
@@ -223,35 +280,52 @@ def load_of(classes: Sequence[str], path: str | Path) -> tuple[dict[str, torch.T
     """
     state, about = load(path)
     if about["classes"] != list(classes):
-        raise InputError(f"{path} knows {', '.join(about['classes'])}; this needs {', '.join(classes)}")
+        raise InputError(
+            f"{path} knows {', '.join(about['classes'])}; this needs {', '.join(classes)}"
+        )
     return state, about
 
 
-def fill(model: nn.Module, state: dict[str, torch.Tensor], source: str | Path, fresh: Sequence[str] = ()) -> None:
-    """Copy `state` into `model`; tensors whose names begin with one of `fresh` keep the model's own values.
+def fill(
+    model: nn.Module, state: dict[str, torch.Tensor], source: str | Path, fresh: Sequence[str] = ()
+) -> None:
+    """Copy `state` into `model`; tensors whose names begin with one of `fresh` keep the model's own
+    values.
 
     Raises:
-        InputError: any other tensor is missing, left over or of another shape; the message names it and `source`.
+        InputError: any other tensor is missing, left over or of another shape; the message names it
+            and `source`.
     """
     check_fit(model, {name: tensor.shape for name, tensor in state.items()}, source, fresh)
     given = {n: t for n, t in state.items() if not n.startswith(tuple(fresh))}
     model.load_state_dict(given, strict=False)
 
 
-def check_fit(model: nn.Module, shapes: Shapes, source: str | Path, fresh: Sequence[str] = ()) -> None:
-    """Raises InputError as `fill` does; the model may be on torch's meta device, where it takes no memory."""
+def check_fit(
+    model: nn.Module, shapes: Shapes, source: str | Path, fresh: Sequence[str] = ()
+) -> None:
+    """Raises InputError as `fill` does; the model may be on torch's meta device, where it takes no
+    memory.
+    """
     wanted = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(fresh))}
     given = {n: tuple(shape) for n, shape in shapes.items() if not n.startswith(tuple(fresh))}
     for name in sorted(wanted.keys() ^ given.keys()):
         what = "is missing from" if name in wanted else "does not belong to this model but is in"
-        raise InputError(f"{name:.200} {what} {source}: was it made with another backbone or recipe?")
+        raise InputError(
+            f"{name:.200} {what} {source}: was it made with another backbone or recipe?"
+        )
     for name, shape in given.items():
         if shape != wanted[name].shape:
-            raise InputError(f"{name} is {shape} in {source}, this model has {tuple(wanted[name].shape)}")
+            raise InputError(
+                f"{name} is {shape} in {source}, this model has {tuple(wanted[name].shape)}"
+            )
 
 
-def fill_part(module: nn.Module, path: str | Path, prefix: str, without: Sequence[str] = ()) -> None:
-    """Copy the tensors of the model `path`, as of `load`, whose names begin with `prefix` into `module`; all must fit.
+def fill_part(
+    module: nn.Module, path: str | Path, prefix: str, without: Sequence[str] = ()
+) -> None:
+    """Copy the tensors of the model `path`, as of `load`, whose names begin with `prefix` into
+    `module`; all must fit.
 
     Those whose names go on with one of `without` are left where they are, on either side.
 
@@ -259,23 +333,35 @@ def fill_part(module: nn.Module, path: str | Path, prefix: str, without: Sequenc
         InputError: as `load` and `fill` do, or no tensor has such a name.
     """
     state, _ = load(path)
-    part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    part = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
     if not part:
         raise InputError(f"{path} has no tensor {prefix}*: it is a model of another kind")
     fill(module, part, path, fresh=without)
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 of a model's file, or of the one in a run's folder: which base model a result comes from."""
+    """SHA-256 of a model's file, or of the one in a run's folder: which base model a result comes
+    from.
+    """
     return hashlib.sha256(model_file(path).read_bytes()).hexdigest()
 
 
 def commit() -> str:
-    """The git commit of this code, with a + when files differ from it; "unknown" outside a git checkout."""
+    """The git commit of this code, with a + when files differ from it; "unknown" outside a git
+    checkout.
+    """
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

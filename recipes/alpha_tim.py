@@ -1,9 +1,11 @@
 """alpha-TIM (Veilleux et al., 2021, https://arxiv.org/abs/2204.11181).
 
-TIM with entropies of order alpha, which do not ask that every class has as many queries as the others.
+TIM with entropies of order alpha, which do not ask that every class has as many queries as the
+others.
 
     accelerate launch recipes/alpha_tim.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/alpha_tim.py --backbone torchvision/resnet18 --dataset mini_imagenet --imbalance 2
+    accelerate launch recipes/alpha_tim.py --backbone torchvision/resnet18 --dataset mini_imagenet
+    --imbalance 2
 """
 
 from dataclasses import dataclass
@@ -23,15 +25,15 @@ METHOD = "alpha_tim"  # names runs and models; a copy of this recipe needs a nam
 @dataclass
 class Args:
     # data
-    dataset: DatasetName | str = "glyphs"  # its test classes are tested on, its training classes are the base
+    dataset: DatasetName | str = "glyphs"  # its test classes test, the training classes are base
     data_root: str = "data"  # folder that holds the data set
-    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
-    imbalance: float | None = None  # distribute queries over classes by Dirichlet's distribution; published: 2
-    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    imbalance: float | None = None  # Dirichlet's alpha of queries over classes; published: 2
+    test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
@@ -40,16 +42,16 @@ class Args:
     backbone: str | None = None  # or else a network: torchvision/NAME or timm/NAME
     weights: str | None = None  # of that: pretrained (the default), a file, none
     size: int | None = None  # side of its pictures in pixels; by default its own
-    alpha: float | None = None  # order of the entropies; by default as published: 2 for one shot, 7 for five, 5 between
-    loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of supports, the queries' mean, and each query
+    alpha: float | None = None  # order of the entropies; default: 2 for 1 shot, 7 for 5, 5 between
+    loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # supports, queries' mean, queries
     steps: int = 1000  # of gradient descent
     temperature: float = 15.0  # of squared distances
     # run
     features: str = "runs/features"  # folder where features are kept, for all methods and settings
-    out: str | None = None  # where everything goes; by default runs/alpha_tim/<dataset>-<backbone>-...
+    out: str | None = None  # the run's folder; by default runs/alpha_tim/<dataset>-<backbone>-...
     seed: int = 0  # of the test tasks
     workers: int = 2  # data-loading processes
-    resume: bool = False  # go on with an interrupted run: features that are there are not made again
+    resume: bool = False  # go on with an interrupted run: features that are there stay
     overwrite: bool = False  # replace the run in --out
     test_only: bool = False  # only test the model in --out, say with other --shots
     wandb: bool = False  # log to Weights & Biases
@@ -81,7 +83,11 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
 
     # model
     model = AlphaTIM(
-        backbone, alpha=args.alpha, weights=args.loss_weights, steps=args.steps, temperature=args.temperature
+        backbone,
+        alpha=args.alpha,
+        weights=args.loss_weights,
+        steps=args.steps,
+        temperature=args.temperature,
     )
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)
     record.save_model()

@@ -1,13 +1,14 @@
 """Attention-RPN (Fan et al., 2020, https://arxiv.org/abs/1908.01998).
 
-Supports of a class say what to look for: their mean scales the channels that the RPN sees, and a head of three
-relations (global, local, patch) compares each RoI with them. It trains on pictures paired with a class that is there
-and with one that is not. Base classes train everything, then K shots the head. No layer belongs to a class, so a new
-one needs only its supports.
+Supports of a class say what to look for: their mean scales the channels that the RPN sees, and a
+head of three relations (global, local, patch) compares each RoI with them. It trains on pictures
+paired with a class that is there and with one that is not. Base classes train everything, then K
+shots the head. No layer belongs to a class, so a new one needs only its supports.
 
     accelerate launch recipes/attention_rpn.py --shots 10
     accelerate launch recipes/attention_rpn.py --dataset voc --data-root data --split 1 --shots 10
-    accelerate launch recipes/attention_rpn.py --stage finetune --shots 10 --test-only --share-proposals
+    accelerate launch recipes/attention_rpn.py --stage finetune --shots 10 --test-only
+    --share-proposals
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "attention_rpn"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, milestones, warm-up for a global batch of BATCH pictures (base training, fine-tuning): as published, but
-# for the embedded glyphs quick
+# steps, rate, milestones, warm-up for a global batch of BATCH pictures (base training,
+# fine-tuning): as published, but for the embedded glyphs quick
 BATCH = {"glyphs": (8, 8), "voc": (16, 8), "coco": (8, 4), "own": (4, 4)}
 RATIO = 0.1  # the share of the rate that a warm-up begins with
 # fmt: off
@@ -53,16 +54,26 @@ SCHEDULE = {
     "own": {"base": Passes(12, 0.001, 500, 20_000), "few": Passes(20, 0.001, 100, 2000)},
 }
 # fmt: on
-HEAD_LR = {"glyphs": 0.5, "voc": 2.0, "coco": 2.0, "own": 2.0}  # times the rate of the others, where these train too
-SHOTS = {"glyphs": 2, "voc": 10, "coco": 10, "own": 5}  # supports per class and picture in base training
-SMALLEST = {"glyphs": 0, "voc": 1024, "coco": 1024, "own": 0}  # base training: no pictures with an object of less area
+# times the rate of the others, where these train too
+HEAD_LR = {"glyphs": 0.5, "voc": 2.0, "coco": 2.0, "own": 2.0}
+# supports per class and picture in base training
+SHOTS = {"glyphs": 2, "voc": 10, "coco": 10, "own": 5}
+# base training: no pictures with an object of less area
+SMALLEST = {"glyphs": 0, "voc": 1024, "coco": 1024, "own": 0}
 OBJECTS = 300  # steps of naming objects, if --weights says so; --iters can only shorten them
-TABLE = {"glyphs": 30, "voc": 100, "coco": 10, "own": 30}  # supports per class that a base model is tested with
-# shorter side (one of these in training), longer side of the pictures to search; side and context of supports
+# supports per class that a base model is tested with
+TABLE = {"glyphs": 30, "voc": 100, "coco": 10, "own": 30}
+# shorter side (one of these in training), longer side of the pictures to search; side and context
+# of supports
 SHORT = (440, 472, 504, 536, 568, 600)
-PICTURES = {"glyphs": (None, None, 80, 4), "voc": (SHORT, 1000, 320, 16), "coco": (SHORT, 1000, 320, 16)}
+PICTURES = {
+    "glyphs": (None, None, 80, 4),
+    "voc": (SHORT, 1000, 320, 16),
+    "coco": (SHORT, 1000, 320, 16),
+}
 PICTURES |= {"own": (600, 1000, 320, 16)}
-# RoIs per pair in training, hidden channels of RPN and patch relation, proposals before and after NMS
+# RoIs per pair in training, hidden channels of RPN and patch relation, proposals before and after
+# NMS
 QUICK = {"rois": 32, "rpn_channels": 64, "relation_channels": 64, "shared_proposals": 50}
 QUICK |= {"train_proposals": (500, 100), "test_proposals": (500, 50)}
 PUBLISHED = {"rois": 128, "rpn_channels": 1024, "relation_channels": 512, "shared_proposals": 100}
@@ -74,45 +85,45 @@ BACKBONE = {"glyphs": "small", "voc": "resnet50", "coco": "resnet50", "own": "re
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
-    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # where own data's folder has several
+    novel_classes: tuple[str, ...] = ()  # own data's novel classes; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
-    shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
+    shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     support_size: int | None = None  # side of the supports in pixels; by default the published size
     test_images: int | None = None  # test on only so many pictures
-    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
+    test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
-    base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default this recipe's own in --out
-    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
-    batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
+    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
+    base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default that in --out
+    keep_base: bool = False  # insist on the base model's classes too; your data must have them
+    batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
-    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
+    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
-    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
-    weights: str | None = None  # imagenet (default), a file, none, or objects: names them first (default of small)
-    init: str | None = None  # run or model of meta_rcnn or fsdetview whose trunk to start from, instead of --weights
-    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
+    style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
+    weights: str | None = None  # imagenet (default), a file, none; objects: names these first
+    init: str | None = None  # run or model of meta_rcnn or fsdetview whose trunk to start from
+    rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/attention_rpn/<dataset>-split<split>-<backbone>
+    out: str | None = None  # by default runs/attention_rpn/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
-    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     scramble_supports: bool = False  # test also with every class given the next class's supports
-    share_proposals: bool = False  # test all classes on one set of RoIs: quicker, not quite the same
+    share_proposals: bool = False  # test all classes on one set of RoIs: quicker, not the same
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -127,14 +138,19 @@ def main(args: Args) -> None:
             "finetune": finetune,
             "test": partial(detect.test_saved, METHOD, AttentionRPN, test=look),
         }
-        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
+        for stage, each, folder in stages.wanted(
+            accelerator, METHOD, args, BACKBONE[args.published]
+        ):
             todo[stage](each, accelerator, folder)
 
 
 def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     """All of the detector but the trunk's first stages, on every object of the base classes."""
     data = stages.opened(args)
-    train, test = without_small(data.train.restrict(data.base), SMALLEST[args.published]), data.test.restrict(data.base)
+    train, test = (
+        without_small(data.train.restrict(data.base), SMALLEST[args.published]),
+        data.test.restrict(data.base),
+    )
     named = args.weights == "objects"
     source = "none" if named or (args.init and not args.weights) else args.weights
     trunk = trunks.begin(args.backbone, source, style=args.style)
@@ -145,40 +161,86 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     episodes = searching(args, train, SHOTS[args.published])
     if named and not folders.resumes(args, folder):
         steps = min(args.iters or OBJECTS, OBJECTS)
-        name_objects(accelerator, trunk, train, episodes.pipeline, seed=args.seed, steps=steps, workers=args.workers)
+        name_objects(
+            accelerator,
+            trunk,
+            train,
+            episodes.pipeline,
+            seed=args.seed,
+            steps=steps,
+            workers=args.workers,
+        )
     sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})
     model, batch = AttentionRPN(trunk, len(train.classes), **sizes), BATCH[args.published][0]
-    fit(args, accelerator, folder, "base", model, train, test, episodes, batch, TABLE[args.published])
+    fit(
+        args,
+        accelerator,
+        folder,
+        "base",
+        model,
+        train,
+        test,
+        episodes,
+        batch,
+        TABLE[args.published],
+    )
 
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """The head alone on K objects of every class; on COCO also RPN and stage 4, and of the novel classes alone."""
+    """The head alone on K objects of every class; on COCO also RPN and stage 4, and of the novel
+    classes alone.
+    """
     base = bases.load(args, stages.opened(args), METHOD, AttentionRPN)
     classes = base.data.novel if args.dataset == "coco" else base.data.train.classes
-    train = k_shot.choose_shots(base.data.train.restrict(classes), args.shots, args.seed, args.shot_lists)
+    train = k_shot.choose_shots(
+        base.data.train.restrict(classes), args.shots, args.seed, args.shot_lists
+    )
     model = rebuilt(AttentionRPN, base.about, len(train.classes), rois=args.rois)
     weights.fill(model, base.state, args.base, fresh=("kernels", "maps", "known"))
     model.trunk.freeze(3)
-    torch.nn.ModuleList([] if args.dataset == "coco" else [model.trunk, model.rpn]).requires_grad_(False)
+    torch.nn.ModuleList([] if args.dataset == "coco" else [model.trunk, model.rpn]).requires_grad_(
+        False
+    )
     # one shot is to be found, the others show what to look for
     shots = min(max(max(k_shot.counts(train)) - 1, 1), 10)
     episodes, batch = searching(args, train, shots), BATCH[args.published][1]
-    fit(args, accelerator, folder, "finetune", model, train, base.data.test.restrict(classes), episodes, batch, None)
+    fit(
+        args,
+        accelerator,
+        folder,
+        "finetune",
+        model,
+        train,
+        base.data.test.restrict(classes),
+        episodes,
+        batch,
+        None,
+    )
 
 
 def searching(args: Args, train: detection.DetectionSet, shots: int) -> QueryAware:
     short, long, size, context = PICTURES[args.published]
     pictures = stages.pictures(args, short, long, flip=False)
-    return QueryAware(train, pictures, ways=2, shots=shots, size=args.support_size or size, context=context)
+    return QueryAware(
+        train, pictures, ways=2, shots=shots, size=args.support_size or size, context=context
+    )
 
 
 def fit(args, accelerator, folder, stage, model, train, test, episodes, batch, most) -> None:
     """One stage: the loop, then the test, with at most so many supports of a class."""
     table = SCHEDULE[args.published], batch
     schedule = stages.planned(accelerator, args, stage, *table, train, test, episodes.pipeline)
-    normalisation, trained = model.trunk.normalisation, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    head, others = ([p for n, p in trained if n.startswith("relation.") == wanted] for wanted in (True, False))
-    groups = [{"params": others}, {"params": head, "lr": schedule.lr * (HEAD_LR[args.published] if others else 1)}]
+    normalisation, trained = (
+        model.trunk.normalisation,
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad],
+    )
+    head, others = (
+        [p for n, p in trained if n.startswith("relation.") == wanted] for wanted in (True, False)
+    )
+    groups = [
+        {"params": others},
+        {"params": head, "lr": schedule.lr * (HEAD_LR[args.published] if others else 1)},
+    ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": episodes.pipeline.describe()}
@@ -187,7 +249,9 @@ def fit(args, accelerator, folder, stage, model, train, test, episodes, batch, m
     record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, files)
 
     # train
-    loader = episodes.loader(record.feed, normalisation, batch_size=schedule.batch, group=args.group_aspect)
+    loader = episodes.loader(
+        record.feed, normalisation, batch_size=schedule.batch, group=args.group_aspect
+    )
     for step, (batch, support) in record.steps(loader):
         losses = record.model(batch.images, batch.sizes, batch.boxes, support.images, support.boxes)
         accelerator.backward(sum(losses.values()))
@@ -201,7 +265,9 @@ def fit(args, accelerator, folder, stage, model, train, test, episodes, batch, m
     # test
     detector, table = record.best(), episodes.table(most, record.feed, normalisation)
     with torch.no_grad(), accelerator.autocast():
-        detector.set_prototypes((*detector.support_features(s.images, s.boxes), s.labels) for s in table)
+        detector.set_prototypes(
+            (*detector.support_features(s.images, s.boxes), s.labels) for s in table
+        )
     record.save_model()
     look(record, test, args, train)
 

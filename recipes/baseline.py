@@ -1,10 +1,12 @@
-"""Baseline (Chen et al., "A Closer Look at Few-shot Classification", 2019, https://arxiv.org/abs/1904.04232).
+"""Baseline (Chen et al., "A Closer Look at Few-shot Classification", 2019,
+https://arxiv.org/abs/1904.04232).
 
-Ordinary training to classify the training classes; in a test task a new linear classifier is trained on the supports.
+Ordinary training to classify the training classes; in a test task a new linear classifier is
+trained on the supports.
 
     accelerate launch recipes/baseline.py
-    accelerate launch recipes/baseline.py --dataset mini_imagenet --data-root data --backbone resnet12
-    accelerate launch recipes/baseline.py --test-only --shots 1 5 20
+    accelerate launch recipes/baseline.py --dataset mini_imagenet --data-root data --backbone
+    resnet12 accelerate launch recipes/baseline.py --test-only --shots 1 5 20
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "baseline"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, milestones, warm-up: as published (200 epochs, tiered-ImageNet 100), but for glyphs and Omniglot quick
+# steps, rate, milestones, warm-up: as published (200 epochs, tiered-ImageNet 100), but for glyphs
+# and Omniglot quick
 QUICK = Schedule(500, 0.05, (300, 425), 25, ratio=0.25)
 PUBLISHED = Schedule(120_000, 0.05, (36_000, 72_000), 3000, ratio=0.25)
 SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {
@@ -41,30 +44,30 @@ SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {
 @dataclass
 class Args:
     # data
-    dataset: DatasetName | str = "glyphs"  # what to learn on; or the path of your own folder of class folders
+    dataset: DatasetName | str = "glyphs"  # or a path: your own folder of class folders
     data_root: str = "data"  # folder that holds the data set
-    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
-    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
     batch_size: int = 64  # images per step, over all processes
-    iters: int | None = None  # steps; by default as published, of own data by their number of pictures
+    iters: int | None = None  # steps; by default as published, own data's by their number
     lr: float = 0.05  # SGD's learning rate, after the warm-up
-    eval_every: int = 2000  # steps between validations, each of which also saves; shorter own trainings have ten
+    eval_every: int = 2000  # steps between validations, which save; short own trainings have ten
     val_tasks: int = 100  # validation tasks
     # model
     backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
-    weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
-    size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
+    weights: str | None = None  # of the backbone: pretrained (default if there are), a file, none
+    size: int | None = None  # side of the pictures; by default the backbone's or the data set's
     freeze: bool = False  # train only what is not the backbone
     # run
-    out: str | None = None  # where everything goes; by default runs/baseline/<dataset>-<backbone>-seed<seed>
+    out: str | None = None  # by default runs/baseline/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
@@ -81,8 +84,12 @@ class Baseline(nn.Module):
         self.features, self.head = backbone, nn.Linear(backbone.out_features, classes)
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each task's supports."""
-        return fine_tuned.linear(support, query, ways, steps=150 if support.shape[1] == ways else 600)
+        """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each
+        task's supports.
+        """
+        return fine_tuned.linear(
+            support, query, ways, steps=150 if support.shape[1] == ways else 600
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b, classes) of the training classes for images (b, 3, H, W)."""
@@ -103,13 +110,19 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
 
     # model
     model = Baseline(backbones.of(args, train_set.size), len(train_set.classes))
-    optimizer = torch.optim.SGD(run.trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
-    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe())
+    optimizer = torch.optim.SGD(
+        run.trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4
+    )
+    record = run.Record(
+        accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe()
+    )
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
     transform = transforms.train_transform(train_set)
-    loader = episodes.class_batch_loader(train_set, record.feed, transform, batch_size=schedule.batch)
+    loader = episodes.class_batch_loader(
+        train_set, record.feed, transform, batch_size=schedule.batch
+    )
     for step, (images, labels, indices) in record.steps(loader):
         loss = F.cross_entropy(record.model(images), labels)
         accelerator.backward(loss)
@@ -119,11 +132,20 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         record.log(step, {"loss": loss}, ids=indices)
 
         if step % eval_every == 0 or step == schedule.steps:
-            result = meta_test(accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+            result = meta_test(
+                accelerator,
+                record.model,
+                val_set,
+                shots=args.shots[:1],
+                tasks=args.val_tasks,
+                **test,
+            )
             record.save(step, score=result[args.shots[0]].accuracy)
 
     # test
-    results = meta_test(accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test)
+    results = meta_test(
+        accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test
+    )
     report(record, results, args.ways, args.save_tasks)
 
 

@@ -1,12 +1,13 @@
 """DeFRCN, decoupled Faster R-CNN (Qiao et al., 2021, https://arxiv.org/abs/2108.09017).
 
-The RPN does not care which class an object has, the classifier cares for nothing else: so the RPN's gradient does not
-reach the trunk at all, and the RoI head's only in part, in fine-tuning hardly. Each sees the trunk's map through an
-affine layer of its own. Tests can calibrate scores by a network that never saw the detector (--calibrate).
+The RPN does not care which class an object has, the classifier cares for nothing else: so the RPN's
+gradient does not reach the trunk at all, and the RoI head's only in part, in fine-tuning hardly.
+Each sees the trunk's map through an affine layer of its own. Tests can calibrate scores by a
+network that never saw the detector (--calibrate).
 
     accelerate launch recipes/defrcn.py --shots 10
-    accelerate launch recipes/defrcn.py --dataset voc --data-root data --split 1 --shots 10 --calibrate resnet101
-    accelerate launch recipes/defrcn.py --stage novel --shots 5
+    accelerate launch recipes/defrcn.py --dataset voc --data-root data --split 1 --shots 10
+    --calibrate resnet101 accelerate launch recipes/defrcn.py --stage novel --shots 5
 
 `--stage finetune` is for all classes (G-FSOD), `--stage novel` for the novel ones alone (FSOD).
 """
@@ -30,7 +31,8 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "defrcn"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the embedded glyphs quick
+# steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the
+# embedded glyphs quick
 BATCH = {"glyphs": 8, "voc": 16, "coco": 16, "own": 4}
 # fmt: off
 SCHEDULE = {
@@ -66,14 +68,22 @@ NOVEL = SCHEDULE | {  # of novel classes alone
 SHORT = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True)}
 PICTURES |= {"coco": (SHORT[5:], 1333, True), "own": (800, 1333, True)}
-# RoIs per training picture, cells per side of a RoI, hidden channels of the RPN, proposals before and after NMS
-QUICK = {"rois": 32, "roi_size": 6, "rpn_channels": 128, "train_proposals": (1000, 100), "test_proposals": (1000, 100)}
+# RoIs per training picture, cells per side of a RoI, hidden channels of the RPN, proposals before
+# and after NMS
+QUICK = {
+    "rois": 32,
+    "roi_size": 6,
+    "rpn_channels": 128,
+    "train_proposals": (1000, 100),
+    "test_proposals": (1000, 100),
+}
 PUBLISHED = {"rois": 512, "roi_size": 7, "rpn_channels": 1024}
 PUBLISHED |= {"train_proposals": (12000, 2000), "test_proposals": (6000, 1000)}
 SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED | {"rois": 128}}
 # how much of the gradients of RPN and RoI head reaches the trunk
 BASE_SCALES = {"rpn_scale": 0.0, "roi_scale": 0.75}
-TUNED_SCALES = {"glyphs": 0.01, "voc": 0.001, "coco": 0.01, "own": 0.01}  # the RoI head's; of the RPN's still nothing
+# the RoI head's; of the RPN's still nothing
+TUNED_SCALES = {"glyphs": 0.01, "voc": 0.001, "coco": 0.01, "own": 0.01}
 DROPOUT = 0.8  # of what the classifier sees, in fine-tuning
 BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101", "own": "resnet50"}
 
@@ -81,41 +91,41 @@ BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101", "own": "
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
-    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # where own data's folder has several
+    novel_classes: tuple[str, ...] = ()  # own data's novel classes; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
-    shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
+    shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     test_images: int | None = None  # test on only so many pictures
-    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
+    test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "novel", "finetune"] = "all"  # all: the base model unless it is there, then fine-tune
-    base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default this recipe's own in --out
-    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
-    batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
+    stage: Literal["all", "base", "novel", "finetune"] = "all"  # all: base, finetune
+    base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default that in --out
+    keep_base: bool = False  # insist on the base model's classes too; your data must have them
+    batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
-    group_aspect: bool = True  # batches of only wide or only tall pictures, as published: less padding
+    group_aspect: bool = True  # batches of only wide or only tall pictures, as published
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
-    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
-    weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
-    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
+    style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
+    weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
+    rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/defrcn/<dataset>-split<split>-<backbone>
+    out: str | None = None  # by default runs/defrcn/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
-    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -127,7 +137,9 @@ def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         todo = {"base": train_base, "novel": train_novel, "finetune": finetune}
         todo |= {"test": partial(detect.test_saved, METHOD, DeFRCN)}
-        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
+        for stage, each, folder in stages.wanted(
+            accelerator, METHOD, args, BACKBONE[args.published]
+        ):
             todo[stage](each, accelerator, folder)
 
 
@@ -146,14 +158,18 @@ def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> Non
     """As `finetune`, with new last layers for the novel classes alone, on K objects of each."""
     base = bases.load(args, stages.opened(args), METHOD, DeFRCN)
     novel = base.data.novel
-    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists).restrict(novel)
+    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists).restrict(
+        novel
+    )
     model = decoupled(args, base, len(novel))
     weights.fill(model, base.state, args.base, fresh=("cls.", "reg."))
     fit(args, accelerator, folder, "novel", model, train, base.data.test.restrict(novel), NOVEL)
 
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """All but stage 4 and the trunk's first stages, on K objects of every class, from the base model."""
+    """All but stage 4 and the trunk's first stages, on K objects of every class, from the base
+    model.
+    """
     base = bases.load(args, stages.opened(args), METHOD, DeFRCN)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = decoupled(args, base, len(train.classes))
@@ -162,7 +178,9 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
 
 
 def decoupled(args: Args, base: bases.Base, classes: int) -> DeFRCN:
-    """The detector of fine-tuning, its weights to be filled in: hardly a gradient reaches the trunk."""
+    """The detector of fine-tuning, its weights to be filled in: hardly a gradient reaches the
+    trunk.
+    """
     scales = {"rpn_scale": 0.0, "roi_scale": TUNED_SCALES[args.published], "dropout": DROPOUT}
     model = rebuilt(DeFRCN, base.about, classes, rois=args.rois, **scales)
     model.trunk.freeze(2)
@@ -183,7 +201,9 @@ def fit(args, accelerator, folder, stage, model, train, test, table) -> None:
     decay = [{"params": rest, "weight_decay": 5e-5}, {"params": biases, "weight_decay": 1e-4}]
     optimizer = torch.optim.SGD(decay, lr=schedule.lr, momentum=0.9)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
+    record = run.Record(
+        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
+    )
 
     # train
     options = {"batch_size": schedule.batch, "group": args.group_aspect}

@@ -1,11 +1,14 @@
-"""FSCE, few-shot object detection via contrastive proposal encoding (Sun et al., 2021, https://arxiv.org/abs/2103.05950).
+"""FSCE, few-shot object detection via contrastive proposal encoding (Sun et al., 2021,
+https://arxiv.org/abs/2103.05950).
 
-Base training is TFA's. Fine-tuning on K shots of every class trains more than the last layers, on more and looser
-positives, and a contrastive loss pulls RoIs of one class together so that similar classes are told apart.
+Base training is TFA's. Fine-tuning on K shots of every class trains more than the last layers, on
+more and looser positives, and a contrastive loss pulls RoIs of one class together so that similar
+classes are told apart.
 
     accelerate launch recipes/fsce.py --shots 10
-    accelerate launch recipes/fsce.py --contrastive off --base runs/tfa/glyphs-split1-small/base/model.safetensors
-    accelerate launch recipes/fsce.py --dataset voc --data-root data --split 1 --shots 10
+    accelerate launch recipes/fsce.py --contrastive off --base
+    runs/tfa/glyphs-split1-small/base/model.safetensors accelerate launch recipes/fsce.py --dataset
+    voc --data-root data --split 1 --shots 10
 """
 
 from dataclasses import dataclass
@@ -28,8 +31,8 @@ from fewshot.training.schedule import Passes, Schedule, choose
 
 METHOD = "fsce"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, milestones, warm-up, the factor at milestones for a global batch of BATCH pictures: as published, but for
-# the embedded glyphs quick
+# steps, rate, milestones, warm-up, the factor at milestones for a global batch of BATCH pictures:
+# as published, but for the embedded glyphs quick
 BATCH = {"glyphs": 8, "voc": 16, "coco": 16, "own": 4}
 # fmt: off
 SCHEDULE = {
@@ -58,10 +61,15 @@ SCHEDULE = {
     "own": {"base": Passes(12, 0.01, 500, 20_000), "few": Passes(30, 0.005, 200, 2000)},
 }
 # fmt: on
-# the contrastive loss by shots: weight, least overlap of a RoI, and the steps after each of which the weight is halved
+# the contrastive loss by shots: weight, least overlap of a RoI, and the steps after each of which
+# the weight is halved
 CONTRAST = {
     "glyphs": dict.fromkeys((1, 2, 3, 5, 10), (0.2, 0.7, (100,))),
-    "voc": {3: (0.2, 0.6, (3000, 6000)), 5: (0.5, 0.7, (4000, 7000)), 10: (0.5, 0.8, (6000, 10_000))},
+    "voc": {
+        3: (0.2, 0.6, (3000, 6000)),
+        5: (0.5, 0.7, (4000, 7000)),
+        10: (0.5, 0.8, (6000, 10_000)),
+    },
     "coco": {},  # published without
     "own": {},
 }
@@ -69,8 +77,12 @@ CONTRAST = {
 SHORT = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True)}
 PICTURES |= {"coco": (SHORT[5:], 1333, True), "own": (800, 1333, True)}
-# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS
-QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 200), "test_proposals": (500, 100)}
+# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and
+# after NMS
+QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {
+    "train_proposals": (500, 200),
+    "test_proposals": (500, 100),
+}
 PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
 PUBLISHED |= {"train_proposals": (2000, 1000), "test_proposals": (1000, 1000)}
 SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED | {"rois": 128}}
@@ -87,42 +99,42 @@ FINETUNE = {
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
-    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # where own data's folder has several
+    novel_classes: tuple[str, ...] = ()  # own data's novel classes; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
-    shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
+    shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     test_images: int | None = None  # test on only so many pictures
-    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
+    test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "finetune"] = "all"  # all: the base model unless it is there, then fine-tune
-    base: str | None = None  # model to fine-tune, TFA's too: coco, coco_mobile, a file, a run, a hub id
-    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
-    contrastive: Literal["published", "on", "off"] = "published"  # as published for the data set and shots
-    batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
+    stage: Literal["all", "base", "finetune"] = "all"  # all: base, finetune
+    base: str | None = None  # to fine-tune, TFA's too: coco, coco_mobile, file, run, hub id
+    keep_base: bool = False  # insist on the base model's classes too; your data must have them
+    contrastive: Literal["published", "on", "off"] = "published"  # by data set and shots
+    batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
-    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
+    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
-    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
-    weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
-    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
+    style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
+    weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
+    rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/fsce/<dataset>-split<split>-<backbone>
+    out: str | None = None  # by default runs/fsce/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
-    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -132,8 +144,14 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "finetune": finetune, "test": partial(detect.test_saved, METHOD, FSCE)}
-        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
+        todo = {
+            "base": train_base,
+            "finetune": finetune,
+            "test": partial(detect.test_saved, METHOD, FSCE),
+        }
+        for stage, each, folder in stages.wanted(
+            accelerator, METHOD, args, BACKBONE[args.published]
+        ):
             todo[stage](each, accelerator, folder)
 
 
@@ -149,7 +167,9 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
 
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """All but the trunk (VOC's first two shots: less), on K objects of every class, with the contrastive loss."""
+    """All but the trunk (VOC's first two shots: less), on K objects of every class, with the
+    contrastive loss.
+    """
     base = bases.load(args, stages.opened(args), METHOD, FSCE)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     contrast = CONTRAST[args.published].get(args.shots)
@@ -158,11 +178,21 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     changes = FINETUNE[args.published] | ({"rois": args.rois} if args.rois else {})
     dimensions = 128 if wanted else 0
     model = rebuilt(
-        FSCE, base.about, len(train.classes), cosine=True, dimensions=dimensions, above=contrast[1], **changes
+        FSCE,
+        base.about,
+        len(train.classes),
+        cosine=True,
+        dimensions=dimensions,
+        above=contrast[1],
+        **changes,
     )
     weights.fill(model, grow(base.state, base.kept, train.classes), args.base, fresh=("contrast.",))
     model.trunk.freeze(len(model.trunk.stages))
-    for part in (model.trunk, model.rpn, model.fc1) if args.published == "voc" and args.shots in (1, 2) else ():
+    for part in (
+        (model.trunk, model.rpn, model.fc1)
+        if args.published == "voc" and args.shots in (1, 2)
+        else ()
+    ):
         part.requires_grad_(False)
     fit(args, accelerator, folder, "finetune", model, train, base.data.test, contrast)
 
@@ -179,14 +209,18 @@ def fit(args, accelerator, folder, stage, model, train, test, contrast=(0.0, 0.0
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
+    record = run.Record(
+        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
+    )
 
     # train
     strength, _, halvings = contrast
     options = {"batch_size": schedule.batch, "group": args.group_aspect}
     loader = train_loader(train, pictures, record.feed, model.trunk.normalisation, **options)
     for step, batch in record.steps(loader):
-        model.strength = strength * 0.5 ** sum(step > h * schedule.steps / published.steps for h in halvings)
+        model.strength = strength * 0.5 ** sum(
+            step > h * schedule.steps / published.steps for h in halvings
+        )
         losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels)
         accelerator.backward(sum(losses.values()))
         record.optimizer.step()

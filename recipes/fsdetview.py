@@ -1,8 +1,8 @@
 """FSDetView (Xiao and Marlet, 2020, https://arxiv.org/abs/2007.12107).
 
-As in Meta R-CNN a support picture with its box as a fourth channel becomes a vector per class. A query's RoI vector
-is classified by its product with that vector, its difference from it, and as it is. Base classes train everything;
-then K shots of every class train only the last layers.
+As in Meta R-CNN a support picture with its box as a fourth channel becomes a vector per class. A
+query's RoI vector is classified by its product with that vector, its difference from it, and as it
+is. Base classes train everything; then K shots of every class train only the last layers.
 
     accelerate launch recipes/fsdetview.py --shots 10
     accelerate launch recipes/fsdetview.py --dataset voc --data-root data --split 1 --shots 10
@@ -29,7 +29,8 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "fsdetview"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the embedded glyphs quick
+# steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the
+# embedded glyphs quick
 BATCH = {"glyphs": 8, "voc": 32, "coco": 32, "own": 4}
 # fmt: off
 SCHEDULE = {
@@ -51,8 +52,8 @@ SCHEDULE = {
 }
 # fmt: on
 BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet50", "own": "resnet50"}
-# shorter side, longer side, flip of query pictures (glyphs are characters: never mirrored), then the side of supports
-# and how many a base class has at most
+# shorter side, longer side, flip of query pictures (glyphs are characters: never mirrored), then
+# the side of supports and how many a base class has at most
 PICTURES = {
     "glyphs": (None, None, False, 80, 30),
     "voc": (600, 1000, True, 224, 200),
@@ -60,50 +61,60 @@ PICTURES = {
     "own": (600, 1000, True, 224, 200),
 }
 # RoIs per training picture, hidden channels of the RPN, proposals before and after NMS
-QUICK = {"rois": 32, "rpn_channels": 128, "train_proposals": (1000, 100), "test_proposals": (1000, 100)}
-PUBLISHED = {"rois": 128, "rpn_channels": 512, "train_proposals": (12000, 2000), "test_proposals": (6000, 300)}
+QUICK = {
+    "rois": 32,
+    "rpn_channels": 128,
+    "train_proposals": (1000, 100),
+    "test_proposals": (1000, 100),
+}
+PUBLISHED = {
+    "rois": 128,
+    "rpn_channels": 512,
+    "train_proposals": (12000, 2000),
+    "test_proposals": (6000, 300),
+}
 SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED}
 
 
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
-    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # where own data's folder has several
+    novel_classes: tuple[str, ...] = ()  # own data's novel classes; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
-    shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
+    shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     support_size: int | None = None  # side of the supports in pixels; by default the published size
     test_images: int | None = None  # test on only so many pictures
-    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
+    test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
-    base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default this recipe's own in --out
-    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
-    batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
+    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
+    base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default that in --out
+    keep_base: bool = False  # insist on the base model's classes too; your data must have them
+    batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
-    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
+    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
-    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
-    weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
-    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
+    style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
+    weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
+    rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/fsdetview/<dataset>-split<split>-<backbone>
+    out: str | None = None  # by default runs/fsdetview/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
-    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     scramble_supports: bool = False  # test also with every class given the next class's supports
     wandb: bool = False  # log to Weights & Biases
 
@@ -114,8 +125,14 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "finetune": finetune, "test": partial(detect.test_saved, METHOD, FSDetView)}
-        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
+        todo = {
+            "base": train_base,
+            "finetune": finetune,
+            "test": partial(detect.test_saved, METHOD, FSDetView),
+        }
+        for stage, each, folder in stages.wanted(
+            accelerator, METHOD, args, BACKBONE[args.published]
+        ):
             todo[stage](each, accelerator, folder)
 
 
@@ -125,7 +142,11 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = trunks.begin(args.backbone, args.weights, style=args.style, meta=True)
     trunk.freeze_pretrained(2)
-    model = FSDetView(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
+    model = FSDetView(
+        trunk,
+        len(train.classes),
+        **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}),
+    )
     *_, size, used = PICTURES[args.published]
     supports = NWayKShot(train, 1, used=used, one_per_image=True, size=args.support_size or size)
     fit(args, accelerator, folder, "base", model, train, test, supports)
@@ -136,7 +157,9 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     base = bases.load(args, stages.opened(args), METHOD, FSDetView)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = rebuilt(FSDetView, base.about, len(train.classes), rois=args.rois)
-    weights.fill(model, base.state, args.base, fresh=("cls.", "reg.", "meta.", "prototypes", "known"))
+    weights.fill(
+        model, base.state, args.base, fresh=("cls.", "reg.", "meta.", "prototypes", "known")
+    )
     model.trunk.requires_grad_(False)
     model.rpn.requires_grad_(False)
     model.product.requires_grad_(False)  # their batch norms go on to count, as published
@@ -153,18 +176,27 @@ def fit(args, accelerator, folder, stage, model, train, test, supports, multiple
     table = SCHEDULE[args.published], BATCH[args.published]
     schedule = stages.planned(accelerator, args, stage, *table, train, test, pictures)
     if args.published == "own":
-        model.rpn.test_proposals = stages.fitting_proposals(pictures, train, most=PUBLISHED["test_proposals"][1])
+        model.rpn.test_proposals = stages.fitting_proposals(
+            pictures, train, most=PUBLISHED["test_proposals"][1]
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()}
     about |= model.describe() | train.describe() | supports.describe()
-    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
+    record = run.Record(
+        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
+    )
 
     # train
-    padded, options = replace(pictures, multiple=multiple), {"batch_size": schedule.batch, "group": args.group_aspect}
+    padded, options = (
+        replace(pictures, multiple=multiple),
+        {"batch_size": schedule.batch, "group": args.group_aspect},
+    )
     loader = train_loader(train, padded, record.feed, normalisation, extra=supports.draw, **options)
     for step, (batch, support) in record.steps(loader):
-        losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels, support.images, support.labels)
+        losses = record.model(
+            batch.images, batch.sizes, batch.boxes, batch.labels, support.images, support.labels
+        )
         accelerator.backward(sum(losses.values()))
         record.optimizer.step()
         record.scheduler.step()
@@ -176,7 +208,10 @@ def fit(args, accelerator, folder, stage, model, train, test, supports, multiple
     # test
     detector = record.best()
     with torch.no_grad(), accelerator.autocast():
-        table = [(detector.support_vectors(s.images), s.labels) for s in supports.table(record.feed, normalisation)]
+        table = [
+            (detector.support_vectors(s.images), s.labels)
+            for s in supports.table(record.feed, normalisation)
+        ]
     detector.set_prototypes(*(torch.cat(part) for part in zip(*table)))
     record.save_model()
     detect.test(record, test, args, train)

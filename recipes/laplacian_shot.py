@@ -1,9 +1,11 @@
 """LaplacianShot (Ziko et al., 2020, https://arxiv.org/abs/2006.15486).
 
-Nothing is trained: a query belongs to the nearest class mean, and to the same class as the queries next to it.
+Nothing is trained: a query belongs to the nearest class mean, and to the same class as the queries
+next to it.
 
     accelerate launch recipes/laplacian_shot.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/laplacian_shot.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
+    accelerate launch recipes/laplacian_shot.py --backbone torchvision/resnet18 --dataset
+    mini_imagenet --data-root data
 """
 
 from dataclasses import dataclass
@@ -24,15 +26,15 @@ METHOD = "laplacian_shot"  # names runs and models; a copy of this recipe needs 
 @dataclass
 class Args:
     # data
-    dataset: DatasetName | str = "glyphs"  # its test classes are tested on, its training classes are the base
+    dataset: DatasetName | str = "glyphs"  # its test classes test, the training classes are base
     data_root: str = "data"  # folder that holds the data set
-    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
-    imbalance: float | None = None  # distribute queries over classes by Dirichlet's distribution; published: 2
-    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    imbalance: float | None = None  # Dirichlet's alpha of queries over classes; published: 2
+    test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
@@ -41,17 +43,17 @@ class Args:
     backbone: str | None = None  # or else a network: torchvision/NAME or timm/NAME
     weights: str | None = None  # of that: pretrained (the default), a file, none
     size: int | None = None  # side of its pictures in pixels; by default its own
-    centre: bool | None = None  # take off the mean of the base classes' features; by default with --init
-    lam: float | None = None  # weight of the neighbours; by default as published, 0.7 for one shot and 0.3 for more
+    centre: bool | None = None  # take off the base classes' mean feature; by default with --init
+    lam: float | None = None  # weight of the neighbours; by default 0.7 for one shot, 0.3 for more
     neighbours: int = 2  # queries next to a query
     rectify: bool = True  # class means rectified by the queries, as published; or plain ones
     shift: bool = True  # move queries to where supports are, as published; or not (Veilleux et al.)
     # run
     features: str = "runs/features"  # folder where features are kept, for all methods and settings
-    out: str | None = None  # where everything goes; by default runs/laplacian_shot/<dataset>-<backbone>-...
+    out: str | None = None  # by default runs/laplacian_shot/<dataset>-<backbone>-...
     seed: int = 0  # of the test tasks
     workers: int = 2  # data-loading processes
-    resume: bool = False  # go on with an interrupted run: features that are there are not made again
+    resume: bool = False  # go on with an interrupted run: features that are there stay
     overwrite: bool = False  # replace the run in --out
     test_only: bool = False  # only test the model in --out, say with other --shots
     wandb: bool = False  # log to Weights & Biases
@@ -65,7 +67,9 @@ class LaplacianShot(nn.Module):
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Probabilities (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = (transductive.unit(transductive.centred(x, self.mean)) for x in (support, query))
+        support, query = (
+            transductive.unit(transductive.centred(x, self.mean)) for x in (support, query)
+        )
         return transductive.laplacian_shot(support, query, ways, **self.options)
 
 
@@ -81,7 +85,9 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
     backbone, base_set, test_set, about = frozen.opened(accelerator, args)
 
     # model
-    model = LaplacianShot(backbone, lam=args.lam, neighbours=args.neighbours, rectify=args.rectify, shift=args.shift)
+    model = LaplacianShot(
+        backbone, lam=args.lam, neighbours=args.neighbours, rectify=args.rectify, shift=args.shift
+    )
     if args.centre if args.centre is not None else args.init:
         model.mean = frozen.base_mean(accelerator, model, base_set, args)
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)

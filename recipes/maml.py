@@ -1,7 +1,7 @@
 """MAML, Model-Agnostic Meta-Learning (Finn et al., 2017, https://arxiv.org/abs/1703.03400).
 
-Weights are trained so that a few steps of gradient descent on a task's supports solve the task: the loss is that of the
-queries after those steps, and its gradient goes through them.
+Weights are trained so that a few steps of gradient descent on a task's supports solve the task: the
+loss is that of the queries after those steps, and its gradient goes through them.
 
     accelerate launch recipes/maml.py
     accelerate launch recipes/maml.py --dataset mini_imagenet --data-root data --first-order
@@ -25,46 +25,51 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "maml"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps and rate, then episodes per step, the inner rate and test tasks: as published, but for glyphs and Omniglot quick
-# on a CPU
+# steps and rate, then episodes per step, the inner rate and test tasks: as published, but for
+# glyphs and Omniglot quick on a CPU
 QUICK, PUBLISHED = (Schedule(120, 3e-3), 2, 0.05, 300), (Schedule(12_500, 1e-3), 8, 0.01, 2000)
-OWN = (Passes(100, 1e-3, 120, 12_500), 2, 0.01, 300)  # passes, rate, least and most steps; then likewise
-SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {"glyphs": QUICK, "omniglot": QUICK, "folder": OWN}
+# passes, rate, least and most steps; then likewise
+OWN = (Passes(100, 1e-3, 120, 12_500), 2, 0.01, 300)
+SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {
+    "glyphs": QUICK,
+    "omniglot": QUICK,
+    "folder": OWN,
+}
 
 
 @dataclass
 class Args:
     # data
-    dataset: DatasetName | str = "glyphs"  # what to learn on; or the path of your own folder of class folders
+    dataset: DatasetName | str = "glyphs"  # or a path: your own folder of class folders
     data_root: str = "data"  # folder that holds the data set
-    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a task, in training too
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
-    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int | None = None  # test tasks; by default 2000, but for glyphs and Omniglot 300
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
     train_shots: int = 5  # support images per class in a training episode
     train_queries: int = 16  # query images per class in a training episode
-    batch_size: int | None = None  # episodes per step, over all processes; by default as published, like the next two
+    batch_size: int | None = None  # episodes per step, over all processes; default: as published
     iters: int | None = None  # steps
     lr: float | None = None  # Adam's learning rate
-    eval_every: int = 250  # steps between validations, each of which also saves; shorter own trainings have ten
+    eval_every: int = 250  # steps between validations, which save; short own trainings have ten
     val_tasks: int = 100  # validation tasks
     # model
     backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
-    weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
-    size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
+    weights: str | None = None  # of the backbone: pretrained (default if there are), a file, none
+    size: int | None = None  # side of the pictures; by default the backbone's or the data set's
     inner_steps: int = 2  # steps on a training episode's supports
     inner_lr: float | None = None  # learning rate of these steps; by default as published
     test_steps: int = 5  # steps on a test task's supports
     first_order: bool = False  # leave out second derivatives: faster, with an approximate gradient
-    at_once: int | None = None  # tasks computed at once: fewer take less memory; by default 4, on a CPU 1
+    at_once: int | None = None  # tasks at once: fewer take less memory; by default 4, on a CPU 1
     # run
-    out: str | None = None  # where everything goes; by default runs/maml/<dataset>-<backbone>-seed<seed>
+    out: str | None = None  # the run's folder; by default runs/maml/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
@@ -84,7 +89,11 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     # data
     train_set, val_set, test_set = sets = opened(accelerator, args)
     episodes.check(
-        train_set, args.ways, args.train_shots, args.train_queries, ("--ways", "--train-shots", "--train-queries")
+        train_set,
+        args.ways,
+        args.train_shots,
+        args.train_queries,
+        ("--ways", "--train-shots", "--train-queries"),
     )
     row, batch, inner_lr, tasks = SCHEDULE[train_set.name]
     each = args.ways * (args.train_shots + args.train_queries)  # pictures of an episode
@@ -109,11 +118,20 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     # train
     transform = transforms.train_transform(train_set)
     loader = episodes.episode_loader(
-        train_set, args.ways, args.train_shots, args.train_queries, record.feed, transform, tasks=schedule.batch
+        train_set,
+        args.ways,
+        args.train_shots,
+        args.train_queries,
+        record.feed,
+        transform,
+        tasks=schedule.batch,
     )
     for step, episode in record.steps(loader):
-        # which output of the head stands for which class is by chance, as an episode's classes come in random order
-        loss = record.model(episode.support, episode.support_labels, episode.query, episode.query_labels)
+        # which output of the head stands for which class is by chance, as an episode's classes come
+        # in random order
+        loss = record.model(
+            episode.support, episode.support_labels, episode.query, episode.query_labels
+        )
         accelerator.backward(loss)
         record.optimizer.step()
         record.scheduler.step()
@@ -122,12 +140,19 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
 
         if step % eval_every == 0 or step == schedule.steps:
             result = meta_test_images(
-                accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test
+                accelerator,
+                record.model,
+                val_set,
+                shots=args.shots[:1],
+                tasks=args.val_tasks,
+                **test,
             )
             record.save(step, score=result[args.shots[0]].accuracy)
 
     # test
-    results = meta_test_images(accelerator, record.best(), test_set, shots=args.shots, tasks=tasks, **test)
+    results = meta_test_images(
+        accelerator, record.best(), test_set, shots=args.shots, tasks=tasks, **test
+    )
     report(record, results, args.ways, args.save_tasks)
 
 

@@ -1,7 +1,7 @@
 """Meta-Baseline (Chen et al., 2021, https://arxiv.org/abs/2003.04390).
 
-A backbone that was trained to classify all training classes (recipes/baseline.py) is trained on, on episodes, with the
-cosine to class means and a learnt temperature.
+A backbone that was trained to classify all training classes (recipes/baseline.py) is trained on, on
+episodes, with the cosine to class means and a learnt temperature.
 
     accelerate launch recipes/meta_baseline.py --init runs/baseline/glyphs-conv4-seed0
     accelerate launch recipes/meta_baseline.py
@@ -26,8 +26,8 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "meta_baseline"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, milestones, warm-up, and a training episode's ways, shots and queries: as published, but for glyphs and
-# Omniglot quick on a CPU, and at a rate that also learns without --init
+# steps, rate, milestones, warm-up, and a training episode's ways, shots and queries: as published,
+# but for glyphs and Omniglot quick on a CPU, and at a rate that also learns without --init
 QUICK = Schedule(500, 0.05, (400,), 50, ratio=0.25)
 PUBLISHED = Schedule(100_000, 0.001, (20_000, 40_000), 3000, ratio=0.25)
 SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {
@@ -42,34 +42,34 @@ EPISODE = dict.fromkeys(get_args(DatasetName), (10, 5, 5)) | {"omniglot": (60, 1
 @dataclass
 class Args:
     # data
-    dataset: DatasetName | str = "glyphs"  # what to learn on; or the path of your own folder of class folders
+    dataset: DatasetName | str = "glyphs"  # or a path: your own folder of class folders
     data_root: str = "data"  # folder that holds the data set
-    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
-    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
-    train_ways: int | None = None  # classes in a training episode; by default as published, like the next two
+    train_ways: int | None = None  # classes in a training episode; like the next two, as published
     train_shots: int | None = None  # support images per class in a training episode
     train_queries: int | None = None  # query images per class in a training episode
     batch_size: int = 1  # episodes per step, over all processes
-    iters: int | None = None  # steps; by default as published, of own data by their number of pictures
+    iters: int | None = None  # steps; by default as published, own data's by their number
     lr: float | None = None  # SGD's learning rate; by default as published
-    eval_every: int = 2000  # steps between validations, each of which also saves; shorter own trainings have ten
+    eval_every: int = 2000  # steps between validations, which save; short own trainings have ten
     val_tasks: int = 500  # validation tasks
     # model
     backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
-    weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
-    size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
+    weights: str | None = None  # of the backbone: pretrained (default if there are), a file, none
+    size: int | None = None  # side of the pictures; by default the backbone's or the data set's
     freeze: bool = False  # train only what is not the backbone
-    init: str | None = None  # run or model file whose backbone to start from, say a trained baseline
+    init: str | None = None  # run or model file whose backbone to start from, say a baseline
     # run
-    out: str | None = None  # where everything goes; by default runs/meta_baseline/<dataset>-<backbone>-seed<seed>
+    out: str | None = None  # by default runs/meta_baseline/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
@@ -89,7 +89,9 @@ class MetaBaseline(nn.Module):
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """The same of images (tasks, n, 3, H, W)."""
-        support, query = (self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query))
+        support, query = (
+            self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query)
+        )
         return self.classify(support, query, ways)
 
 
@@ -104,21 +106,33 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     # data
     train_set, val_set, test_set = sets = opened(accelerator, args)
     ways, shots, queries = EPISODE[train_set.name]
-    ways, shots, queries = args.train_ways or ways, args.train_shots or shots, args.train_queries or queries
+    ways, shots, queries = (
+        args.train_ways or ways,
+        args.train_shots or shots,
+        args.train_queries or queries,
+    )
     episodes.check(train_set, ways, shots, queries, episodes.TRAIN_FLAGS)
-    schedule, eval_every = planned(accelerator, args, SCHEDULE[train_set.name], sets, pictures=ways * (shots + queries))
+    schedule, eval_every = planned(
+        accelerator, args, SCHEDULE[train_set.name], sets, pictures=ways * (shots + queries)
+    )
 
     # model
     model = MetaBaseline(backbones.of(args, train_set.size))
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
-    optimizer = torch.optim.SGD(run.trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
-    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe())
+    optimizer = torch.optim.SGD(
+        run.trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4
+    )
+    record = run.Record(
+        accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe()
+    )
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
     transform = transforms.train_transform(train_set)
-    loader = episodes.episode_loader(train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch)
+    loader = episodes.episode_loader(
+        train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch
+    )
     for step, episode in record.steps(loader):
         logits = record.model(episode.support, episode.query, ways)  # (tasks, queries, ways)
         loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
@@ -129,11 +143,20 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         record.log(step, {"loss": loss}, ids=episode.indices)
 
         if step % eval_every == 0 or step == schedule.steps:
-            result = meta_test(accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+            result = meta_test(
+                accelerator,
+                record.model,
+                val_set,
+                shots=args.shots[:1],
+                tasks=args.val_tasks,
+                **test,
+            )
             record.save(step, score=result[args.shots[0]].accuracy)
 
     # test
-    results = meta_test(accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test)
+    results = meta_test(
+        accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test
+    )
     report(record, results, args.ways, args.save_tasks)
 
 

@@ -1,8 +1,9 @@
 """MPSR, multi-scale positive sample refinement (Wu et al., 2020, https://arxiv.org/abs/2007.09384).
 
-Few shots show few of the sizes that objects come in. So besides whole pictures a Faster R-CNN with a feature pyramid
-trains on single objects, cut out and resized to several scales: its RPN is to find all of them, its classifier to
-name them. Base classes train everything, then K shots of every class train everything on.
+Few shots show few of the sizes that objects come in. So besides whole pictures a Faster R-CNN with
+a feature pyramid trains on single objects, cut out and resized to several scales: its RPN is to
+find all of them, its classifier to name them. Base classes train everything, then K shots of every
+class train everything on.
 
     accelerate launch recipes/mpsr.py --shots 10
     accelerate launch recipes/mpsr.py --dataset voc --data-root data --split 1 --shots 10
@@ -30,8 +31,8 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "mpsr"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, milestones, warm-up for a global batch of 4 pictures and as many objects: as published, but for the
-# embedded glyphs quick
+# steps, rate, milestones, warm-up for a global batch of 4 pictures and as many objects: as
+# published, but for the embedded glyphs quick
 BATCH, RATIO = 4, 1 / 3  # the share of the rate that the warm-up begins with
 # fmt: off
 SCHEDULE = {
@@ -51,13 +52,22 @@ SCHEDULE = {
     "own": {"base": Passes(12, 0.005, 500, 20_000), "few": Passes(30, 0.005, 200, 2000)},
 }
 # fmt: on
-VOC_OFFSET = (-1.0, -1.0, -1.0, -1.0)  # of VOC's pixels, which count from 1; the published models take it off all sides
-# shorter side, longer side, flip (glyphs are characters: never mirrored); objects of a smaller side are not cut out
-PICTURES = {"glyphs": (None, None, False, 2), "voc": (800, 1333, True, 2), "coco": (800, 1333, True, 8)}
+# of VOC's pixels, which count from 1; the published models take it off all sides
+VOC_OFFSET = (-1.0, -1.0, -1.0, -1.0)
+# shorter side, longer side, flip (glyphs are characters: never mirrored); objects of a smaller side
+# are not cut out
+PICTURES = {
+    "glyphs": (None, None, False, 2),
+    "voc": (800, 1333, True, 2),
+    "coco": (800, 1333, True, 8),
+}
 PICTURES |= {"own": (800, 1333, True, 2)}
-# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS (in
-# training after it for a process's batch together)
-QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 400), "test_proposals": (500, 100)}
+# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and
+# after NMS (in training after it for a process's batch together)
+QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {
+    "train_proposals": (500, 400),
+    "test_proposals": (500, 100),
+}
 PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
 PUBLISHED |= {"train_proposals": (2000, 2000), "test_proposals": (1000, 1000)}
 SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED | {"rois": 128}}
@@ -67,41 +77,41 @@ BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101", "own": "
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
-    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # where own data's folder has several
+    novel_classes: tuple[str, ...] = ()  # own data's novel classes; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
-    shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
+    shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     test_images: int | None = None  # test on only so many pictures
-    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
+    test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "finetune"] = "all"  # all: train the base model unless it is there, then fine-tune
-    base: str | None = None  # model to fine-tune: coco, coco_mobile, a file, a run, a hub id; by default in --out
-    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
-    batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
+    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
+    base: str | None = None  # to fine-tune: coco, coco_mobile, file, run, hub id; default: in --out
+    keep_base: bool = False  # insist on the base model's classes too; your data must have them
+    batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
-    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
+    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
-    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
-    weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
-    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
+    style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
+    weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
+    rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/mpsr/<dataset>-split<split>-<backbone>
+    out: str | None = None  # by default runs/mpsr/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
-    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -116,7 +126,9 @@ def main(args: Args) -> None:
             "finetune": finetune,
             "test": partial(detect.test_saved, METHOD, MPSR, opened=opened),
         }
-        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
+        for stage, each, folder in stages.wanted(
+            accelerator, METHOD, args, BACKBONE[args.published]
+        ):
             todo[stage](each, accelerator, folder)
 
 
@@ -132,7 +144,11 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     trunk.freeze_pretrained(1)
     if args.style == "caffe":
         trunk.normalisation = CAFFE_MPSR
-    model = MPSR(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
+    model = MPSR(
+        trunk,
+        len(train.classes),
+        **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}),
+    )
     fit(args, accelerator, folder, "base", model, train, test, train)
 
 
@@ -152,21 +168,37 @@ def fit(args, accelerator, folder, stage, model, train, test, shown) -> None:
     """One stage: the loop, on the pictures of `shown` and the objects of `train`, then the test."""
     *size, smallest = PICTURES[args.published]
     pictures, normalisation = stages.pictures(args, *size), model.trunk.normalisation
-    schedule = stages.planned(accelerator, args, stage, SCHEDULE[args.published], BATCH, train, test, pictures)
+    schedule = stages.planned(
+        accelerator, args, stage, SCHEDULE[args.published], BATCH, train, test, pictures
+    )
     schedule = schedule._replace(ratio=RATIO)
     if args.published == "own":
         model.rpn.test_proposals = stages.fitting_proposals(pictures, train)
     groups = parameter_groups(model, schedule.lr, args.published)
     optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
+    record = run.Record(
+        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
+    )
 
     # train
-    crops = ObjectCrops(train, model.levels.scales, schedule.batch, record.feed, flip=pictures.flip, smallest=smallest)
-    padded, options = replace(pictures, multiple=32), {"batch_size": schedule.batch, "group": args.group_aspect}
+    crops = ObjectCrops(
+        train,
+        model.levels.scales,
+        schedule.batch,
+        record.feed,
+        flip=pictures.flip,
+        smallest=smallest,
+    )
+    padded, options = (
+        replace(pictures, multiple=32),
+        {"batch_size": schedule.batch, "group": args.group_aspect},
+    )
     loader = train_loader(shown, padded, record.feed, normalisation, extra=crops.draw, **options)
     for step, (batch, objects) in record.steps(loader):
-        losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels, objects.images, objects.labels)
+        losses = record.model(
+            batch.images, batch.sizes, batch.boxes, batch.labels, objects.images, objects.labels
+        )
         accelerator.backward(sum(losses.values()))
         record.optimizer.step()
         record.scheduler.step()

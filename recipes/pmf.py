@@ -1,8 +1,9 @@
 """P>M>F (Hu et al., 2022, https://arxiv.org/abs/2204.07305).
 
-A pretrained backbone is meta-trained on episodes, by cosines to class means, and fine-tuned on augmented supports for
-every task of the test. The official search for the rate of that looks at labels of test queries and is not offered:
-`--test-lr auto` is the official rule that divides a task's supports instead (with one shot it does not fine-tune).
+A pretrained backbone is meta-trained on episodes, by cosines to class means, and fine-tuned on
+augmented supports for every task of the test. The official search for the rate of that looks at
+labels of test queries and is not offered: `--test-lr auto` is the official rule that divides a
+task's supports instead (with one shot it does not fine-tune).
 
     accelerate launch recipes/pmf.py --init runs/baseline/glyphs-conv4-seed0
     accelerate launch recipes/pmf.py --dataset cifar_fs --backbone timm/vit_small_patch16_224.dino
@@ -27,8 +28,12 @@ from fewshot.training.schedule import Cosine, Passes
 
 METHOD = "pmf"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, warm-up, and test tasks: as published, but for glyphs and Omniglot quick on a CPU, from Conv4
-QUICK, PUBLISHED = Cosine(300, 0.01, (), 15, ratio=0.02), Cosine(200_000, 5e-5, (), 10_000, ratio=0.02)
+# steps, rate, warm-up, and test tasks: as published, but for glyphs and Omniglot quick on a CPU,
+# from Conv4
+QUICK, PUBLISHED = (
+    Cosine(300, 0.01, (), 15, ratio=0.02),
+    Cosine(200_000, 5e-5, (), 10_000, ratio=0.02),
+)
 SCHEDULE = dict.fromkeys(get_args(DatasetName), PUBLISHED) | {
     "glyphs": QUICK,
     "omniglot": QUICK,
@@ -40,35 +45,35 @@ TASKS = dict.fromkeys(get_args(DatasetName), 600) | {"glyphs": 50, "omniglot": 5
 @dataclass
 class Args:
     # data
-    dataset: DatasetName | str = "glyphs"  # what to learn on; or the path of your own folder of class folders
+    dataset: DatasetName | str = "glyphs"  # or a path: your own folder of class folders
     data_root: str = "data"  # folder that holds the data set
-    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
-    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int | None = None  # test tasks; by default 600, but for glyphs and Omniglot 50
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
     # training
     train_ways: int = 5  # classes in a training episode
-    train_shots: int = 5  # support images per class in a training episode; published: as many as in the test
+    train_shots: int = 5  # support images per class in an episode; published: as in the test
     train_queries: int = 15  # query images per class in a training episode
     batch_size: int = 1  # episodes per step, over all processes
-    iters: int | None = None  # steps; by default as published, of own data by their number of pictures
+    iters: int | None = None  # steps; by default as published, own data's by their number
     lr: float | None = None  # SGD's learning rate; by default as published
-    eval_every: int = 2000  # steps between validations, each of which also saves; shorter own trainings have ten
+    eval_every: int = 2000  # steps between validations, which save; short own trainings have ten
     val_tasks: int = 1000  # validation tasks
     # model
     backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
-    weights: str | None = None  # of the backbone: pretrained, a file, none; by default pretrained if there are such
-    size: int | None = None  # side of the pictures in pixels; by default the backbone's own, or else the data set's
-    init: str | None = None  # run or model file whose backbone to start from, say a trained baseline
+    weights: str | None = None  # of the backbone: pretrained (default if there are), a file, none
+    size: int | None = None  # side of the pictures; by default the backbone's or the data set's
+    init: str | None = None  # run or model file whose backbone to start from, say a baseline
     test_steps: int = 50  # of Adam on a test task's supports; 0: no fine-tuning
-    test_lr: Literal["auto"] | float = "auto"  # rate of these steps; auto: found for every task, from its supports
+    test_lr: Literal["auto"] | float = "auto"  # rate of these steps; auto: found by supports
     # run
-    out: str | None = None  # where everything goes; by default runs/pmf/<dataset>-<backbone>-seed<seed>
+    out: str | None = None  # the run's folder; by default runs/pmf/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
@@ -89,19 +94,25 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     train_set, val_set, test_set = sets = opened(accelerator, args)
     ways, shots, queries = args.train_ways, args.train_shots, args.train_queries
     episodes.check(train_set, ways, shots, queries, episodes.TRAIN_FLAGS)
-    schedule, eval_every = planned(accelerator, args, SCHEDULE[train_set.name], sets, pictures=ways * (shots + queries))
+    schedule, eval_every = planned(
+        accelerator, args, SCHEDULE[train_set.name], sets, pictures=ways * (shots + queries)
+    )
 
     # model
     model = PMF(backbones.of(args, train_set.size), steps=args.test_steps, lr=args.test_lr)
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
     optimizer = torch.optim.SGD(run.trainable(model), lr=schedule.lr, momentum=0.9)
-    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe())
+    record = run.Record(
+        accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe()
+    )
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
     transform = transforms.train_transform(train_set)
-    loader = episodes.episode_loader(train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch)
+    loader = episodes.episode_loader(
+        train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch
+    )
     for step, episode in record.steps(loader):
         logits = record.model(episode.support, episode.query, ways)  # (tasks, queries, ways)
         loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
@@ -111,13 +122,23 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         record.optimizer.zero_grad()
         record.log(step, {"loss": loss}, ids=episode.indices)
 
-        if step % eval_every == 0 or step == schedule.steps:  # without fine-tuning, from one pass over the images
-            result = meta_test(accelerator, record.model, val_set, shots=args.shots[:1], tasks=args.val_tasks, **test)
+        # without fine-tuning, from one pass over the images
+        if step % eval_every == 0 or step == schedule.steps:
+            result = meta_test(
+                accelerator,
+                record.model,
+                val_set,
+                shots=args.shots[:1],
+                tasks=args.val_tasks,
+                **test,
+            )
             record.save(step, score=result[args.shots[0]].accuracy)
 
     # test
     tasks = args.tasks or TASKS[test_set.name]
-    results = meta_test_images(accelerator, record.best(), test_set, shots=args.shots, tasks=tasks, **test)
+    results = meta_test_images(
+        accelerator, record.best(), test_set, shots=args.shots, tasks=tasks, **test
+    )
     report(record, results, args.ways, args.save_tasks)
 
 

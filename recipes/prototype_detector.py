@@ -1,13 +1,16 @@
-"""A detector that learns nothing from new classes: frozen features, class prototypes, any base model's regions.
+"""A detector that learns nothing from new classes: frozen features, class prototypes, any base
+model's regions.
 
-The first stage of a base model proposes regions. A network that is not trained describes them, and their cosines to
-the mean of each class's supports and to clusters of the background name them, as in DE-ViT without its trained heads
-(Zhang et al., 2023, https://arxiv.org/abs/2309.12969) and in "No time to train!" (Espinosa et al., 2025,
-https://arxiv.org/abs/2507.02798), here with boxes for masks. To add a class takes as long as to look at its supports.
+The first stage of a base model proposes regions. A network that is not trained describes them, and
+their cosines to the mean of each class's supports and to clusters of the background name them, as
+in DE-ViT without its trained heads (Zhang et al., 2023, https://arxiv.org/abs/2309.12969) and in
+"No time to train!" (Espinosa et al., 2025, https://arxiv.org/abs/2507.02798), here with boxes for
+masks. To add a class takes as long as to look at its supports.
 
     accelerate launch recipes/tfa.py --stage base
-    accelerate launch recipes/prototype_detector.py --base runs/tfa/glyphs-split1-small/base --shots 10
-    accelerate launch recipes/prototype_detector.py --dataset voc --base coco --backbone timm/vit_small_patch14_dinov2
+    accelerate launch recipes/prototype_detector.py --base runs/tfa/glyphs-split1-small/base --shots
+    10 accelerate launch recipes/prototype_detector.py --dataset voc --base coco --backbone
+    timm/vit_small_patch14_dinov2
 """
 
 import time
@@ -24,44 +27,45 @@ from fewshot.detectors.prototype import FrozenMaps, PrototypeDetector
 from fewshot.evaluation import detect
 from fewshot.training import bases, folders, launch, run, stages
 
-METHOD = "prototype_detector"  # names runs and models; a copy of this recipe needs a name of its own
+# names runs and models; a copy of this recipe needs a name of its own
+METHOD = "prototype_detector"
 
 
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
-    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # where own data's folder has several
+    novel_classes: tuple[str, ...] = ()  # own data's novel classes; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: k_shot.Shots = 10  # supports per class: a number, or all
-    shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
-    short: int | None = None  # shorter side of the pictures that --backbone sees; by default as --base does
+    shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
+    short: int | None = None  # shorter side of what --backbone sees; by default as --base does
     long: int | None = None  # longest the longer side may get
     test_images: int | None = None  # test on only so many pictures
-    test_proposals: int | None = None  # regions per picture in tests: fewer are quicker; by default the base's own
+    test_proposals: int | None = None  # regions per picture in tests; by default the base's own
     classwise: bool = False  # also print the result of every class
     # model
-    base: str | None = None  # whose first stage proposes regions: coco, coco_mobile, a file, a run, a hub id
-    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
-    backbone: str | None = None  # network that describes them: torchvision/NAME, timm/NAME; by default the base's trunk
+    base: str | None = None  # whose first stage proposes: coco, coco_mobile, file, run, hub id
+    keep_base: bool = False  # insist on the base model's classes too; your data must have them
+    backbone: str | None = None  # network to describe them: torchvision/NAME; else the base's trunk
     weights: str | None = None  # of that: pretrained (the default), a file, none
-    roi_size: int | None = None  # cells per side of a region's vector, 1: its mean; by default 7 of the base's, else 1
-    clusters: int = 10  # background prototypes: clusters of what no box of the supports covers; 0 for none
+    roi_size: int | None = None  # cells per side of a region; by default 7 of the base's, else 1
+    clusters: int = 10  # background prototypes: clusters of what no box covers; 0 for none
     temperature: float = 0.1  # divides cosines before the softmax over classes and background
     objectness: float = 0.25  # share w of the first stage in a score, p^(1 - w) o^w
     nms: float = 0.5  # overlap from which only the better of two regions of a class stays
-    decay: float = 0.5  # exponent by which regions lose that lie in a better one of their class; 0: they do not
+    decay: float = 0.5  # how much regions lose that lie in a better one of their class; 0: nothing
     # run
-    out: str | None = None  # where everything goes; by default runs/prototype_detector/<dataset>-split<split>-...
+    out: str | None = None  # by default runs/prototype_detector/<dataset>-split<split>-...
     seed: int = 0  # of the shots
     seeds: tuple[int, ...] = ()  # support and test with each of these: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on with interrupted --seeds: what is finished is not done again
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model in --out
-    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     scramble_supports: bool = False  # test also with every class given the next class's supports
     wandb: bool = False  # log to Weights & Biases
 
@@ -71,10 +75,14 @@ class Args:
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         if args.base is None and not (args.test_only and args.out):
-            raise InputError("nothing proposes regions: give --base a detector's run, say of tfa --stage base, or coco")
+            raise InputError(
+                "nothing proposes regions: give --base a detector's run, say of tfa --stage base, or coco"
+            )
         if args.out is None:
             split = f"split{args.split}" if args.dataset in detection.PUBLISHED_SPLITS else None
-            args.out = folders.default(METHOD, args.dataset, split, bases.label(args.base), args.backbone)
+            args.out = folders.default(
+                METHOD, args.dataset, split, bases.label(args.base), args.backbone
+            )
         todo = {args.stage: learn, "test": test_saved}
         for stage, each, folder in stages.wanted(accelerator, METHOD, args, "the base's trunk"):
             todo[stage](each, accelerator, folder)
@@ -95,20 +103,29 @@ def learn(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     roi_size = args.roi_size if args.roi_size is not None else 1 if backbone else 7
     sizes = {"roi_size": roi_size, "clusters": args.clusters}
     scores = {name: getattr(args, name) for name in ("temperature", "objectness", "nms", "decay")}
-    model = PrototypeDetector(proposing, base.about, len(train.classes), backbone, **sizes, **scores)
-    about = {"stage": args.stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    record = run.Record(accelerator, METHOD, args, folder, model, None, None, about, k_shot.files(train))
+    model = PrototypeDetector(
+        proposing, base.about, len(train.classes), backbone, **sizes, **scores
+    )
+    about = (
+        {"stage": args.stage, "pictures": pictures.describe()} | model.describe() | train.describe()
+    )
+    record = run.Record(
+        accelerator, METHOD, args, folder, model, None, None, about, k_shot.files(train)
+    )
 
     # supports
     began, supports = time.perf_counter(), []
-    alone = Feed(device=accelerator.device, workers=args.workers)  # every process looks at all of them
+    # every process looks at all of them
+    alone = Feed(device=accelerator.device, workers=args.workers)
     for batch in test_loader(train, pictures, alone, model.trunk.normalisation):
         with accelerator.autocast():
             features = model.support_features(batch.images, batch.sizes, batch.boxes)
         supports.append((*features, batch.labels[0]))
     model.add_supports(supports)
     record.save_model()
-    accelerator.print(f"{len(train.classes)} classes learnt in {time.perf_counter() - began:.1f} seconds")
+    accelerator.print(
+        f"{len(train.classes)} classes learnt in {time.perf_counter() - began:.1f} seconds"
+    )
 
     # test
     look(args, record, base.data.test, train)
@@ -118,7 +135,9 @@ def seen(args: Args, pictures: Pipeline) -> Pipeline:
     """The pictures as the backbone sees them, given those of the base model."""
     given = {name: getattr(args, name) for name in ("short", "long") if getattr(args, name)}
     if (given or args.weights) and args.backbone is None:
-        raise InputError("--short, --long and --weights are for a --backbone: leave them out, or give one")
+        raise InputError(
+            "--short, --long and --weights are for a --backbone: leave them out, or give one"
+        )
     return replace(pictures, **given, enlarge=pictures.enlarge or "short" in given)
 
 
@@ -126,13 +145,21 @@ def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     """The model that is there, as it is."""
     about = folders.saved(accelerator, args, folder)
     record = run.Record(accelerator, METHOD, args, folder, methods.built(about), None, None, about)
-    look(args, record, stages.opened(args).test.with_novel(about["novel"]).restrict(about["classes"]))
+    look(
+        args, record, stages.opened(args).test.with_novel(about["novel"]).restrict(about["classes"])
+    )
 
 
 def look(args: Args, record: run.Record, test: detection.DetectionSet, train=None) -> None:
     regions = record.about["first_stage"]["method"]
     described = record.about["frozen_backbone"] or "its own trunk"
-    detect.test(record, test, args, train, {"trained_on": f"no class: regions of {regions}, seen by {described}"})
+    detect.test(
+        record,
+        test,
+        args,
+        train,
+        {"trained_on": f"no class: regions of {regions}, seen by {described}"},
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """SimpleShot (Wang et al., 2019, https://arxiv.org/abs/1911.04623).
 
-Nothing is trained: features of a backbone less the base classes' mean, of unit length, and the nearest class mean.
+Nothing is trained: features of a backbone less the base classes' mean, of unit length, and the
+nearest class mean.
 
     accelerate launch recipes/simple_shot.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/simple_shot.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
-    accelerate launch recipes/simple_shot.py --backbone timm/vit_small_patch14_dinov2.lvd142m --size 224
+    accelerate launch recipes/simple_shot.py --backbone torchvision/resnet18 --dataset mini_imagenet
+    --data-root data accelerate launch recipes/simple_shot.py --backbone
+    timm/vit_small_patch14_dinov2.lvd142m --size 224
 """
 
 from dataclasses import dataclass
@@ -26,15 +28,15 @@ METHOD = "simple_shot"  # names runs and models; a copy of this recipe needs a n
 @dataclass
 class Args:
     # data
-    dataset: DatasetName | str = "glyphs"  # its test classes are tested on, its training classes are the base
+    dataset: DatasetName | str = "glyphs"  # its test classes test, the training classes are base
     data_root: str = "data"  # folder that holds the data set
-    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
-    imbalance: float | None = None  # distribute queries over classes by Dirichlet's distribution; published: 2
-    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    imbalance: float | None = None  # Dirichlet's alpha of queries over classes; published: 2
+    test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
@@ -43,14 +45,14 @@ class Args:
     backbone: str | None = None  # or else a network: torchvision/NAME or timm/NAME
     weights: str | None = None  # of that: pretrained (the default), a file, none
     size: int | None = None  # side of its pictures in pixels; by default its own
-    centre: bool | None = None  # take off the mean of the base classes' features; by default with --init
+    centre: bool | None = None  # take off the base classes' mean feature; by default with --init
     metric: Literal["euclidean", "cosine"] = "euclidean"  # of queries and class means
     # run
     features: str = "runs/features"  # folder where features are kept, for all methods and settings
-    out: str | None = None  # where everything goes; by default runs/simple_shot/<dataset>-<backbone>-...
+    out: str | None = None  # the run's folder; by default runs/simple_shot/<dataset>-<backbone>-...
     seed: int = 0  # of the test tasks
     workers: int = 2  # data-loading processes
-    resume: bool = False  # go on with an interrupted run: features that are there are not made again
+    resume: bool = False  # go on with an interrupted run: features that are there stay
     overwrite: bool = False  # replace the run in --out
     test_only: bool = False  # only test the model in --out, say with other --shots
     wandb: bool = False  # log to Weights & Biases
@@ -64,7 +66,9 @@ class SimpleShot(nn.Module):
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Scores (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = (transductive.unit(transductive.centred(x, self.mean)) for x in (support, query))
+        support, query = (
+            transductive.unit(transductive.centred(x, self.mean)) for x in (support, query)
+        )
         return transductive.simple_shot(support, query, ways, metric=self.metric)
 
 

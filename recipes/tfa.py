@@ -1,7 +1,9 @@
-"""TFA, frustratingly simple few-shot object detection (Wang et al., 2020, https://arxiv.org/abs/2003.06957).
+"""TFA, frustratingly simple few-shot object detection (Wang et al., 2020,
+https://arxiv.org/abs/2003.06957).
 
-A Faster R-CNN is trained on the base classes; then K shots of every class train only its last two layers, with a
-classifier that compares directions, not lengths, so that classes of few examples do not pale beside the others.
+A Faster R-CNN is trained on the base classes; then K shots of every class train only its last two
+layers, with a classifier that compares directions, not lengths, so that classes of few examples do
+not pale beside the others.
 
     accelerate launch recipes/tfa.py --shots 10
     accelerate launch recipes/tfa.py --dataset voc --data-root data --split 1 --shots 10
@@ -29,7 +31,8 @@ from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "tfa"  # names runs and models; a copy of this recipe needs a name of its own
 
-# steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the embedded glyphs quick
+# steps, rate, milestones, warm-up for a global batch of BATCH pictures: as published, but for the
+# embedded glyphs quick
 BATCH = {"glyphs": 8, "voc": 16, "coco": 16, "own": 4}
 # fmt: off
 SCHEDULE = {
@@ -57,8 +60,12 @@ SCHEDULE = {
 SHORT = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 PICTURES = {"glyphs": (None, None, False), "voc": (SHORT, 1333, True)}
 PICTURES |= {"coco": (SHORT[5:], 1333, True), "own": (800, 1333, True)}
-# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and after NMS
-QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {"train_proposals": (500, 200), "test_proposals": (500, 100)}
+# RoIs per training picture, box head's width, hidden channels of the RPN, proposals before and
+# after NMS
+QUICK = {"rois": 64, "width": 256, "rpn_channels": 64} | {
+    "train_proposals": (500, 200),
+    "test_proposals": (500, 100),
+}
 PUBLISHED = {"rois": 512, "width": 1024, "rpn_channels": 256}
 PUBLISHED |= {"train_proposals": (2000, 1000), "test_proposals": (1000, 1000)}
 SIZES = {"glyphs": QUICK, "voc": PUBLISHED, "coco": PUBLISHED, "own": PUBLISHED | {"rois": 128}}
@@ -68,42 +75,42 @@ BACKBONE = {"glyphs": "small", "voc": "resnet101", "coco": "resnet101", "own": "
 @dataclass
 class Args:
     # data
-    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder of your own pictures annotated as COCO, VOC or YOLO do
-    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, where a folder has several
-    novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel; all, if --base knows none
+    dataset: str = "glyphs"  # glyphs, voc, coco, or a folder annotated as COCO, VOC or YOLO do
+    layout: Literal["coco", "voc", "yolo"] | None = None  # where own data's folder has several
+    novel_classes: tuple[str, ...] = ()  # own data's novel classes; all, if --base knows none
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     shots: k_shot.Shots = 10  # boxes per class to fine-tune on: a number, or all
-    shot_lists: str | None = None  # published few-shot lists' folder, or a shots.json; by default drawn by --seed
+    shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     test_images: int | None = None  # test on only so many pictures
-    test_proposals: int | None = None  # proposals per picture in tests: fewer are quicker; by default the model's own
+    test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "novel", "finetune"] = "all"  # all: the base model unless it is there, then fine-tune
-    base: str | None = None  # model to fine-tune: coco, coco_mobile, a file, a run, a hub id; by default in --out
-    keep_base: bool = False  # insist on a detector of the base model's classes too; your data must have them
-    novel: str | None = None  # start novel classes from this model of --stage novel; by default at random
-    batch_size: int | None = None  # pictures per step over all processes; other than published scales rate and steps
+    stage: Literal["all", "base", "novel", "finetune"] = "all"  # all: base, finetune
+    base: str | None = None  # to fine-tune: coco, coco_mobile, file, run, hub id; default: in --out
+    keep_base: bool = False  # insist on the base model's classes too; your data must have them
+    novel: str | None = None  # model of --stage novel to start novel classes from; else at random
+    batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
-    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding; published without
+    group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
     save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
-    style: trunks.Style | None = None  # of a ResNet, by default torchvision; caffe needs --weights FILE
-    weights: str | None = None  # imagenet, a file, or none; by default imagenet, but none for the small backbone
-    rois: int | None = None  # RoIs that the second stage trains on per picture; by default as published
+    style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
+    weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
+    rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
-    out: str | None = None  # where everything goes; by default runs/tfa/<dataset>-split<split>-<backbone>
+    out: str | None = None  # by default runs/tfa/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
-    seeds: tuple[int, ...] = ()  # fine-tune and test with each of these: mean and interval at the end
+    seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # test also with scores calibrated by the shots as resnet101, or NAME=FILE, sees them
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -115,7 +122,9 @@ def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         todo = {"base": train_base, "novel": train_novel, "finetune": finetune}
         todo |= {"test": partial(detect.test_saved, METHOD, TFA)}
-        for stage, each, folder in stages.wanted(accelerator, METHOD, args, BACKBONE[args.published]):
+        for stage, each, folder in stages.wanted(
+            accelerator, METHOD, args, BACKBONE[args.published]
+        ):
             todo[stage](each, accelerator, folder)
 
 
@@ -125,14 +134,22 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = fpn.begin(args.backbone, args.weights, style=args.style)
     trunk.freeze_pretrained(1)
-    model = TFA(trunk, len(train.classes), **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}))
+    model = TFA(
+        trunk,
+        len(train.classes),
+        **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}),
+    )
     fit(args, accelerator, folder, "base", model, train, test)
 
 
 def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """New last layers alone, on K objects of every novel class: they can start `finetune`, with --novel."""
+    """New last layers alone, on K objects of every novel class: they can start `finetune`, with
+    --novel.
+    """
     base = bases.load(args, stages.opened(args), METHOD, TFA)
-    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists).restrict(base.data.novel)
+    train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists).restrict(
+        base.data.novel
+    )
     model = rebuilt(TFA, base.about, len(train.classes), cosine=True, rois=args.rois)
     weights.fill(model, base.state, args.base, fresh=("cls.", "reg."))
     freeze_all_but_last(model)
@@ -140,12 +157,16 @@ def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> Non
 
 
 def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
-    """The last layers alone, on K objects of every class, those of base classes from the base model."""
+    """The last layers alone, on K objects of every class, those of base classes from the base
+    model.
+    """
     base = bases.load(args, stages.opened(args), METHOD, TFA)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = rebuilt(TFA, base.about, len(train.classes), cosine=True, rois=args.rois)
     novel = weights.load_of(base.data.novel, args.novel)[0] if args.novel else None
-    weights.fill(model, grow(base.state, base.kept, train.classes, novel, base.data.novel), args.base)
+    weights.fill(
+        model, grow(base.state, base.kept, train.classes, novel, base.data.novel), args.base
+    )
     freeze_all_but_last(model)
     fit(args, accelerator, folder, "finetune", model, train, base.data.test)
 
@@ -166,7 +187,9 @@ def fit(args, accelerator, folder, stage, model, train, test) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train))
+    record = run.Record(
+        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
+    )
 
     # train
     options = {"batch_size": schedule.batch, "group": args.group_aspect}

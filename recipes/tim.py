@@ -1,9 +1,11 @@
 """TIM (Boudiaf et al., 2020, https://arxiv.org/abs/2008.11297).
 
-Nothing but a task's class weights is trained, so that queries tell as much as they can about their classes.
+Nothing but a task's class weights is trained, so that queries tell as much as they can about their
+classes.
 
     accelerate launch recipes/tim.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/tim.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
+    accelerate launch recipes/tim.py --backbone torchvision/resnet18 --dataset mini_imagenet
+    --data-root data
 """
 
 from dataclasses import dataclass
@@ -24,15 +26,15 @@ METHOD = "tim"  # names runs and models; a copy of this recipe needs a name of i
 @dataclass
 class Args:
     # data
-    dataset: DatasetName | str = "glyphs"  # its test classes are tested on, its training classes are the base
+    dataset: DatasetName | str = "glyphs"  # its test classes test, the training classes are base
     data_root: str = "data"  # folder that holds the data set
-    novel: str | None = None  # own data: file of the classes to test on, a line each, or train, val, test in json
+    novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
-    imbalance: float | None = None  # distribute queries over classes by Dirichlet's distribution; published: 2
-    test_dataset: str | None = None  # test on the classes of another data set, or folder, than --dataset
+    imbalance: float | None = None  # Dirichlet's alpha of queries over classes; published: 2
+    test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
@@ -41,16 +43,16 @@ class Args:
     backbone: str | None = None  # or else a network: torchvision/NAME or timm/NAME
     weights: str | None = None  # of that: pretrained (the default), a file, none
     size: int | None = None  # side of its pictures in pixels; by default its own
-    version: Literal["gd", "adm"] = "gd"  # gradient descent, or alternating directions: as good, and faster
-    loss_weights: tuple[float, float, float] = (0.1, 1.0, 0.1)  # of supports, the queries' mean, and each query
-    steps: int | None = None  # by default as published: 1000 of gradient descent, 150 of alternating directions
+    version: Literal["gd", "adm"] = "gd"  # gradient descent, or alternating directions: faster
+    loss_weights: tuple[float, float, float] = (0.1, 1.0, 0.1)  # supports, queries' mean, queries
+    steps: int | None = None  # by default as published: 1000 of gd, 150 of adm
     temperature: float = 15.0  # of squared distances
     # run
     features: str = "runs/features"  # folder where features are kept, for all methods and settings
     out: str | None = None  # where everything goes; by default runs/tim/<dataset>-<backbone>-...
     seed: int = 0  # of the test tasks
     workers: int = 2  # data-loading processes
-    resume: bool = False  # go on with an interrupted run: features that are there are not made again
+    resume: bool = False  # go on with an interrupted run: features that are there stay
     overwrite: bool = False  # replace the run in --out
     test_only: bool = False  # only test the model in --out, say with other --shots
     wandb: bool = False  # log to Weights & Biases
@@ -83,7 +85,9 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
 
     # model
     steps = args.steps or (1000 if args.version == "gd" else 150)
-    model = TIM(backbone, args.version, weights=args.loss_weights, steps=steps, temperature=args.temperature)
+    model = TIM(
+        backbone, args.version, weights=args.loss_weights, steps=steps, temperature=args.temperature
+    )
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)
     record.save_model()
 

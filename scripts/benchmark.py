@@ -6,8 +6,8 @@
     python scripts/benchmark.py train --dataset mini_imagenet --data-root data
     python scripts/benchmark.py detect --backbone resnet50 --short 480 --long 640
 
-Every row names what is measured, ours, what it is compared with, and their ratio. Machines are noisy: compare ratios of
-one run, and repeat it.
+Every row names what is measured, ours, what it is compared with, and their ratio. Machines are
+noisy: compare ratios of one run, and repeat it.
 """
 
 import copy
@@ -48,8 +48,10 @@ from fewshot.heads.maml import MAML
 
 LONG = 4.0  # seconds: what takes longer is timed once
 WAYS, QUERIES = 5, 15  # of the tasks that are timed
-SEPARATION = 0.25  # of classes' features, in standard deviations within a class: one shot is right every other time
-AT_ONCE = {"logistic": 256, "pt_map": 128, "tim_gd": 64, "tim_adm": 64, "alpha_tim": 64}  # tasks, as in the recipes
+# of classes' features, in standard deviations within a class: one shot is right every other time
+SEPARATION = 0.25
+# tasks, as in the recipes
+AT_ONCE = {"logistic": 256, "pt_map": 128, "tim_gd": 64, "tim_adm": 64, "alpha_tim": 64}
 
 
 @dataclass
@@ -67,7 +69,9 @@ class Row:
 
 
 def seconds(work: Callable[[], object], repeat: int = 5) -> float:
-    """The median time of `work`, after one call that is not counted; the first time if that takes long."""
+    """The median time of `work`, after one call that is not counted; the first time if that takes
+    long.
+    """
 
     def once() -> float:
         begin = time.perf_counter()
@@ -89,7 +93,9 @@ def only(methods: tuple[str, ...], known: dict) -> dict:
 
 
 def glyph_rows() -> list[Row]:
-    """Making a step's pictures in one loading process, beside training on them on all cores (ours / plain below 1)."""
+    """Making a step's pictures in one loading process, beside training on them on all cores (ours /
+    plain below 1).
+    """
     train_set = open_dataset("glyphs", "", "train")
     transform = transforms.train_transform(train_set)
 
@@ -100,22 +106,30 @@ def glyph_rows() -> list[Row]:
     net = backbones.build("conv4", train_set.size)
 
     def episode_step() -> None:
-        support, query = (net(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (episode.support, episode.query))
+        support, query = (
+            net(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (episode.support, episode.query)
+        )
         F.cross_entropy(heads.prototype(support, query, 5)[0], episode.query_labels[0]).backward()
 
     scenes = detection.open_detection("glyphs", "", part="train")
     scenes = scenes.restrict(scenes.base)
     supports = NWayKShot(scenes, 1, used=200, one_per_image=True, size=80)
-    detector = MetaRCNN(trunks.c4("small", meta=True), 15, rois=32, rpn_channels=128, train_proposals=(1000, 100))
+    detector = MetaRCNN(
+        trunks.c4("small", meta=True), 15, rois=32, rpn_channels=128, train_proposals=(1000, 100)
+    )
     normal = detector.trunk.normalisation
 
     def scenes_of(steps: int) -> Iterator[tuple[Batch, SupportBatch]]:
-        return train_loader(scenes, Pipeline(), Feed(steps=steps), normal, batch_size=8, extra=supports.draw)
+        return train_loader(
+            scenes, Pipeline(), Feed(steps=steps), normal, batch_size=8, extra=supports.draw
+        )
 
     batch, support = next(scenes_of(1))
 
     def detection_step() -> None:
-        losses = detector(batch.images, batch.sizes, batch.boxes, batch.labels, support.images, support.labels)
+        losses = detector(
+            batch.images, batch.sizes, batch.boxes, batch.labels, support.images, support.labels
+        )
         sum(losses.values()).backward()
 
     def load_episodes() -> None:
@@ -130,11 +144,24 @@ def glyph_rows() -> list[Row]:
     plan = seconds(lambda: [scene(range(20), 0, i) for i in range(100)]) * 10
     paint = seconds(lambda: [scene(range(20), 0, i).draw() for i in range(20)]) * 50
     return [
-        Row("one 32x32 glyph, of a 105-glyph episode's step", draw, seconds(episode_step) * 1e3, "ms"),
-        Row("one scene's layout, of its drawing", plan, paint, "ms"),
-        Row("loading an episode of 105, training on it", seconds(load_episodes) / 3, seconds(episode_step), "s"),
         Row(
-            "loading 8 scenes and 15 supports, training on them", seconds(load_scenes) / 3, seconds(detection_step), "s"
+            "one 32x32 glyph, of a 105-glyph episode's step",
+            draw,
+            seconds(episode_step) * 1e3,
+            "ms",
+        ),
+        Row("one scene's layout, of its drawing", plan, paint, "ms"),
+        Row(
+            "loading an episode of 105, training on it",
+            seconds(load_episodes) / 3,
+            seconds(episode_step),
+            "s",
+        ),
+        Row(
+            "loading 8 scenes and 15 supports, training on them",
+            seconds(load_scenes) / 3,
+            seconds(detection_step),
+            "s",
         ),
     ]
 
@@ -145,7 +172,9 @@ def tasks_at_once(width: int, shots: int) -> int:
 
 
 def plain_prototype(support: Tensor, query: Tensor, shots: int) -> Tensor:
-    """One task as one writes it first: logits (queries, ways) of features (ways * shots, D) and (queries, D)."""
+    """One task as one writes it first: logits (queries, ways) of features (ways * shots, D) and
+    (queries, D).
+    """
     prototypes = torch.stack([support[k * shots : (k + 1) * shots].mean(0) for k in range(WAYS)])
     return -torch.cdist(query, prototypes).square()
 
@@ -153,8 +182,12 @@ def plain_prototype(support: Tensor, query: Tensor, shots: int) -> Tensor:
 def plain_finetune(head: nn.Module, support: Tensor, query: Tensor, shots: int) -> Tensor:
     """One task by torch.optim.SGD on the real head, as mmfewshot does."""
     labels = torch.arange(WAYS).repeat_interleave(shots)
-    sgd = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, dampening=0.9, weight_decay=1e-3)
-    for batch in fine_tuned.random_batches(support[None], 150 if shots == 1 else 600, 4, drop_last=True):
+    sgd = torch.optim.SGD(
+        head.parameters(), lr=0.01, momentum=0.9, dampening=0.9, weight_decay=1e-3
+    )
+    for batch in fine_tuned.random_batches(
+        support[None], 150 if shots == 1 else 600, 4, drop_last=True
+    ):
         loss = F.cross_entropy(head(support[batch[0]]), labels[batch[0]])
         sgd.zero_grad()
         loss.backward()
@@ -164,30 +197,40 @@ def plain_finetune(head: nn.Module, support: Tensor, query: Tensor, shots: int) 
 
 
 def meta_test_rows() -> list[Row]:
-    """Tasks per second from features on: all at once, beside a loop over tasks (ours / plain above 1)."""
+    """Tasks per second from features on: all at once, beside a loop over tasks (ours / plain above
+    1).
+    """
     rows = []
     for width in (1600, 640):
         for shots in (1, 5):
             steps = {"steps": 150 if shots == 1 else 600}
             support = torch.randn(512, WAYS, 1, width) + 0.5 * torch.randn(512, WAYS, shots, width)
-            support, query = support.flatten(1, 2).relu(), torch.randn(512, WAYS * QUERIES, width).relu()
+            support, query = (
+                support.flatten(1, 2).relu(),
+                torch.randn(512, WAYS * QUERIES, width).relu(),
+            )
             chunk = tasks_at_once(width, shots)
             many, few = (512, 20), (512, 3 if shots == 1 else 1)  # tasks that each side does
             cases = {
                 "prototypes": (
                     lambda s, q, chunk=chunk: [
-                        heads.prototype(s[i : i + chunk], q[i : i + chunk], WAYS) for i in range(0, len(s), chunk)
+                        heads.prototype(s[i : i + chunk], q[i : i + chunk], WAYS)
+                        for i in range(0, len(s), chunk)
                     ],
                     lambda s, q, shots=shots: plain_prototype(s, q, shots),
                     many,
                 ),
                 "linear, fine-tuned": (
                     lambda s, q, steps=steps: fine_tuned.linear(s, q, WAYS, **steps),
-                    lambda s, q, shots=shots, width=width: plain_finetune(nn.Linear(width, WAYS), s, q, shots),
+                    lambda s, q, shots=shots, width=width: plain_finetune(
+                        nn.Linear(width, WAYS), s, q, shots
+                    ),
                     few,
                 ),
                 "cosine, fine-tuned": (
-                    lambda s, q, steps=steps: fine_tuned.cosine(s, q, WAYS, temperature=2.0, **steps),
+                    lambda s, q, steps=steps: fine_tuned.cosine(
+                        s, q, WAYS, temperature=2.0, **steps
+                    ),
                     lambda s, q, shots=shots, width=width: plain_finetune(
                         heads.CosineLinear(width, WAYS, 2.0), s, q, shots
                     ),
@@ -204,20 +247,23 @@ def meta_test_rows() -> list[Row]:
                 ),
             }
             for name, (ours, plain, (at_once, one_by_one)) in cases.items():
-                fast = at_once / seconds(lambda: ours(support, query), repeat=3)  # noqa: B023  (called at once)
+                fast = at_once / seconds(lambda: ours(support, query), repeat=3)
                 slow = one_by_one / seconds(
-                    lambda: [plain(support[i], query[i]) for i in range(one_by_one)],  # noqa: B023
+                    lambda: [plain(support[i], query[i]) for i in range(one_by_one)],
                     repeat=3,
                 )
                 rows.append(Row(f"{name}, {shots}-shot, {width} features", fast, slow, "tasks/s"))
     return rows
 
 
-Classifier = Callable[[Tensor, Tensor, int], Tensor]  # supports, queries and the number of ways -> scores
+# supports, queries and the number of ways -> scores
+Classifier = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def transductive_methods(mean: Tensor) -> dict[str, tuple[Callable, Classifier, Classifier]]:
-    """What prepares features (tasks, n, D), as the recipes do; the method for many tasks; its plain version for one."""
+    """What prepares features (tasks, n, D), as the recipes do; the method for many tasks; its plain
+    version for one.
+    """
 
     def cl2n(support: Tensor, query: Tensor) -> Iterator[Tensor]:
         return (transductive.unit(transductive.centred(x, mean)) for x in (support, query))
@@ -238,35 +284,50 @@ def transductive_methods(mean: Tensor) -> dict[str, tuple[Callable, Classifier, 
 
 
 def features_of_classes(width: int) -> Tensor:
-    """Features (20, 600, width) of as many pictures as mini-ImageNet tests on, of unit length and not below 0."""
+    """Features (20, 600, width) of as many pictures as mini-ImageNet tests on, of unit length and
+    not below 0.
+    """
     r = torch.Generator().manual_seed(0)
     centres = SEPARATION * torch.randn(20, 1, width, generator=r)
     return transductive.unit((centres + torch.randn(20, 600, width, generator=r)).relu())
 
 
 def drawn_tasks(features: Tensor, shots: int, tasks: int) -> tuple[Tensor, Tensor]:
-    """Rows of `features` (classes, pictures, D) in one: supports (tasks, ways * shots), queries (tasks, m)."""
+    """Rows of `features` (classes, pictures, D) in one: supports (tasks, ways * shots), queries
+    (tasks, m).
+    """
     pictures = np.arange(features[..., 0].numel()).reshape(features.shape[:2])
     drawn = [episodes.draw(pictures, WAYS, shots, QUERIES, 0, i) for i in range(tasks)]
     return tuple(torch.from_numpy(np.stack(x)).flatten(1) for x in list(zip(*drawn))[1:])
 
 
 def in_chunks(
-    prepare: Callable, method: Classifier, features: Tensor, support: Tensor, query: Tensor, chunk: int
+    prepare: Callable,
+    method: Classifier,
+    features: Tensor,
+    support: Tensor,
+    query: Tensor,
+    chunk: int,
 ) -> Tensor:
     """Scores (tasks, m, ways) of tasks given as rows of features (n, D), as meta_test makes them."""
     chunks = zip(support.split(chunk), query.split(chunk))
     return torch.cat([method(*prepare(features[s], features[q]), WAYS) for s, q in chunks])
 
 
-def one_by_one(prepare: Callable, method: Classifier, features: Tensor, support: Tensor, query: Tensor) -> Tensor:
+def one_by_one(
+    prepare: Callable, method: Classifier, features: Tensor, support: Tensor, query: Tensor
+) -> Tensor:
     """The same by a method for one task."""
     tasks = (prepare(features[s][None], features[q][None]) for s, q in zip(support, query))
     return torch.stack([method(*(x[0] for x in task), WAYS) for task in tasks])
 
 
-def transductive_rows(methods: tuple[str, ...], tasks: int, width: int = 640, loop: int = 20) -> Iterator[Row]:
-    """Tasks per second from pictures' features on: all `tasks`, beside a loop over the first `loop` of them."""
+def transductive_rows(
+    methods: tuple[str, ...], tasks: int, width: int = 640, loop: int = 20
+) -> Iterator[Row]:
+    """Tasks per second from pictures' features on: all `tasks`, beside a loop over the first `loop`
+    of them.
+    """
     features = features_of_classes(width)
     cases = only(methods, transductive_methods(features.mean((0, 1))))
     for shots in (1, 5):
@@ -274,19 +335,30 @@ def transductive_rows(methods: tuple[str, ...], tasks: int, width: int = 640, lo
         for name, (prepare, method, plain) in cases.items():
             chunk = AT_ONCE.get(name) or tasks_at_once(width, shots)
             fast = seconds(
-                lambda: in_chunks(prepare, method, features.flatten(0, 1), support, query, chunk),  # noqa: B023
+                lambda: in_chunks(prepare, method, features.flatten(0, 1), support, query, chunk),
                 repeat=3,
             )
             slow = seconds(
-                lambda: one_by_one(prepare, plain, features.flatten(0, 1), support[:loop], query[:loop]),  # noqa: B023
+                lambda: one_by_one(
+                    prepare, plain, features.flatten(0, 1), support[:loop], query[:loop]
+                ),
                 repeat=3,
             )
-            yield Row(f"{name}, {shots}-shot, {tasks} tasks / loop", tasks / fast, loop / slow, "tasks/s")
+            yield Row(
+                f"{name}, {shots}-shot, {tasks} tasks / loop", tasks / fast, loop / slow, "tasks/s"
+            )
 
 
-def plain_maml_test(network: nn.Module, support: Tensor, query: Tensor, steps: int, lr: float) -> Tensor:
-    """One task adapted as one writes it first: a copy of the network, torch.optim.SGD on the supports, the queries."""
-    adapted, labels = copy.deepcopy(network), torch.arange(WAYS).repeat_interleave(len(support) // WAYS)
+def plain_maml_test(
+    network: nn.Module, support: Tensor, query: Tensor, steps: int, lr: float
+) -> Tensor:
+    """One task adapted as one writes it first: a copy of the network, torch.optim.SGD on the
+    supports, the queries.
+    """
+    adapted, labels = (
+        copy.deepcopy(network),
+        torch.arange(WAYS).repeat_interleave(len(support) // WAYS),
+    )
     sgd = torch.optim.SGD(adapted.parameters(), lr=lr)
     for _ in range(steps):
         sgd.zero_grad()
@@ -301,22 +373,30 @@ def maml_rows() -> list[Row]:
     rows = []
     for shots in (1, 5):
         model = MAML(backbones.build("conv4", 84), WAYS)
-        support, query = torch.randn(2, WAYS * shots, 3, 84, 84), torch.randn(2, WAYS * QUERIES, 3, 84, 84)
+        support, query = (
+            torch.randn(2, WAYS * shots, 3, 84, 84),
+            torch.randn(2, WAYS * QUERIES, 3, 84, 84),
+        )
         network = nn.Sequential(model.features, model.head)
-        ours = 2 / seconds(lambda: model.predict(support, query, WAYS), repeat=3)  # noqa: B023  (called at once)
-        loop = seconds(lambda: plain_maml_test(network, support[0], query[0], 5, 0.01), repeat=3)  # noqa: B023
+        ours = 2 / seconds(lambda: model.predict(support, query, WAYS), repeat=3)
+        loop = seconds(lambda: plain_maml_test(network, support[0], query[0], 5, 0.01), repeat=3)
         rows.append(Row(f"MAML, 5 steps, {shots}-shot, 84x84 pictures", ours, 1 / loop, "tasks/s"))
     return rows
 
 
 def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) -> list[Row]:
-    """Training on pictures decoded once (ours) and decoded every time (plain), and a ProtoNet episode."""
+    """Training on pictures decoded once (ours) and decoded every time (plain), and a ProtoNet
+    episode.
+    """
     rates, shares = [], []
     for cache in (True, False):
         train_set = open_dataset(dataset, data_root, "train", cache=cache)
         net = backbones.build("conv4", train_set.size)
         model = nn.Sequential(net, nn.Linear(net.out_features, len(train_set.classes)))
-        feed, transform = Feed(steps=steps + 2, workers=workers), transforms.train_transform(train_set)
+        feed, transform = (
+            Feed(steps=steps + 2, workers=workers),
+            transforms.train_transform(train_set),
+        )
         loader = episodes.class_batch_loader(train_set, feed, transform, batch_size=64)
         waited, ends, begin = [], [], time.perf_counter()
         for images, labels, _ in loader:
@@ -332,7 +412,9 @@ def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) 
     labels = torch.arange(WAYS).repeat_interleave(16)
 
     def episode() -> None:
-        F.cross_entropy(heads.prototype(net(support)[None], net(query)[None], WAYS)[0], labels).backward()
+        F.cross_entropy(
+            heads.prototype(net(support)[None], net(query)[None], WAYS)[0], labels
+        ).backward()
 
     episode_seconds = []
     for net.channels_last in (True, False):
@@ -352,23 +434,32 @@ def plain_meta_rcnn(model: MetaRCNN, queries: Tensor) -> tuple[Tensor, Tensor]:
     for k, prototype in enumerate(model.prototypes):
         seen = model.aggregate(queries, prototype)
         out = model.cls(seen)
-        logits[:, k], deltas[:, k] = out[:, k], model.reg(seen).view(len(queries), model.classes, 4)[:, k]
+        logits[:, k], deltas[:, k] = (
+            out[:, k],
+            model.reg(seen).view(len(queries), model.classes, 4)[:, k],
+        )
         logits[:, -1] += out[:, -1] / model.classes
     return logits, deltas
 
 
-def plain_relation(relation: MultiRelation, queries: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+def plain_relation(
+    relation: MultiRelation, queries: Tensor, support: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention-RPN's head as one writes it first: both maps side by side through whole layers."""
     both = torch.cat([queries, support.expand_as(queries)], 1)
     x = F.avg_pool2d(F.relu(relation.patch[0](both)), relation.pool, stride=1)
     x = F.relu(relation.patch[2](F.relu(relation.patch[1](x)))).mean((2, 3))
     near = F.relu((relation.local(queries) * relation.local(support)).sum((2, 3)))
     far = F.relu(relation.whole[1](F.relu(relation.whole[0](both.mean((2, 3))))))
-    return relation.patch_cls(x) + relation.local_cls(near) + relation.whole_cls(far), relation.reg(x)
+    return relation.patch_cls(x) + relation.local_cls(near) + relation.whole_cls(far), relation.reg(
+        x
+    )
 
 
 @torch.no_grad()
-def plain_attention_rpn(model: AttentionRPN, images: Tensor, size: tuple[int, int]) -> list[Detections]:
+def plain_attention_rpn(
+    model: AttentionRPN, images: Tensor, size: tuple[int, int]
+) -> list[Detections]:
     """Attention-RPN's test as published: a class after the other, from the trunk's features on."""
     features, found = model.trunk(images), []
     for kernel, shown in zip(model.kernels, model.maps):
@@ -381,7 +472,9 @@ def plain_attention_rpn(model: AttentionRPN, images: Tensor, size: tuple[int, in
 
 
 def detector_steps(model: nn.Module, images: Tensor, classes: int) -> dict[str, Tensor]:
-    """Losses of a training step on `images`, three boxes each, with the supports or crops that the method trains on."""
+    """Losses of a training step on `images`, three boxes each, with the supports or crops that the
+    method trains on.
+    """
     b, _, height, width = images.shape
     where = {"device": images.device}
     extent = torch.tensor([width, height], **where)
@@ -407,23 +500,28 @@ def with_prototypes(model: nn.Module) -> nn.Module:
         model.set_prototypes(torch.rand_like(model.prototypes), labels)
     elif isinstance(model, AttentionRPN):
         labels = torch.arange(model.classes, device=model.maps.device)
-        model.set_prototypes([(torch.rand_like(model.kernels), torch.rand_like(model.maps), labels)])
+        model.set_prototypes(
+            [(torch.rand_like(model.kernels), torch.rand_like(model.maps), labels)]
+        )
     return folded(model.eval())
 
 
 def detect_rows(
     backbone: str, short: int, long: int, methods: tuple[str, ...], device: str, pictures: int = 2
 ) -> Iterator[Row]:
-    """Training and testing, pictures per second, random weights; published numbers of RoIs and proposals.
+    """Training and testing, pictures per second, random weights; published numbers of RoIs and
+    proposals.
 
-    A test with many classes stands beside the loop over classes where the method has one, else beside one class.
-    `methods`: names, by default all.
+    A test with many classes stands beside the loop over classes where the method has one, else
+    beside one class. `methods`: names, by default all.
     """
     style = {"style": "caffe"} if backbone.startswith("resnet") else {}
     images, size = torch.randn(pictures, 3, short, long, device=device), (short, long)
 
     def made(build: Callable[[int], nn.Module], classes: int) -> nn.Module:
-        """A detector whose first stage proposes its best anchors as they are: as many boxes whatever the classes."""
+        """A detector whose first stage proposes its best anchors as they are: as many boxes
+        whatever the classes.
+        """
         torch.manual_seed(0)
         model = build(classes).to(device)
         nn.init.zeros_(model.rpn.reg.weight)
@@ -431,7 +529,9 @@ def detect_rows(
 
     make = {
         "TFA": lambda classes: TFA(fpn.fpn(backbone, **style), classes, cosine=True),
-        "FSCE": lambda classes: FSCE(fpn.fpn(backbone, **style), classes, dimensions=128, above=0.7, cosine=True),
+        "FSCE": lambda classes: FSCE(
+            fpn.fpn(backbone, **style), classes, dimensions=128, above=0.7, cosine=True
+        ),
         "MPSR": lambda classes: MPSR(fpn.fpn(backbone, **style), classes),
         "Meta R-CNN": lambda classes: MetaRCNN(trunks.c4(backbone, meta=True, **style), classes),
         "FSDetView": lambda classes: FSDetView(trunks.c4(backbone, meta=True, **style), classes),
@@ -439,29 +539,41 @@ def detect_rows(
     }
     for name, build in only(methods, make).items():
         model = made(build, 20).train()
-        step = seconds(lambda: sum(detector_steps(model, images, 20).values()).backward(), repeat=1)  # noqa: B023
-        yield Row(f"{name}: training, pictures of {short} x {long}", pictures / step, None, "pictures/s")
+        step = seconds(lambda: sum(detector_steps(model, images, 20).values()).backward(), repeat=1)
+        yield Row(
+            f"{name}: training, pictures of {short} x {long}", pictures / step, None, "pictures/s"
+        )
         one = None
         for classes in (1, 20, 80):
             model = with_prototypes(made(build, classes))
-            test = 1 / seconds(lambda: model.detect(images[:1], [size]), repeat=3)  # noqa: B023
+            test = 1 / seconds(lambda: model.detect(images[:1], [size]), repeat=3)
             one = one or test
             what, plain = f"{name}: testing {classes} classes", one
             if isinstance(model, AttentionRPN):
-                plain = 1 / seconds(lambda: plain_attention_rpn(model, images[:1], size), repeat=3)  # noqa: B023
+                plain = 1 / seconds(lambda: plain_attention_rpn(model, images[:1], size), repeat=3)
                 what += " / loop"
             elif classes > 1:
                 what += " / one class"
             yield Row(what, test, plain if classes > 1 else None, "pictures/s")
             if isinstance(model, AttentionRPN) and classes > 1:
-                test = 1 / seconds(lambda: model.detect(images[:1], [size], share=True), repeat=3)  # noqa: B023
-                yield Row(f"{name}: --share-proposals, {classes} classes / loop", test, plain, "pictures/s")
+                test = 1 / seconds(lambda: model.detect(images[:1], [size], share=True), repeat=3)
+                yield Row(
+                    f"{name}: --share-proposals, {classes} classes / loop",
+                    test,
+                    plain,
+                    "pictures/s",
+                )
             if isinstance(model, MetaRCNN) and classes > 1:
                 queries = torch.rand_like(model.prototypes[:1].expand(300, -1))
                 with torch.no_grad():
-                    heads_at_once = 1 / seconds(lambda: model.classify(queries))  # noqa: B023
-                loop = 1 / seconds(lambda: plain_meta_rcnn(model, queries))  # noqa: B023
-                yield Row(f"{name}: head alone, {classes} classes / loop", heads_at_once, loop, "pictures/s")
+                    heads_at_once = 1 / seconds(lambda: model.classify(queries))
+                loop = 1 / seconds(lambda: plain_meta_rcnn(model, queries))
+                yield Row(
+                    f"{name}: head alone, {classes} classes / loop",
+                    heads_at_once,
+                    loop,
+                    "pictures/s",
+                )
 
 
 BENCHMARKS = {
@@ -478,10 +590,10 @@ class Args:
     what: tyro.conf.Positional[str]  # glyphs, meta-test, transductive, train or detect
     dataset: DatasetName = "glyphs"  # for train: whose pictures
     data_root: str = "data"  # folder that holds the data set
-    backbone: Literal["mobilenet_v2", "resnet18", "resnet50", "resnet101"] = "mobilenet_v2"  # for detect
+    backbone: trunks.Name = "mobilenet_v2"  # for detect
     short: int = 240  # for detect: height of the pictures
     long: int = 320  # for detect: width of the pictures
-    methods: tuple[str, ...] = ()  # for detect and transductive: only these, e.g. "Meta R-CNN" TFA, or tim_gd
+    methods: tuple[str, ...] = ()  # detect, transductive: only these, e.g. "Meta R-CNN", tim_gd
     device: Literal["cpu", "cuda"] = "cpu"  # for detect: where the detectors run
     tasks: int = 2000  # for transductive: how many ours does; the loop does 20
     json: Path | None = None  # also write the rows to this file

@@ -4,9 +4,10 @@
     python scripts/check_data.py my_objects --shots 5 --novel-classes kettle teapot
     python scripts/check_data.py voc --data-root data
 
-Reports what was recognised, errors on which training would fail (exit status 1), and warnings: pictures that cannot be
-read or are of another size than annotated, boxes without area or outside their picture, pictures that both parts have,
-classes with too few objects, names that differ in case or blanks, and whatever else is wrong with the annotations.
+Reports what was recognised, errors on which training would fail (exit status 1), and warnings:
+pictures that cannot be read or are of another size than annotated, boxes without area or outside
+their picture, pictures that both parts have, classes with too few objects, names that differ in
+case or blanks, and whatever else is wrong with the annotations.
 """
 
 import sys
@@ -21,7 +22,7 @@ from fewshot.data import check
 
 @dataclass
 class Args:
-    dataset: tyro.conf.Positional[str]  # a folder with your own data, or glyphs, voc or coco, as recipes take it
+    dataset: tyro.conf.Positional[str]  # your own folder, or glyphs, voc, coco, as recipes take it
     data_root: str = "data"  # folder that holds the data set
     shots: int | Literal["all"] = 10  # boxes per class that are to be trained on
     novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
@@ -29,7 +30,9 @@ class Args:
 
 
 def main(args: Args) -> int:
-    notes, findings = check.examine(args.dataset, args.data_root, args.shots, args.novel_classes, args.layout)
+    notes, findings = check.examine(
+        args.dataset, args.data_root, args.shots, args.novel_classes, args.layout
+    )
     print(*notes, sep="\n", end="\n" * bool(notes))
     print(check.report(findings), end="\n" * bool(findings))
     errors = sum(finding.fatal for finding in findings)

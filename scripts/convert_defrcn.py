@@ -3,8 +3,9 @@
     python scripts/convert_defrcn.py model_final.pth --of voc1 --out defrcn.safetensors
     python scripts/convert_defrcn.py model_final.pth --classes kettle teapot cup --novel cup
 
-The result is used with `fewshot.load`, `scripts/predict.py`, or as `--base` of recipes/defrcn.py. A checkpoint does not
-name its classes: `--of` says whose they are, and their number whether they are the base, the novel or all of them.
+The result is used with `fewshot.load`, `scripts/predict.py`, or as `--base` of recipes/defrcn.py. A
+checkpoint does not name its classes: `--of` says whose they are, and their number whether they are
+the base, the novel or all of them.
 """
 
 import sys
@@ -21,7 +22,7 @@ from fewshot.convert import detectron2
 class Args:
     checkpoint: tyro.conf.Positional[Path]  # the .pth file
     out: Path | None = None  # file to write; by default the checkpoint's name with .safetensors
-    of: detectron2.ClassesOf | None = None  # whose classes it detects: of VOC's split 1, 2 or 3, or COCO's
+    of: detectron2.ClassesOf | None = None  # its classes: of VOC's split 1, 2 or 3, or COCO's
     classes: tuple[str, ...] = ()  # their names in label order, if they are neither
     novel: tuple[str, ...] = ()  # which of --classes are novel
 
@@ -31,10 +32,16 @@ def main(args: Args) -> None:
     out = args.out or args.checkpoint.with_suffix(".safetensors")
     if out == args.checkpoint:
         raise InputError(f"{out} would replace what it is made of: give another --out")
-    state, about = detectron2.convert(state, args.checkpoint, of=args.of, classes=args.classes, novel=args.novel)
+    state, about = detectron2.convert(
+        state, args.checkpoint, of=args.of, classes=args.classes, novel=args.novel
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    weights.save_state(out, state, about | {"source": args.checkpoint.name, "commit": weights.commit()})
-    print(f"{args.checkpoint.name}: {about['method']}, {about['args']['backbone']}, {len(state)} tensors")
+    weights.save_state(
+        out, state, about | {"source": args.checkpoint.name, "commit": weights.commit()}
+    )
+    print(
+        f"{args.checkpoint.name}: {about['method']}, {about['args']['backbone']}, {len(state)} tensors"
+    )
     print(f"{len(about['classes'])} classes: {', '.join(about['classes'])}\nwritten to {out}")
 
 

@@ -1,7 +1,10 @@
-"""A checkpoint of mmfewshot 0.1.0, published or one's own, as one of this project's self-describing files.
+"""A checkpoint of mmfewshot 0.1.0, published or one's own, as one of this project's self-describing
+files.
 
-    python scripts/convert_mmfewshot.py tfa_r101_fpn_voc-split1_10shot-fine-tuning_20211101_023154-1f3d1ff1.pth
-    python scripts/convert_mmfewshot.py work_dirs/my_run/latest.pth --method matching_net --out matching.safetensors
+    python scripts/convert_mmfewshot.py
+    tfa_r101_fpn_voc-split1_10shot-fine-tuning_20211101_023154-1f3d1ff1.pth python
+    scripts/convert_mmfewshot.py work_dirs/my_run/latest.pth --method matching_net --out
+    matching.safetensors
 
 The result is used with `fewshot.load`, `scripts/predict.py`, or as `--base` of a detector's recipe.
 """
@@ -21,20 +24,27 @@ from fewshot.convert import mmfewshot
 class Args:
     checkpoint: tyro.conf.Positional[Path]  # the .pth file
     out: Path | None = None  # file to write; by default the checkpoint's name with .safetensors
-    method: str | None = None  # of this project, where it cannot be read: proto_net or matching_net, tfa or fsce
+    method: str | None = None  # where it cannot be read: proto_net or matching_net, tfa or fsce
     classes: tuple[str, ...] | None = None  # names in label order, where the file has none
     split: Literal[1, 2, 3] | None = None  # VOC's split, where the file has no names
-    aligned: bool | None = None  # MPSR alone: RoIs half a pixel off; by default as published for its kind
+    aligned: bool | None = None  # MPSR: RoIs half a pixel off; by default as published for its kind
 
 
 def main(args: Args) -> None:
     state, meta = mmfewshot.read(args.checkpoint)
-    chosen = {"method": args.method, "classes": args.classes, "split": args.split, "aligned": args.aligned}
+    chosen = {
+        "method": args.method,
+        "classes": args.classes,
+        "split": args.split,
+        "aligned": args.aligned,
+    }
     model = mmfewshot.convert(state, meta, args.checkpoint.stem, **chosen)
     out = args.out or args.checkpoint.with_suffix(".safetensors")
     about = model.about | {"source": args.checkpoint.name, "commit": weights.commit()}
     weights.save_state(out, model.state, about)
-    print(f"{args.checkpoint.name}: {about['method']}, {about['args']['backbone']}, {len(model.state)} tensors")
+    print(
+        f"{args.checkpoint.name}: {about['method']}, {about['args']['backbone']}, {len(model.state)} tensors"
+    )
     for reason, number in model.dropped.items():
         print(f"left out {number} tensors, {reason}")
     if "known" in model.state:

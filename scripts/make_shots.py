@@ -1,15 +1,18 @@
-"""Draw the K shots of every class that detectors are fine-tuned on, to look at them, keep them and share them.
+"""Draw the K shots of every class that detectors are fine-tuned on, to look at them, keep them and
+share them.
 
     python scripts/make_shots.py voc --data-root data --split 1 --shots 1 2 3 5 10 --seeds 0 1 2
     python scripts/make_shots.py my_objects --shots 5 all --format coco
     python scripts/make_shots.py voc --data-root data --shots 10 --shot-lists data/few_shot_ann/voc
     python scripts/make_shots.py glyphs --show runs/tfa/glyphs-split1-small/10shot-seed0/shots.json
-    accelerate launch recipes/tfa.py --dataset voc --shots 10 --shot-lists shots/voc-split1/seed0/10shot.json
+    accelerate launch recipes/tfa.py --dataset voc --shots 10 --shot-lists
+    shots/voc-split1/seed0/10shot.json
 
-Every draw is a picture of its objects by class, novel ones orange, and what `--shot-lists` of a recipe reads: a
-shots.json, or a folder with a list per class, as published. A recipe's own draw of the same seed is the same; and a
-seed's 1, 2, 3, ... shots contain each other. Lists in txt name pictures, not objects: where these hold more objects of
-the class than were chosen, reading them draws anew, and a line says for which classes.
+Every draw is a picture of its objects by class, novel ones orange, and what `--shot-lists` of a
+recipe reads: a shots.json, or a folder with a list per class, as published. A recipe's own draw of
+the same seed is the same; and a seed's 1, 2, 3, ... shots contain each other. Lists in txt name
+pictures, not objects: where these hold more objects of the class than were chosen, reading them
+draws anew, and a line says for which classes.
 """
 
 import sys
@@ -32,13 +35,13 @@ class Args:
     data_root: str = "data"  # folder that holds the data set
     split: Literal[1, 2, 3] = 1  # which classes are novel
     novel_classes: tuple[str, ...] = ()  # which of your own data's classes are novel
-    layout: Literal["coco", "voc", "yolo"] | None = None  # of your own data, if the folder is laid out as two of these
+    layout: Literal["coco", "voc", "yolo"] | None = None  # of own data laid out as two of these
     shots: tuple[int | Literal["all"], ...] = (1, 2, 3, 5, 10)  # objects per class, a draw for each
     seeds: tuple[int, ...] = (0,)  # a draw for each
-    shot_lists: Path | None = None  # published few-shot lists or a shots.json, to be turned into another format
-    format: Literal["json", "txt", "coco"] = "json"  # a shots.json, or lists as published: VOC's txt, COCO's json
+    shot_lists: Path | None = None  # published lists or a shots.json, to turn into another format
+    format: Literal["json", "txt", "coco"] = "json"  # a shots.json; lists: VOC's txt, COCO's json
     show: Path | None = None  # only make the picture of this shots.json, beside it
-    out: Path | None = None  # where seed<seed>/<K>shot.json and .png, or the lists, go; default: shots/<what is drawn>
+    out: Path | None = None  # where the files go; by default shots/<what is drawn>
 
 
 def main(args: Args) -> None:
@@ -52,7 +55,9 @@ def main(args: Args) -> None:
         return
     wanted = [(k, seed) for seed in args.seeds for k in args.shots]
     if not wanted or min(args.seeds) < 0:
-        raise InputError("nothing to draw: give --shots and --seeds at least one number each, seeds from 0 on")
+        raise InputError(
+            "nothing to draw: give --shots and --seeds at least one number each, seeds from 0 on"
+        )
     split = f"-split{args.split}" if args.dataset in detection.PUBLISHED_SPLITS else ""
     out = args.out or Path("shots") / f"{Path(args.dataset).stem}{split}"
     for k, seed in tqdm(wanted, unit="draw", leave=False):
@@ -67,7 +72,9 @@ def main(args: Args) -> None:
             for name, content in k_shot.lists_of(chosen, k, args.format).items():
                 (folder / name).write_text(content, encoding="utf-8")
         draw(chosen, folder / f"{k}shot.png")
-        if args.format == "txt" and (moved := differing(chosen, k_shot.choose_shots(dataset, k, seed, folder))):
+        if args.format == "txt" and (
+            moved := differing(chosen, k_shot.choose_shots(dataset, k, seed, folder))
+        ):
             tqdm.write(
                 f"{folder}: the pictures of {k} shots of {', '.join(moved)} hold more objects, and reading their lists "
                 "draws others of these; --format json or coco keeps the chosen ones"
@@ -77,7 +84,12 @@ def main(args: Args) -> None:
 def differing(*choices: DetectionSet) -> list[str]:
     """The classes of which two choices from one set hold other objects."""
     a, b = (
-        {(d.classes[i], r.id, *box) for r in d.records for i, box in zip(r.labels, r.boxes.tolist())} for d in choices
+        {
+            (d.classes[i], r.id, *box)
+            for r in d.records
+            for i, box in zip(r.labels, r.boxes.tolist())
+        }
+        for d in choices
     )
     return sorted({name for name, *_ in a ^ b})
 

@@ -1,8 +1,10 @@
-"""The methods of fewshot/heads/transductive.py and fewshot/heads/logistic.py as one writes them first: for one task.
+"""The methods of fewshot/heads/transductive.py and fewshot/heads/logistic.py as one writes them
+first: for one task.
 
-`python scripts/benchmark.py transductive` times them beside the library's, which do many tasks at once. Each takes
-supports (ways * shots, D), all shots of class 0 first, and queries (m, D), prepared as the method wants them, and gives
-what the library's function of its name gives by default, (m, ways).
+`python scripts/benchmark.py transductive` times them beside the library's, which do many tasks at
+once. Each takes supports (ways * shots, D), all shots of class 0 first, and queries (m, D),
+prepared as the method wants them, and gives what the library's function of its name gives by
+default, (m, ways).
 """
 
 import torch
@@ -43,7 +45,8 @@ def laplacian_shot(support: Tensor, query: Tensor, ways: int) -> Tensor:
     lam = 0.7 if len(support) == ways else 0.3
     shifted = query + support.mean(0) - query.mean(0)
     unary = torch.cdist(shifted, rectified(support, query, ways)).square()
-    near = torch.cdist(query, query).topk(3, largest=False).indices[:, 1:]  # the nearest is a query itself
+    # the nearest is a query itself
+    near = torch.cdist(query, query).topk(3, largest=False).indices[:, 1:]
     affinity = lam * torch.zeros(len(query), len(query), dtype=query.dtype).scatter(1, near, 1.0)
     y, energy = (-unary).softmax(1), torch.tensor(torch.inf)
     for update in range(20):
@@ -64,7 +67,11 @@ def entropy(p: Tensor, alpha: float) -> Tensor:
 
 
 def tim_gd(
-    support: Tensor, query: Tensor, ways: int, weights: tuple[float, float, float] = (0.1, 1.0, 0.1), alpha: float = 1.0
+    support: Tensor,
+    query: Tensor,
+    ways: int,
+    weights: tuple[float, float, float] = (0.1, 1.0, 0.1),
+    alpha: float = 1.0,
 ) -> Tensor:
     labels, prototypes = labels_of(support, ways), class_means(support, ways).requires_grad_()
     adam = torch.optim.Adam([prototypes], lr=1e-4)
@@ -79,7 +86,9 @@ def tim_gd(
 
 
 def alpha_tim(support: Tensor, query: Tensor, ways: int) -> Tensor:
-    return tim_gd(support, query, ways, weights=(1.0, 1.0, 1.0), alpha=2.0 if len(support) == ways else 7.0)
+    return tim_gd(
+        support, query, ways, weights=(1.0, 1.0, 1.0), alpha=2.0 if len(support) == ways else 7.0
+    )
 
 
 def tim_adm(support: Tensor, query: Tensor, ways: int) -> Tensor:
@@ -94,7 +103,9 @@ def tim_adm(support: Tensor, query: Tensor, ways: int) -> Tensor:
         q = q / q.sum(1, keepdim=True)
         pull_support = (targets - p_support).T @ support + p_support.sum(0)[:, None] * prototypes
         pull_query = (q - p).T @ query + p.sum(0)[:, None] * prototypes
-        prototypes = (g * pull_support + h * pull_query) / (g * targets.sum(0) + h * q.sum(0))[:, None]
+        prototypes = (g * pull_support + h * pull_query) / (g * targets.sum(0) + h * q.sum(0))[
+            :, None
+        ]
     return logits_by(query, prototypes).softmax(1).to(dtype)
 
 
@@ -133,7 +144,10 @@ def logistic(support: Tensor, query: Tensor, ways: int) -> Tensor:
 
     def loss() -> Tensor:
         lbfgs.zero_grad()
-        value = F.cross_entropy(support @ weight.T + bias, labels, reduction="sum") + weight.square().sum() / 2
+        value = (
+            F.cross_entropy(support @ weight.T + bias, labels, reduction="sum")
+            + weight.square().sum() / 2
+        )
         value.backward()
         return value
 

@@ -1,14 +1,17 @@
-"""A trained model on your own pictures: class folders of supports in, json and annotated pictures out.
+"""A trained model on your own pictures: class folders of supports in, json and annotated pictures
+out.
 
-    python scripts/predict.py runs/proto_net/glyphs-conv4-seed0 --support known --query new --out predictions
-    python scripts/predict.py runs/attention_rpn/glyphs-split1-small/base --support objects --query photo.jpg
-    python scripts/predict.py runs/tfa/voc-split1/10shot-seed0 --query photos
+    python scripts/predict.py runs/proto_net/glyphs-conv4-seed0 --support known --query new --out
+    predictions python scripts/predict.py runs/attention_rpn/glyphs-split1-small/base --support
+    objects --query photo.jpg python scripts/predict.py runs/tfa/voc-split1/10shot-seed0 --query
+    photos
 
-`--support` holds a folder per class; a new class needs only its folder. For detection a support's object is where
-`name.xml` beside the picture (VOC) or a json file in `--support` (COCO's format) has a box, else the whole picture. Of
-several boxes of the class a prototype detector takes all, the others the first.
-A classifier rejects, as none of these, what is farther from every class than 95 % of the supports are from the others
-of their class: `--reject` sets that share, fewer are rejected with a larger one.
+`--support` holds a folder per class; a new class needs only its folder. For detection a support's
+object is where `name.xml` beside the picture (VOC) or a json file in `--support` (COCO's format)
+has a box, else the whole picture. Of several boxes of the class a prototype detector takes all, the
+others the first. A classifier rejects, as none of these, what is farther from every class than 95 %
+of the supports are from the others of their class: `--reject` sets that share, fewer are rejected
+with a larger one.
 """
 
 import json
@@ -31,7 +34,8 @@ from fewshot.data.pictures import SUFFIXES
 from fewshot.inference import NONE, Classifier, decoded
 
 SIDE = 480  # pixels: height of annotated pictures
-AT_ONCE = 64  # pictures that a detector is given together, of which those of one size share its forward passes
+# pictures that a detector is given together, of which those of one size share its forward passes
+AT_ONCE = 64
 
 
 @dataclass
@@ -40,10 +44,10 @@ class Args:
     query: tuple[Path, ...]  # pictures, or folders of pictures, to look at
     support: Path | None = None  # folder of class folders; a detector may know its classes already
     out: Path = Path("predictions")  # folder for predictions.json and pictures
-    reject: float | None = None  # classifiers: share of the classes' own pictures to keep; by default 0.95 if it can be
+    reject: float | None = None  # classifiers: share of own pictures to keep; default: 0.95
     score_above: float = 0.3  # of detections: leave out what is less sure, calibrated or not
-    test_proposals: int | None = None  # detectors: places of a picture to look at; fewer are quicker
-    calibrate: str | None = None  # detectors fine-tuned with it: the network that sees their shots, NAME or NAME=FILE
+    test_proposals: int | None = None  # detectors: places to look at; fewer are quicker
+    calibrate: str | None = None  # detectors fine-tuned with it: the network, NAME or NAME=FILE
     share_proposals: bool = False  # Attention-RPN with many classes: quicker, not quite the same
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
 
@@ -62,7 +66,9 @@ def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
         raise InputError(f"{folder}: no such folder of supports; correct --support")
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     if not classes:
-        raise InputError(f"{folder} has no class folder: put the pictures of every class into a folder of its name")
+        raise InputError(
+            f"{folder} has no class folder: put the pictures of every class into a folder of its name"
+        )
     paths, pictures, labels = [], [], []
     for place in classes:
         files, failure = pictures_in(place), None
@@ -82,28 +88,43 @@ def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
     return paths, pictures, labels
 
 
-def read_boxes(folder: Path, paths: Sequence[Path], pictures: Sequence[Tensor], labels: Sequence[str]) -> list[Tensor]:
-    """Boxes (n, 4) xyxy of every support's objects: of xml or json where there is one, else the whole picture."""
+def read_boxes(
+    folder: Path, paths: Sequence[Path], pictures: Sequence[Tensor], labels: Sequence[str]
+) -> list[Tensor]:
+    """Boxes (n, 4) xyxy of every support's objects: of xml or json where there is one, else the
+    whole picture.
+    """
     listed: dict[str, list[tuple[str, Tensor]]] = {}
     sources: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
         names, records = annotations.read_coco_json(path, "refuse")
         for record in records:
-            objects = [(names[label], torch.from_numpy(box)) for label, box in zip(record.labels, record.boxes)]
+            objects = [
+                (names[label], torch.from_numpy(box))
+                for label, box in zip(record.labels, record.boxes)
+            ]
             listed.setdefault(Path(record.path).name, []).extend(objects)
             sources[Path(record.path).name] = path
     boxes = []
     for path, picture, label in zip(paths, pictures, labels):
         xml = path.with_suffix(".xml")
-        objects, source = (_xml_boxes(xml), xml) if xml.is_file() else (listed.get(path.name), sources.get(path.name))
+        objects, source = (
+            (_xml_boxes(xml), xml)
+            if xml.is_file()
+            else (listed.get(path.name), sources.get(path.name))
+        )
         mine = [box for name, box in objects or () if name == label]
         if objects and not mine:
-            raise InputError(f"{path}: {source} has no {label} on it; correct the annotation or move the picture")
+            raise InputError(
+                f"{path}: {source} has no {label} on it; correct the annotation or move the picture"
+            )
         height, width = picture.shape[1:]
         for x1, y1, x2, y2 in (box.tolist() for box in mine):
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 box = f"[{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
-                raise InputError(f"{source}: box {box} is not inside {path} of {width} x {height} pixels; correct it")
+                raise InputError(
+                    f"{source}: box {box} is not inside {path} of {width} x {height} pixels; correct it"
+                )
         whole = torch.tensor([0.0, 0.0, width, height])
         boxes.append(torch.stack(mine or [whole]))
     return boxes
@@ -113,13 +134,21 @@ def _xml_boxes(path: Path) -> list[tuple[str, Tensor]]:
     try:
         objects = ElementTree.parse(path).getroot().findall("object")
         corners = ("xmin", "ymin", "xmax", "ymax")
-        boxes = [torch.tensor([float(o.findtext(f"bndbox/{c}", "")) for c in corners]) for o in objects]
+        boxes = [
+            torch.tensor([float(o.findtext(f"bndbox/{c}", "")) for c in corners]) for o in objects
+        ]
         if not all(box.isfinite().all() for box in boxes):
             raise ValueError("a coordinate is not finite")
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # LookupError: of an encoding
-        raise InputError(f"{path}: not a VOC annotation ({error}); correct it or take it out") from None
+    # LookupError: of an encoding
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:
+        raise InputError(
+            f"{path}: not a VOC annotation ({error}); correct it or take it out"
+        ) from None
     offset = torch.tensor([1.0, 1.0, 0.0, 0.0])  # VOC counts pixels from 1
-    return [(o.findtext("name", "").strip(), (box - offset).clamp(min=0)) for o, box in zip(objects, boxes)]
+    return [
+        (o.findtext("name", "").strip(), (box - offset).clamp(min=0))
+        for o, box in zip(objects, boxes)
+    ]
 
 
 def queries(places: Sequence[Path]) -> list[Path]:
@@ -148,9 +177,13 @@ def main(args: Args) -> None:
     if args.reject is not None and not (classifies and args.support):
         raise InputError("--reject is for classifiers and their --support: leave it out")
     if classifies and (args.share_proposals or args.calibrate or args.test_proposals is not None):
-        raise InputError("--share-proposals, --calibrate and --test-proposals are for detectors: leave them out")
+        raise InputError(
+            "--share-proposals, --calibrate and --test-proposals are for detectors: leave them out"
+        )
     if classifies and not args.support:
-        raise InputError(f"{args.model} is a classifier, which knows no class without --support: give a folder of them")
+        raise InputError(
+            f"{args.model} is a classifier, which knows no class without --support: give a folder of them"
+        )
     paths = queries(args.query)
     if args.support:
         supports, pictures, labels = read_supports(args.support)
@@ -160,7 +193,11 @@ def main(args: Args) -> None:
                 _calibrate(model)
         else:
             boxes = read_boxes(args.support, supports, pictures, labels)
-            each = [i for i, some in enumerate(boxes) for _ in (some if model.compares_regions else some[:1])]
+            each = [
+                i
+                for i, some in enumerate(boxes)
+                for _ in (some if model.compares_regions else some[:1])
+            ]
             boxes = torch.cat(boxes if model.compares_regions else [some[:1] for some in boxes])
             model.support([pictures[i] for i in each], boxes, [labels[i] for i in each])
         counts = ", ".join(f"{name} {labels.count(name)}" for name in dict.fromkeys(labels))
@@ -182,29 +219,47 @@ def main(args: Args) -> None:
     if classifies:
         guesses = model.predict(images)  # together: MAML's norms see them all
         results = [
-            {"picture": str(p), "class": g.name, "probabilities": g.probabilities} for p, g in zip(readable, guesses)
+            {"picture": str(p), "class": g.name, "probabilities": g.probabilities}
+            for p, g in zip(readable, guesses)
         ]
         if model.threshold is not None:
             for result, guess in zip(results, guesses):
-                result |= {"rejected": guess.rejected, "distance": guess.distance, "threshold": model.threshold}
-        captions = [NONE if g.rejected else f"{g.name} {100 * g.probability:.0f} %" for g in guesses]
+                result |= {
+                    "rejected": guess.rejected,
+                    "distance": guess.distance,
+                    "threshold": model.threshold,
+                }
+        captions = [
+            NONE if g.rejected else f"{g.name} {100 * g.probability:.0f} %" for g in guesses
+        ]
         drawings = {"sheet.png": show.captioned(images, captions)}
     else:
         results, drawings, objects_on = [], {}, []
-        options = {name: getattr(args, name) for name in ("score_above", "share_proposals", "test_proposals")}
+        options = {
+            name: getattr(args, name)
+            for name in ("score_above", "share_proposals", "test_proposals")
+        }
         with tqdm(total=len(images), unit="picture") as bar:
             for first in range(0, len(images), AT_ONCE):
                 objects_on += model.predict(images[first : first + AT_ONCE], **options)
                 bar.update(len(objects_on) - first)
-        for number, (path, image, found) in enumerate(zip(readable, images, objects_on, strict=True)):
+        for number, (path, image, found) in enumerate(
+            zip(readable, images, objects_on, strict=True)
+        ):
             columns = zip(found.boxes.tolist(), found.scores.tolist(), found.names)
             objects = [
-                {"box": [round(v, 2) for v in box], "score": score, "class": name} for box, score, name in columns
+                {"box": [round(v, 2) for v in box], "score": score, "class": name}
+                for box, score, name in columns
             ]
             results.append({"picture": str(path), "objects": objects})
-            text, ink = show.captions(found.names, found.scores), show.colors(found.names, model.about["novel"])
+            text, ink = (
+                show.captions(found.names, found.scores),
+                show.colors(found.names, model.about["novel"]),
+            )
             name = (
-                f"{path.stem}.png" if [p.stem for p in readable].count(path.stem) == 1 else f"{number}-{path.stem}.png"
+                f"{path.stem}.png"
+                if [p.stem for p in readable].count(path.stem) == 1
+                else f"{number}-{path.stem}.png"
             )
             drawings[name] = F.to_pil_image(show.boxes_on(image, found.boxes, text, ink, SIDE))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@
     python scripts/prepare_data.py voc --root /disk/data
     python scripts/prepare_data.py coco --year 2014 --yes
 
-What may be downloaded is, with its checksum; of the rest this says where it is and where to put it. A data set that is
-there and complete is only counted. The embedded glyphs need nothing.
+What may be downloaded is, with its checksum; of the rest this says where it is and where to put it.
+A data set that is there and complete is only counted. The embedded glyphs need nothing.
 """
 
 import sys
@@ -21,10 +21,12 @@ from fewshot.data import annotations
 from fewshot.data.classification import open_dataset
 from fewshot.data.image_set import Split
 
-Name = Literal["omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "voc", "coco"]
+Name = Literal[
+    "omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "voc", "coco"
+]
 
-# (classes, pictures) of every part as published. COCO's archives have checksums, and its lists say which pictures
-# belong to them, so that nothing remains to be counted.
+# (classes, pictures) of every part as published. COCO's archives have checksums, and its lists say
+# which pictures belong to them, so that nothing remains to be counted.
 PUBLISHED = {
     "omniglot": {"train": (4112, 82_240), "val": (688, 13_760), "test": (1692, 33_840)},
     "cifar_fs": {"train": (64, 38_400), "val": (16, 9_600), "test": (20, 12_000)},
@@ -35,7 +37,14 @@ PUBLISHED = {
     "voc": {"train": (20, 16_551), "test": (20, 4_952)},
 }
 
-SIZES = {"omniglot": "15 MB", "cifar_fs": "170 MB", "fc100": "170 MB", "cub": "1.1 GB", "voc": "2.8 GB"}  # to download
+# to download
+SIZES = {
+    "omniglot": "15 MB",
+    "cifar_fs": "170 MB",
+    "fc100": "170 MB",
+    "cub": "1.1 GB",
+    "voc": "2.8 GB",
+}
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 VOC_PARTS = ("2007", "trainval"), ("2007", "test"), ("2012", "trainval")
@@ -94,7 +103,7 @@ SHOT_LISTS = {
 class Args:
     name: tyro.conf.Positional[Name]  # data set
     root: str = "data"  # folder that holds data sets: a recipe's --data-root
-    year: Literal["2014", "2017"] = "2017"  # of COCO; published few-shot lists name pictures of 2014
+    year: Literal["2014", "2017"] = "2017"  # of COCO; published lists name pictures of 2014
     yes: bool = False  # download COCO, large as it is
 
 
@@ -113,7 +122,9 @@ def main(args: Args) -> None:
 
 
 def verify(args: Args) -> None:
-    """Print the classes and pictures of every part. Raises InputError for what is missing or not as published."""
+    """Print the classes and pictures of every part. Raises InputError for what is missing or not as
+    published.
+    """
     found = count(args)
     published = PUBLISHED.get(args.name, found)
     print(f"{f'{args.name} in {args.root}':40}{'classes':>10}{'pictures':>12}{'published':>12}")
@@ -146,7 +157,9 @@ def count(args: Args) -> dict[str, tuple[int, int]]:
 
 
 def download(args: Args) -> None:
-    """Download and unpack a data set. Raises InputError when that fails, and for COCO without `args.yes`."""
+    """Download and unpack a data set. Raises InputError when that fails, and for COCO without
+    `args.yes`.
+    """
     root = Path(args.root)
     if args.name == "coco" and not args.yes:
         size = sum(gigabytes for _, gigabytes, _ in COCO[args.year].values())
@@ -172,15 +185,21 @@ def download(args: Args) -> None:
             case "coco":
                 download_coco(root / "coco", args.year)
     except (OSError, RuntimeError) as error:  # RuntimeError: torchvision's for a wrong checksum
-        raise InputError(f"{args.name}: download to {root} failed ({error}); run this again") from error
+        raise InputError(
+            f"{args.name}: download to {root} failed ({error}); run this again"
+        ) from error
 
 
 def download_coco(home: Path, year: str) -> None:
-    """Archives are removed once they are unpacked, and not got again: they are as large as what they hold."""
+    """Archives are removed once they are unpacked, and not got again: they are as large as what
+    they hold.
+    """
     for path, (md5, _, unpacked) in COCO[year].items():
         if (home / unpacked).exists() and not (home / Path(path).name).exists():
             continue
-        utils.download_and_extract_archive(f"{COCO_URL}/{path}", home, md5=md5, remove_finished=True)
+        utils.download_and_extract_archive(
+            f"{COCO_URL}/{path}", home, md5=md5, remove_finished=True
+        )
 
 
 if __name__ == "__main__":

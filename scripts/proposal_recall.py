@@ -1,10 +1,12 @@
-"""How many of the objects the first stage of a detector proposes, among its best 100, 300 and 1000 boxes of a picture.
+"""How many of the objects the first stage of a detector proposes, among its best 100, 300 and 1000
+boxes of a picture.
 
     python scripts/proposal_recall.py runs/tfa/voc-split1-resnet101/base
-    accelerate launch scripts/proposal_recall.py runs/attention_rpn/glyphs-split1-small/10shot-seed0 --test-images 100
+    accelerate launch scripts/proposal_recall.py runs/attention_rpn/glyphs-split1-small/10shot-seed0
+    --test-images 100
 
-What is not proposed is never found, so this says which of the two stages to work on. Base, novel and all classes are
-those of the data that the model was trained on, in their test part.
+What is not proposed is never found, so this says which of the two stages to work on. Base, novel
+and all classes are those of the data that the model was trained on, in their test part.
 """
 
 import sys
@@ -26,7 +28,7 @@ from fewshot.inference import Detector
 @dataclass
 class Args:
     model: tyro.conf.Positional[str]  # a detector's run folder, its model file, or a hub id
-    data_root: str | None = None  # folder that holds the data set; by default where it was in training
+    data_root: str | None = None  # folder that holds the data set; by default as in training
     test_images: int | None = None  # only the first so many pictures
     iou: float = 0.5  # an object counts as proposed when a box overlaps it at least so much
     workers: int = 2  # data-loading processes
@@ -36,9 +38,13 @@ def main(args: Args) -> None:
     accelerator = Accelerator()
     model = fewshot.load(args.model, accelerator.device)
     if not isinstance(model, Detector):
-        raise InputError(f"{args.model} is a model of {model.method}, which proposes nothing: give a detector")
+        raise InputError(
+            f"{args.model} is a model of {model.method}, which proposes nothing: give a detector"
+        )
     if "dataset" not in model.about["args"]:
-        raise InputError(f"{args.model} does not say what it was trained on: give a model that a recipe left")
+        raise InputError(
+            f"{args.model} does not say what it was trained on: give a model that a recipe left"
+        )
     trained = model.about["args"]
     dataset = detection.open_detection(
         trained["dataset"],
@@ -52,14 +58,25 @@ def main(args: Args) -> None:
     numbers, rpn = average_precision.PROPOSALS, model.network.rpn
     rpn.test_proposals = max(rpn.test_proposals[0], numbers[-1]), numbers[-1]
 
-    def propose(images: torch.Tensor, sizes: list[tuple[int, int]]) -> list[tuple[torch.Tensor, ...]]:
+    def propose(
+        images: torch.Tensor, sizes: list[tuple[int, int]]
+    ) -> list[tuple[torch.Tensor, ...]]:
         found = model.network.propose(images, sizes)
-        return [(boxes[:, :4], boxes[:, 4], torch.zeros_like(boxes[:, 4], dtype=torch.int64)) for boxes in found]
+        return [
+            (boxes[:, :4], boxes[:, 4], torch.zeros_like(boxes[:, 4], dtype=torch.int64))
+            for boxes in found
+        ]
 
-    found = detect(accelerator, propose, dataset, model.pipeline, model.normalisation, workers=args.workers)
+    found = detect(
+        accelerator, propose, dataset, model.pipeline, model.normalisation, workers=args.workers
+    )
     boxes = {id: columns.boxes for id, columns in found.items()}  # best first
-    recall = average_precision.proposal_recall(boxes, dataset, iou=args.iou, inclusive_pixels=dataset.inclusive_pixels)
-    accelerator.print(f"{Path(args.model)}: {len(dataset)} pictures, recall in percent at an overlap of {args.iou:g}")
+    recall = average_precision.proposal_recall(
+        boxes, dataset, iou=args.iou, inclusive_pixels=dataset.inclusive_pixels
+    )
+    accelerator.print(
+        f"{Path(args.model)}: {len(dataset)} pictures, recall in percent at an overlap of {args.iou:g}"
+    )
     accelerator.print(average_precision.table(recall))
 
 

@@ -1,4 +1,5 @@
-"""Tables of all finished runs, with the seeds of a setting averaged; two settings compared; results drawn over shots.
+"""Tables of all finished runs, with the seeds of a setting averaged; two settings compared; results
+drawn over shots.
 
     python scripts/results.py
     python scripts/results.py runs/tfa runs/meta_rcnn --metric AP75 --plot shots.png
@@ -6,16 +7,18 @@
     python scripts/results.py --compare runs/tfa/glyphs-split1-small runs/fsce/glyphs-split1-small
     python scripts/results.py --compare runs/proto_net/cub-conv4-seed0 runs/maml/cub-conv4-seed0
 
-The tables are Markdown: one of settings, then one of the single runs and how each came about, as their results tell.
-Runs are averaged only if they differ in nothing but --seed (and in what has no part in the result, as --workers); else
-each has its own row, and a line says in what they differ. A copy of a run counts once; a --test-only of it in another
-way is a row of its own.
+The tables are Markdown: one of settings, then one of the single runs and how each came about, as
+their results tell. Runs are averaged only if they differ in nothing but --seed (and in what has no
+part in the result, as --workers); else each has its own row, and a line says in what they differ. A
+copy of a run counts once; a --test-only of it in another way is a row of its own.
 
---cd-fsod makes the benchmark's table, mAP of its six data sets, of the runs that kept to its protocol: its shots, all
-of its test pictures. The runs of a method and shots share a row, unless a data set has them in several settings.
+--cd-fsod makes the benchmark's table, mAP of its six data sets, of the runs that kept to its
+protocol: its shots, all of its test pictures. The runs of a method and shots share a row, unless a
+data set has them in several settings.
 
---compare takes two folders or result files, and their difference on what both were tested on: one classifier each, run
-with --save-tasks, task by task; otherwise seed by seed, which for detectors means the same shots.
+--compare takes two folders or result files, and their difference on what both were tested on: one
+classifier each, run with --save-tasks, task by task; otherwise seed by seed, which for detectors
+means the same shots.
 """
 
 import json
@@ -37,8 +40,18 @@ from fewshot.training.folders import mean_interval
 
 GROUPS = ("base", "novel", "all")
 TEST = re.compile(r"test-[0-9a-f]{8}\.json")  # what --test-only leaves
-# What two runs must have in common for the difference of their results to be one of methods or settings.
-ALIKE = ("dataset", "data_root", "novel_classes", "novel", "split", "shot_lists", "stage", "trained_on")
+# What two runs must have in common for the difference of their results to be one of methods or
+# settings.
+ALIKE = (
+    "dataset",
+    "data_root",
+    "novel_classes",
+    "novel",
+    "split",
+    "shot_lists",
+    "stage",
+    "trained_on",
+)
 ALIKE += ("test_pictures", "test_objects", "ways", "queries", "tasks")
 # What no data set has in common with another
 OF_DATA = ("dataset", "data_root", "test_pictures", "test_objects", "test_proposals")
@@ -46,13 +59,13 @@ OF_DATA = ("dataset", "data_root", "test_pictures", "test_objects", "test_propos
 
 @dataclass
 class Args:
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # where to look, at any depth; or result files
-    metric: str | None = None  # of detectors: AP, AP75, APs, AP50s, ...; by default AP50, with --cd-fsod AP
-    cd_fsod: bool = False  # the table of CD-FSOD instead: a row per method and shots, a column per data set
-    compare: bool = False  # the difference of two folders or result files instead, with its interval
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # folders, or files
+    metric: str | None = None  # detectors': AP, AP75, APs, ...; by default AP50, with --cd-fsod AP
+    cd_fsod: bool = False  # CD-FSOD's table: a row per method and shots, a column per data set
+    compare: bool = False  # the difference of two folders or result files, with its interval
     details: bool = True  # also the table of single runs
     json: Path | None = None  # also write all rows to this file
-    plot: Path | None = None  # also draw novel classes' results, or accuracies, against the number of shots
+    plot: Path | None = None  # also draw results, or accuracies, against the number of shots
 
 
 @dataclass
@@ -60,7 +73,7 @@ class Run:
     """A finished run: `values` by column, each (percent, half its 95 % interval or None)."""
 
     path: Path
-    where: dict[str, str]  # the first columns of its row; runs that agree in these may have other `args`
+    where: dict[str, str]  # its row's first columns; runs that agree in these may differ in `args`
     args: dict[str, Any]  # all else that has a part in the result, but the seed
     seed: int
     values: dict[str, tuple[float, float | None]]
@@ -79,7 +92,9 @@ class Run:
 
     @property
     def family(self) -> str:
-        """The same in all runs of a method and data, whatever the shots; base training is one of its own."""
+        """The same in all runs of a method and data, whatever the shots; base training is one of
+        its own.
+        """
         shots = self.where.get("shots") == "base"
         return json.dumps({**self.where, "shots": shots}, sort_keys=True)
 
@@ -109,7 +124,9 @@ class Row:
 
 
 def read(path: Path, metric: str) -> Run | None:
-    """The run or test whose result is in this file, by what the result says of itself; None without such a metric."""
+    """The run or test whose result is in this file, by what the result says of itself; None without
+    such a metric.
+    """
     try:
         run = _run(path, annotations.read_json(path), metric)
         if run is not None and (flaw := _flaw(run)):
@@ -117,7 +134,8 @@ def read(path: Path, metric: str) -> Run | None:
         return run
     except InputError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of a file that is not what a run wrote
+    # of a file that is not what a run wrote
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not a result with its settings ({error!r:.200}); test its run again, or leave it out"
         ) from None
@@ -126,27 +144,42 @@ def read(path: Path, metric: str) -> Run | None:
 def _run(path: Path, metrics: dict[str, Any], metric: str) -> Run | None:
     settings = metrics["settings"]
     trained, tested = settings["trained"], settings["tested"]
-    about, args, identity = settings.get("run", {}), {**trained, **tested}, str(settings["id"]).partition("-")[0]
+    about, args, identity = (
+        settings.get("run", {}),
+        {**trained, **tested},
+        str(settings["id"]).partition("-")[0],
+    )
     if "base" in about:  # a file may move, or be made anew: what is in it counts
         args["base"] = about["base"] and about["base"][:8]
     if "precision" in about:
         args["precision"] = about["precision"]
-    identity = str(path) if identity == "None" else str((identity, json.dumps(tested, sort_keys=True)))
-    places = filter(None, (trained["dataset"], args.pop("test_dataset", None)))  # the second one where it tests
-    where = {"method": settings["method"], "data": " to ".join(Path(place).name or place for place in places)}
+    identity = (
+        str(path) if identity == "None" else str((identity, json.dumps(tested, sort_keys=True)))
+    )
+    # the second one where it tests
+    places = filter(None, (trained["dataset"], args.pop("test_dataset", None)))
+    where = {
+        "method": settings["method"],
+        "data": " to ".join(Path(place).name or place for place in places),
+    }
     tasks = None
     if "shots" in metrics:
         where |= {"ways": str(metrics["ways"])}
         args |= {"tasks": metrics["tasks"]}
         values = {f"{k}-shot": (v["accuracy"], v["ci95"]) for k, v in metrics["shots"].items()}
         test = f"{metrics['tasks']} tasks"
-        file = path.with_name("tasks.json" if path.name == "metrics.json" else f"{path.stem}-tasks.json")
+        file = path.with_name(
+            "tasks.json" if path.name == "metrics.json" else f"{path.stem}-tasks.json"
+        )
         tasks = _tasks(file, path, metrics["shots"]) if file.exists() else None
     elif metrics.get(metric):
         protocol, shots = metrics["protocol"], args.pop("shots")
         shots = "base" if protocol["stage"] == "base" else str(shots)
         where |= {"split": str(protocol["split"] or "-"), "shots": shots}
-        args |= {name: value for name, value in protocol.items() if name not in ("dataset", "shots")}  # tells the seed
+        # tells the seed
+        args |= {
+            name: value for name, value in protocol.items() if name not in ("dataset", "shots")
+        }
         values = {group: (value, None) for group, value in metrics[metric].items()}
         test = f"{protocol['test_pictures']} pictures" if "test_pictures" in protocol else "-"
         test += f", {protocol['test_objects']} objects" if "test_objects" in protocol else ""
@@ -159,11 +192,18 @@ def _tasks(file: Path, result: Path, shots: Mapping[str, Any]) -> dict[str, list
     """Accuracies of single tasks, by the shots of the result that the file is of."""
     tasks = annotations.read_json(file)
     if not isinstance(tasks, dict) or not all(
-        isinstance(values, list) and values and all(map(_is_number, values)) for values in tasks.values()
+        isinstance(values, list) and values and all(map(_is_number, values))
+        for values in tasks.values()
     ):
-        raise InputError(f"{file}: not the accuracies of tasks by shots; test its run again, or remove it")
-    if len({len(values) for values in tasks.values()}) > 1 or (tasks and tasks.keys() != shots.keys()):
-        raise InputError(f"{file}: not as many tasks of all shots of {result.name}; test its run again, or remove it")
+        raise InputError(
+            f"{file}: not the accuracies of tasks by shots; test its run again, or remove it"
+        )
+    if len({len(values) for values in tasks.values()}) > 1 or (
+        tasks and tasks.keys() != shots.keys()
+    ):
+        raise InputError(
+            f"{file}: not as many tasks of all shots of {result.name}; test its run again, or remove it"
+        )
     return tasks or None
 
 
@@ -174,9 +214,14 @@ def _is_number(value: Any) -> bool:
 def _flaw(run: Run) -> str | None:
     """What a table cannot be made of in a run, if anything."""
     shots = run.where.get("shots", "all")
-    if not all(isinstance(value, str) and value for value in run.where.values()) or type(run.seed) is not int:
+    if (
+        not all(isinstance(value, str) and value for value in run.where.values())
+        or type(run.seed) is not int
+    ):
         return f"method {run.where['method']!r}, seed {run.seed!r}"
-    if not run.where.get("ways", "5").isdecimal() or not (shots in ("base", "all") or shots.isdecimal()):
+    if not run.where.get("ways", "5").isdecimal() or not (
+        shots in ("base", "all") or shots.isdecimal()
+    ):
         return f"ways {run.where.get('ways')}, shots {shots}"
     for column, (value, half) in run.values.items():
         known = column.removesuffix("-shot").isdecimal() if run.classifies else column in GROUPS
@@ -194,10 +239,14 @@ def collect(folders: Iterable[Path], metric: str) -> list[Run]:
     """Every run below these folders, or in these files, once."""
     runs: dict[str, Run] = {}
     for folder in folders:
-        found = [p for p in folder.rglob("*.json") if p.name == "metrics.json" or TEST.fullmatch(p.name)]
+        found = [
+            p for p in folder.rglob("*.json") if p.name == "metrics.json" or TEST.fullmatch(p.name)
+        ]
         places = [folder] if folder.is_file() else sorted(found)
         if not places:
-            raise InputError(f"{folder}: no finished run in there; give a folder that a recipe wrote, such as runs")
+            raise InputError(
+                f"{folder}: no finished run in there; give a folder that a recipe wrote, such as runs"
+            )
         for run in filter(None, (read(place, metric) for place in places)):
             kept = runs.setdefault(run.id, run)
             kept.tasks = kept.tasks or run.tasks
@@ -225,7 +274,9 @@ def _short(value: Any) -> str:
 
 
 def rows(runs: list[Run]) -> list[Row]:
-    """Runs by setting, sorted. A seed that was run twice makes a second row: it does not count double."""
+    """Runs by setting, sorted. A seed that was run twice makes a second row: it does not count
+    double.
+    """
     settings, times = defaultdict(list), Counter()
     for run in sorted(runs, key=lambda run: (run.seed, run.path)):
         times[once := (run.setting, run.seed)] += 1
@@ -238,7 +289,10 @@ def rows(runs: list[Run]) -> list[Row]:
     found = []
     for family in families.values():
         names = differing([same[0].args for same in family])
-        found += [Row(same, {n: v for n in names if (v := same[0].args.get(n)) is not None}) for same in family]
+        found += [
+            Row(same, {n: v for n in names if (v := same[0].args.get(n)) is not None})
+            for same in family
+        ]
     return sorted(found, key=_order)
 
 
@@ -267,17 +321,25 @@ def not_averaged(found: list[Row]) -> list[str]:
 
 
 def _place(where: dict[str, str]) -> str:
-    named = [f"{name} {value}" if name in ("split", "shots", "ways") else value for name, value in where.items()]
+    named = [
+        f"{name} {value}" if name in ("split", "shots", "ways") else value
+        for name, value in where.items()
+    ]
     return ", ".join(text for text in named if text != "split -")
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the first being the head, as Markdown that can be read as it is, without empty columns."""
+    """Lines of cells, the first being the head, as Markdown that can be read as it is, without
+    empty columns.
+    """
     columns = [column for column in zip(*lines) if set(column[1:]) - {"", "-"}]
     lines = [[cell.replace("|", "\\|") for cell in line] for line in zip(*columns)]
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |"
+        for line in lines
+    )
 
 
 def number(value: tuple[float, float | None] | None, digits: int) -> str:
@@ -297,7 +359,9 @@ def main_table(found: list[Row], metric: str) -> str:
         seeds = f"{len(row.runs)}: {', '.join(str(run.seed) for run in row.runs)}"
         numbers = [number(row.values.get(column), first.digits) for column in columns]
         apart = ", ".join(f"{name} {_short(value)}" for name, value in row.apart.items())
-        lines.append([*row.runs[0].where.values(), seeds, *numbers, row.over, row.runs[0].test, apart])
+        lines.append(
+            [*row.runs[0].where.values(), seeds, *numbers, row.over, row.runs[0].test, apart]
+        )
     return markdown(lines)
 
 
@@ -313,14 +377,26 @@ def on_benchmark(found: list[Row]) -> list[Row]:
 
 
 def cd_fsod_table(found: list[Row], metric: str) -> str:
-    """The benchmark's form: a row per method and shots, a column per data set, their mean where all six are there.
+    """The benchmark's form: a row per method and shots, a column per data set, their mean where all
+    six are there.
 
-    Where a data set has several settings of a method and shots, each has a row, across the data sets.
+    Where a data set has several settings of a method and shots, each has a row, across the data
+    sets.
     """
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in sorted(found, key=lambda row: (_number(row.runs[0].where), row.runs[0].where["method"])):
+    for row in sorted(
+        found, key=lambda row: (_number(row.runs[0].where), row.runs[0].where["method"])
+    ):
         groups[row.runs[0].where["method"], row.runs[0].where["shots"]].append(row)
-    lines = [["method", "shots", *(folders[0] for folders in cd_fsod.FOLDERS.values()), "mean", "differing in"]]
+    lines = [
+        [
+            "method",
+            "shots",
+            *(folders[0] for folders in cd_fsod.FOLDERS.values()),
+            "mean",
+            "differing in",
+        ]
+    ]
     spread = []
     for (method, shots), group in groups.items():
         by_data: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -339,7 +415,9 @@ def cd_fsod_table(found: list[Row], metric: str) -> str:
             lines.append([method, shots, *cells])
             many = [row.runs[0].args for row in same]
             if others := [name for name in differing(many) if name not in OF_DATA]:
-                spread.append(f"Settings of {method}, shots {shots}, differ between data sets: {told(others, many)}.")
+                spread.append(
+                    f"Settings of {method}, shots {shots}, differ between data sets: {told(others, many)}."
+                )
     return "\n".join([markdown(lines), "", f"{cd_fsod.NAME}, {metric} of all classes.", *spread])
 
 
@@ -349,13 +427,18 @@ def details(found: list[Row]) -> str:
     lines = [head.split()]
     for run in (run for row in found for run in row.runs):
         about = {name: "-" if value is None else str(value) for name, value in run.about.items()}
-        result = ", ".join(f"{column} {number(value, run.digits)}" for column, value in run.values.items())
+        result = ", ".join(
+            f"{column} {number(value, run.digits)}" for column, value in run.values.items()
+        )
         place = run.path.parent if run.path.name == "metrics.json" else run.path
         time = str(timedelta(seconds=round(run.about["seconds"]))) if "seconds" in about else "-"
         memory = f"{about['peak_memory_gb']} GB" if "peak_memory_gb" in about else "-"
         command = f"`{about['command']}`" if "command" in about else "-"
         commit = about.get("commit", "-")
-        cells = [about.get("base", "-")[:8], commit[:10] + "+" * (len(commit) > 10 and commit.endswith("+"))]
+        cells = [
+            about.get("base", "-")[:8],
+            commit[:10] + "+" * (len(commit) > 10 and commit.endswith("+")),
+        ]
         cells += [about.get(name, "-") for name in ("hardware", "processes", "precision")]
         lines.append([str(place), str(run.seed), result, *cells, time, memory, command])
     return markdown(lines)
@@ -366,12 +449,20 @@ def legend(found: list[Row]) -> str:
     over = {row.over for row in found}
     kinds = {"seeds": "over seeds by Student's t", "tasks": "over the test tasks of the one run"}
     said = " or ".join(text for name, text in kinds.items() if name in over)
-    return f"All in percent. ± is half the 95 % interval of the mean, {said}." if said else "All in percent."
+    return (
+        f"All in percent. ± is half the 95 % interval of the mean, {said}."
+        if said
+        else "All in percent."
+    )
 
 
 def draw(found: list[Row], metric: str) -> Figure:
-    """Results against shots, a line per method, data and setting, with intervals; "all" stands at the end."""
-    detectors = [r for r in found if not r.runs[0].classifies and r.runs[0].where["shots"] != "base"]
+    """Results against shots, a line per method, data and setting, with intervals; "all" stands at
+    the end.
+    """
+    detectors = [
+        r for r in found if not r.runs[0].classifies and r.runs[0].where["shots"] != "base"
+    ]
     panels = [
         (f"{metric} of novel classes, %", _lines(r for r in detectors if "novel" in r.values)),
         ("accuracy, %", _lines(r for r in found if r.runs[0].classifies)),
@@ -381,7 +472,9 @@ def draw(found: list[Row], metric: str) -> Figure:
         raise InputError("--plot: none of these runs has novel classes or shots")
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for axis, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        numbers = sorted({int(shots) for points in lines.values() for shots in points if shots != "all"})
+        numbers = sorted(
+            {int(shots) for points in lines.values() for shots in points if shots != "all"}
+        )
         at = {str(n): n for n in numbers} | {"all": 2 * numbers[-1] if numbers else 1}
         shown = [shots for shots in at if any(shots in points for points in lines.values())]
         for name, points in lines.items():
@@ -405,7 +498,9 @@ def _lines(found: Iterable[Row]) -> dict[str, dict[str, tuple[float, float | Non
     lines: dict[str, dict[str, tuple[float, float | None]]] = defaultdict(dict)
     for row in found:
         where = {name: value for name, value in row.runs[0].where.items() if name != "shots"}
-        name = ", ".join([_place(where), *(f"{name} {_short(value)}" for name, value in row.apart.items())])
+        name = ", ".join(
+            [_place(where), *(f"{name} {_short(value)}" for name, value in row.apart.items())]
+        )
         if "ways" in where:
             lines[name] |= {column.split("-")[0]: value for column, value in row.values.items()}
         else:
@@ -414,16 +509,22 @@ def _lines(found: Iterable[Row]) -> dict[str, dict[str, tuple[float, float | Non
 
 
 def compare(a: Path, b: Path, metric: str) -> list[dict[str, Any]]:
-    """Differences A - B of all that both have, paired by task or by seed; base training only if nothing else.
+    """Differences A - B of all that both have, paired by task or by seed; base training only if
+    nothing else.
 
     Raises:
-        InputError: they have nothing in common, several settings, other tasks or seeds, or were not tested alike.
+        InputError: they have nothing in common, several settings, other tasks or seeds, or were not
+            tested alike.
     """
     sides: list[dict[str, list[Run]]] = []
     for folder in (a, b):
         sides.append(defaultdict(list))
-        for run in sorted(collect([folder], metric), key=lambda run: (_number(run.where), run.seed)):
-            sides[-1][_place({name: value for name, value in run.where.items() if name != "method"})].append(run)
+        for run in sorted(
+            collect([folder], metric), key=lambda run: (_number(run.where), run.seed)
+        ):
+            sides[-1][
+                _place({name: value for name, value in run.where.items() if name != "method"})
+            ].append(run)
     common = [place for place in sides[0] if place in sides[1]]
     few = [place for place in common if sides[0][place][0].where.get("shots") != "base"]
     differences = []
@@ -433,11 +534,20 @@ def compare(a: Path, b: Path, metric: str) -> list[dict[str, Any]]:
         for column, values in pairs.items():
             mean, half = mean_interval([x - y for x, y in zip(*values, strict=True)])
             row = {"setting": place, "result": f"{metric} {column}" if column in GROUPS else column}
-            row |= {"a": mean_interval(values[0])[0], "b": mean_interval(values[1])[0], "difference": mean}
+            row |= {
+                "a": mean_interval(values[0])[0],
+                "b": mean_interval(values[1])[0],
+                "difference": mean,
+            }
             differences.append({**row, "half": half, "pairs": len(values[0]), "over": over})
     if not differences:
-        has = [[f"{place}: {', '.join(runs[0].values)}" for place, runs in side.items()] for side in sides]
-        raise InputError(f"nothing to compare: {a} has {'; '.join(has[0])}, and {b} has {'; '.join(has[1])}")
+        has = [
+            [f"{place}: {', '.join(runs[0].values)}" for place, runs in side.items()]
+            for side in sides
+        ]
+        raise InputError(
+            f"nothing to compare: {a} has {'; '.join(has[0])}, and {b} has {'; '.join(has[1])}"
+        )
     for folder, mine in ((a, sides[0]), (b, sides[1])):
         if alone := [place for place in mine if place not in common]:
             print(f"Only in {folder}, not compared: {'; '.join(alone)}.\n")
@@ -455,20 +565,29 @@ def _paired(
                 f"{folder}: its runs of {place} differ in {told(names, many)}; name a folder or result file of one"
             )
         if len({run.seed for run in side}) < len(side):
-            raise InputError(f"{folder}: a seed was run twice for {place}; name a folder with one run of each")
+            raise InputError(
+                f"{folder}: a seed was run twice for {place}; name a folder with one run of each"
+            )
     (a, left), (b, right) = a, b
-    alike = [{name: side[0].args[name] for name in ALIKE if name in side[0].args} for side in (left, right)]
+    alike = [
+        {name: side[0].args[name] for name in ALIKE if name in side[0].args}
+        for side in (left, right)
+    ]
     if names := differing(alike):
         raise InputError(f"{a} and {b} were not tested alike for {place}: {told(names, alike)}")
     if left[0].classifies and len(left) == len(right) == 1:
         for folder, (run,) in ((a, left), (b, right)):
             if run.tasks is None:
-                raise InputError(f"{folder} has no tasks.json with every task's accuracy: --test-only --save-tasks")
+                raise InputError(
+                    f"{folder} has no tasks.json with every task's accuracy: --test-only --save-tasks"
+                )
         x, y = left[0].tasks, right[0].tasks
         return "tasks", {f"{k}-shot": (x[k], y[k]) for k in x if k in y}
     seeds = [", ".join(str(run.seed) for run in side) for side in (left, right)]
     if seeds[0] != seeds[1]:
-        raise InputError(f"{a} has seeds {seeds[0]} and {b} {seeds[1]} for {place}: give the same seeds of both")
+        raise InputError(
+            f"{a} has seeds {seeds[0]} and {b} {seeds[1]} for {place}: give the same seeds of both"
+        )
     columns = [column for column in left[0].values if column in right[0].values]
     x, y = ({c: [run.values[c][0] for run in side] for c in columns} for side in (left, right))
     return "seeds", {c: (x[c], y[c]) for c in columns}
@@ -494,16 +613,25 @@ def main(args: Args) -> None:
         if len(args.folders) != 2:
             raise InputError("--compare needs two folders or result files: --compare A B")
         if args.plot:
-            raise InputError("--plot draws runs over shots, not a difference: leave one of the two out")
+            raise InputError(
+                "--plot draws runs over shots, not a difference: leave one of the two out"
+            )
         if args.cd_fsod:
-            raise InputError("--cd-fsod is a table of runs, not a difference: leave one of the two out")
+            raise InputError(
+                "--cd-fsod is a table of runs, not a difference: leave one of the two out"
+            )
         content = compare(*args.folders, metric)
         print(comparison(*args.folders, content))
     else:
         found = rows(collect(args.folders, metric))
         found = on_benchmark(found) if args.cd_fsod else found
-        kinds = [[r for r in found if r.runs[0].classifies == classifiers] for classifiers in (False, True)]
-        parts = [(cd_fsod_table if args.cd_fsod else main_table)(kind, metric) for kind in kinds if kind]
+        kinds = [
+            [r for r in found if r.runs[0].classifies == classifiers]
+            for classifiers in (False, True)
+        ]
+        parts = [
+            (cd_fsod_table if args.cd_fsod else main_table)(kind, metric) for kind in kinds if kind
+        ]
         parts += ["\n".join([legend(found), *not_averaged(found)])]
         print("\n\n".join(parts + ([details(found)] if args.details else [])))
         content = [_content(row) for row in found]
@@ -518,11 +646,23 @@ def main(args: Args) -> None:
 
 def _content(row: Row) -> dict[str, Any]:
     runs = [
-        {"path": str(run.path), "seed": run.seed, "values": {c: v for c, (v, _) in run.values.items()}, **run.about}
+        {
+            "path": str(run.path),
+            "seed": run.seed,
+            "values": {c: v for c, (v, _) in run.values.items()},
+            **run.about,
+        }
         for run in row.runs
     ]
     first = row.runs[0]
-    return {**first.where, "args": first.args, "values": row.values, "over": row.over, "test": first.test, "runs": runs}
+    return {
+        **first.where,
+        "args": first.args,
+        "values": row.values,
+        "over": row.over,
+        "test": first.test,
+        "runs": runs,
+    }
 
 
 if __name__ == "__main__":

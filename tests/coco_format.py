@@ -28,9 +28,16 @@ def write(dataset: DetectionSet, folder: Path) -> None:
         else:
             write_png(dataset.image(i), str(folder / "images" / name))
         images.append({"id": i, "file_name": name, "width": record.width, "height": record.height})
-        for box, label, crowd in zip(record.boxes.tolist(), record.labels.tolist(), record.difficult.tolist()):
+        for box, label, crowd in zip(
+            record.boxes.tolist(), record.labels.tolist(), record.difficult.tolist()
+        ):
             x1, y1, x2, y2 = box
-            item = {"image_id": i, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": int(crowd)}
+            item = {
+                "image_id": i,
+                "category_id": label + 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "iscrowd": int(crowd),
+            }
             annotations.append({"id": len(annotations) + 1, "area": (x2 - x1) * (y2 - y1), **item})
     categories = [{"id": label, "name": name} for label, name in enumerate(dataset.classes, 1)]
     content = {"images": images, "annotations": annotations, "categories": categories}

@@ -1,4 +1,6 @@
-"""One thread per test process: on a busy machine, threads that wait for each other cost more than they gain."""
+"""One thread per test process: on a busy machine, threads that wait for each other cost more than
+they gain.
+"""
 
 import os
 

@@ -1,4 +1,6 @@
-"""What the detectors' tests share: the reference's pictures, its names of tensors, and how its results are compared."""
+"""What the detectors' tests share: the reference's pictures, its names of tensors, and how its
+results are compared.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +20,9 @@ SIZE = (256, 320)  # height and width of the reference's pictures
 EVERY = 10**7  # number of samples that takes all
 
 
-def normalised(name: str, height: int = SIZE[0], width: int = SIZE[1], by: Normalisation = CAFFE) -> Tensor:
+def normalised(
+    name: str, height: int = SIZE[0], width: int = SIZE[1], by: Normalisation = CAFFE
+) -> Tensor:
     """The reference's picture `name` (3, height, width) as the network sees it."""
     return by(torch.from_numpy(image(name, height, width)).permute(2, 0, 1))
 
@@ -38,13 +42,17 @@ def fill(
     }
     missing, unexpected = module.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    assert sorted(missing) == sorted(own) and not unexpected, f"missing {missing}, left over {unexpected}"
+    assert sorted(missing) == sorted(own) and not unexpected, (
+        f"missing {missing}, left over {unexpected}"
+    )
 
 
 def check_rpn(rpn: RPN, features: Sequence[Tensor], expected: Mapping[str, Any]) -> None:
     """Raw maps of every level and the proposals of one picture."""
     maps = rpn.maps(features)
-    for (cls, reg), wanted_cls, wanted_reg in zip(maps, expected["rpn_cls"], expected["rpn_reg"], strict=True):
+    for (cls, reg), wanted_cls, wanted_reg in zip(
+        maps, expected["rpn_cls"], expected["rpn_reg"], strict=True
+    ):
         close(cls, wanted_cls)
         close(reg, wanted_reg)
     (proposals,) = rpn.proposals(*rpn.outputs(maps), [SIZE])
@@ -72,17 +80,23 @@ def check_detections(found: Detections, expected: Mapping[str, Any]) -> None:
     assert torch.allclose(found.boxes[:n], wanted[:, 2:], atol=0.05)
 
 
-def check_gradients(model: nn.Module, norms: Mapping[str, float | None], our_key: Callable[[str], str]) -> None:
+def check_gradients(
+    model: nn.Module, norms: Mapping[str, float | None], our_key: Callable[[str], str]
+) -> None:
     """The norm of each parameter's gradient; those that are rounding errors of 0 are left out."""
     for key, norm in norms.items():
         gradient = model.get_parameter(our_key(key)).grad
         if norm is None:
             assert gradient is None, key
         elif norm > 1e-5:
-            assert gradient is not None and gradient.norm().item() == pytest.approx(norm, rel=2e-3), key
+            assert gradient is not None and gradient.norm().item() == pytest.approx(
+                norm, rel=2e-3
+            ), key
 
 
-def training_batch(train: Mapping[str, Any], by: Normalisation = CAFFE) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def training_batch(
+    train: Mapping[str, Any], by: Normalisation = CAFFE
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The reference's two training pictures, their boxes and labels."""
     images = torch.stack([normalised(f"train{i}", by=by) for i in range(2)])
     truth = [torch.tensor(b) for b in train["gt_boxes"]]
@@ -90,7 +104,9 @@ def training_batch(train: Mapping[str, Any], by: Normalisation = CAFFE) -> tuple
 
 
 def support_stack(order: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The reference's supports (n, 4, 224, 224) with their box as mask, and their labels; `order`: (class, shot)."""
+    """The reference's supports (n, 4, 224, 224) with their box as mask, and their labels; `order`:
+    (class, shot).
+    """
     stacks = []
     for c, s in order:
         x1, y1, x2, y2 = boxes(f"supbox_c{c}_s{s}", 1, 224, 224, lo=60, hi=0.9)[0].astype(int)
@@ -120,7 +136,9 @@ def check_all_classes_at_once(
     logits, deltas = model.classify(queries)  # all classes at once
     assert torch.allclose(logits, torch.tensor(expected["merged_cls_score"]), atol=1e-4)
     close(deltas.flatten(1), expected["merged_bbox_pred"])
-    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3), expected["det_fixed"])
+    check_detections(
+        faster_rcnn.detections(logits, deltas, fixed, SIZE, nms=0.3), expected["det_fixed"]
+    )
     (found,) = model.detect(query, [SIZE])
     check_detections(found, expected["det_e2e"])
 

@@ -1,7 +1,8 @@
 """A pretended GPU: what would go wrong or wait on one, found on a machine without.
 
-All is computed on the CPU, so that the numbers are a CPU's; only which device a tensor says it is on, and with it what
-may meet what, is pretended. A mark on a tensor's storage tells: views, `detach` and `.data` share it.
+All is computed on the CPU, so that the numbers are a CPU's; only which device a tensor says it is
+on, and with it what may meet what, is pretended. A mark on a tensor's storage tells: views,
+`detach` and `.data` share it.
 """
 
 import sys
@@ -19,7 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._unsafe_index_put}
 # what the host must wait for: a number, or how long the result is
-WAITING = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten.bincount, aten._unique}
+WAITING = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.nonzero,
+    aten.masked_select,
+    aten.bincount,
+    aten._unique,
+}
 WAITING |= {aten._unique2, aten.unique_dim, aten.unique_consecutive, torch.ops.torchvision.nms}
 INSTALLED = str(Path(torch.__file__).parents[1])  # not our code
 ANSWERS = {Tensor.device.__get__: None, Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: False}
@@ -28,20 +36,25 @@ ANSWERS = {Tensor.device.__get__: None, Tensor.is_cuda.__get__: True, Tensor.is_
 class FakeDevice:
     """Inside a `with` block, `device` can be had by `.to`, `.cuda` and `device=`; as on CUDA,
 
-    - an operation on tensors of both devices raises RuntimeError, unless the CPU's has no dimensions, or is an index;
-    - `numpy` of the device's raises TypeError.
+    - an operation on tensors of both devices raises RuntimeError, unless the CPU's has no
+    dimensions, or is an index; - `numpy` of the device's raises TypeError.
 
     Attributes:
-        syncs: for each place in the code ("file:line function"), how often the host waited for the device's result.
-        copies: for each place, how often it copied something to the device that was not sent ahead (`non_blocking`):
-            from pageable memory such a copy waits as well.
+        syncs: for each place in the code ("file:line function"), how often the host waited for the
+            device's result.
+        copies: for each place, how often it copied something to the device that was not sent ahead
+            (`non_blocking`): from pageable memory such a copy waits as well.
     """
 
-    device = torch.device("cuda", 99)  # no machine has it: constants that are kept by device meet no real one
+    device = torch.device(
+        "cuda", 99
+    )  # no machine has it: constants that are kept by device meet no real one
 
     def __init__(self) -> None:
         self.syncs, self.copies = Counter[str](), Counter[str]()
-        self.placing = self.heedless = False  # tensors made of nothing are the device's; nothing is counted
+        self.placing = self.heedless = (
+            False  # tensors made of nothing are the device's; nothing is counted
+        )
         self._modes = _Functions(self), _Operations(self)
 
     def __enter__(self) -> "FakeDevice":
@@ -104,7 +117,9 @@ class _Functions(TorchFunctionMode):
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._move(func, args, kwargs)
         if ours and func in (Tensor.numpy, Tensor.__array__):
-            raise TypeError(f"can't convert {fake.device} device type tensor to numpy: use Tensor.cpu() first")
+            raise TypeError(
+                f"can't convert {fake.device} device type tensor to numpy: use Tensor.cpu() first"
+            )
         if kwargs.get("device") is not None and (placing := fake.names(kwargs["device"])):
             kwargs["device"] = "cpu"
         fake.count(fake.syncs, ours and func is Tensor.tolist)
@@ -115,7 +130,11 @@ class _Functions(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             fake.placing, fake.heedless = before
-        if placing and func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and not on_device(result):
+        if (
+            placing
+            and func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+            and not on_device(result)
+        ):
             fake.count(fake.copies)
             _mark(result)
         return _mark(result) if ours and func is Tensor.__deepcopy__ else result
@@ -128,13 +147,18 @@ class _Functions(TorchFunctionMode):
             target = on_device(named if isinstance(named, Tensor) else x)
             if isinstance(named, (str, int, torch.device)):
                 target = fake.names(named)
-                args, kwargs = (x, "cpu", *args[2:]), {k: v for k, v in kwargs.items() if k != "device"}
+                args, kwargs = (
+                    (x, "cpu", *args[2:]),
+                    {k: v for k, v in kwargs.items() if k != "device"},
+                )
             result = Tensor.to(*args, **kwargs)
         if target == on_device(x):
             return result
         ahead = kwargs.get("non_blocking") or any(argument is True for argument in args)
         fake.count(fake.copies if target else fake.syncs, not (target and ahead))
-        return _mark(result.clone() if result.untyped_storage() is x.untyped_storage() else result, target)
+        return _mark(
+            result.clone() if result.untyped_storage() is x.untyped_storage() else result, target
+        )
 
 
 class _Operations(TorchDispatchMode):
@@ -151,7 +175,9 @@ class _Operations(TorchDispatchMode):
         if ours:
             self._check(func, args, kwargs, [tensor for tensor in given if not on_device(tensor)])
         result = func(*args, **kwargs)
-        if (ours and not (kind is aten.copy_ and not on_device(args[0]))) or (not given and self.fake.placing):
+        if (ours and not (kind is aten.copy_ and not on_device(args[0]))) or (
+            not given and self.fake.placing
+        ):
             for tensor in _tensors(result):
                 _mark(tensor)
         return result
@@ -165,11 +191,17 @@ class _Operations(TorchDispatchMode):
             masks = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
             number = len(args) > 2 and not on_device(args[2])
             fills = number and len(masks) == len(indices)  # which needs not know where
-            fake.count(fake.copies, sum(not on_device(index) for index in indices) + (number and not fills))
+            fake.count(
+                fake.copies, sum(not on_device(index) for index in indices) + (number and not fills)
+            )
             fake.count(fake.syncs, 0 if fills else sum(map(on_device, masks)))
-            foreign = [tensor for tensor in foreign if all(tensor is not index for index in indices)]
+            foreign = [
+                tensor for tensor in foreign if all(tensor is not index for index in indices)
+            ]
         changed = func._schema.is_mutable and any(tensor is args[0] for tensor in foreign)
         if changed or any(tensor.dim() for tensor in foreign):
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {fake.device} and cpu")
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, found {fake.device} and cpu"
+            )
         sizeless = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
         fake.count(fake.syncs, kind in WAITING or sizeless)

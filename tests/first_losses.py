@@ -1,10 +1,11 @@
-"""Golden first losses: what every recipe computes in its first three steps, stage by stage, on the embedded data.
+"""Golden first losses: what every recipe computes in its first three steps, stage by stage, on the
+embedded data.
 
     python tests/first_losses.py            compares with tests/goldens/first_losses.json and prints the differences
     python tests/first_losses.py --renew    writes the file anew: only where a commit says which numbers moved, and why
 
-One thread, float32, no workers. Rewriting must not move a digit here; another processor may round otherwise, which is
-what the tolerance of tests/test_first_losses.py is for.
+One thread, float32, no workers. Rewriting must not move a digit here; another processor may round
+otherwise, which is what the tolerance of tests/test_first_losses.py is for.
 """
 
 import importlib.util
@@ -49,7 +50,9 @@ RUNS = {
 
 
 def module_of(recipe: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"golden_{recipe}", ROOT / "recipes" / f"{recipe}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"golden_{recipe}", ROOT / "recipes" / f"{recipe}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look the module up
     spec.loader.exec_module(module)
@@ -57,14 +60,18 @@ def module_of(recipe: str) -> ModuleType:
 
 
 def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
-    """The terms of the loss in every step of every stage of a run of `RUNS`, into `folder`, in order."""
+    """The terms of the loss in every step of every stage of a run of `RUNS`, into `folder`, in
+    order.
+    """
     from fewshot.training import run
 
     seen: list[dict[str, float]] = []
     log = run.Record.log
 
     def remember(record, step, losses, ids=()):
-        seen.append({"step": step} | {key: float(value.detach().double()) for key, value in losses.items()})
+        seen.append(
+            {"step": step} | {key: float(value.detach().double()) for key, value in losses.items()}
+        )
         return log(record, step, losses, ids)
 
     recipe = name.split()[0]
@@ -72,7 +79,9 @@ def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
     run.Record.log = remember
     try:
         out = folder / name.replace(" ", "_")
-        if "--stage" in RUNS[name]:  # goes on from a base model, which no step has moved, or rounding would have
+        if (
+            "--stage" in RUNS[name]
+        ):  # goes on from a base model, which no step has moved, or rounding would have
             base = [*DETECTOR.split(), "--stage", "base", "--lr", "0", "--out", str(out)]
             module.main(tyro.cli(module.Args, args=base))
             seen.clear()

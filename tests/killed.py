@@ -1,8 +1,10 @@
-"""A recipe that is killed at any of its file operations, or at any moment, is resumed and compared with a straight run.
+"""A recipe that is killed at any of its file operations, or at any moment, is resumed and compared
+with a straight run.
 
     python killed.py FOLDER PLAN    # a json dict, see `main`; writes FOLDER/report.json
 
-One process imports everything once, and each run is a fork of it: SIGKILL then ends that run as it would end any.
+One process imports everything once, and each run is a fork of it: SIGKILL then ends that run as it
+would end any.
 """
 
 import functools
@@ -34,10 +36,11 @@ WRITES = os.O_WRONLY | os.O_RDWR
 
 
 class Operations:
-    """Counts what this process does to the files of a folder, and ends it by SIGKILL at the `at`-th operation.
+    """Counts what this process does to the files of a folder, and ends it by SIGKILL at the `at`-th
+    operation.
 
-    Opening a file to write counts twice, before, and when it is there with nothing, or half a line, in it; so do the
-    files that torch and safetensors write, before, and when half is written.
+    Opening a file to write counts twice, before, and when it is there with nothing, or half a line,
+    in it; so do the files that torch and safetensors write, before, and when half is written.
     """
 
     def __init__(self) -> None:
@@ -46,7 +49,9 @@ class Operations:
     def watch(self, folder: Path, at: int) -> None:
         self.folder, self.at, self.names = f"{folder}{os.sep}", at, []
 
-    def point(self, name: str, path: Path | str, half_done: Callable[[], Any] | None = None) -> None:
+    def point(
+        self, name: str, path: Path | str, half_done: Callable[[], Any] | None = None
+    ) -> None:
         self.names.append(f"{name} {os.path.relpath(path, self.folder)}")
         if len(self.names) == self.at:
             self.dying = True
@@ -55,12 +60,20 @@ class Operations:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(self, event: str, args: tuple) -> None:
-        if not self.folder or self.dying or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+        if (
+            not self.folder
+            or self.dying
+            or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        ):
             return
         path = args[0]
-        if event in ("os.remove", "os.rmdir", "os.mkdir") and args[-1] >= 0:  # relative to an open folder, in rmtree
+        if (
+            event in ("os.remove", "os.rmdir", "os.mkdir") and args[-1] >= 0
+        ):  # relative to an open folder, in rmtree
             path = os.path.join(os.readlink(f"/proc/self/fd/{args[-1]}"), os.fsdecode(path))
-        if not isinstance(path, (str, os.PathLike)) or not os.path.abspath(path).startswith(self.folder):
+        if not isinstance(path, (str, os.PathLike)) or not os.path.abspath(path).startswith(
+            self.folder
+        ):
             return
         if event != "open":
             self.point(event, path)
@@ -79,7 +92,9 @@ class Operations:
         @functools.wraps(write)
         def watched(*args: Any, **options: Any) -> Any:
             path = args[place]
-            inside = isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith(self.folder or "\0")
+            inside = isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith(
+                self.folder or "\0"
+            )
             if inside:
                 self.point("write", path)
             result = write(*args, **options)
@@ -94,7 +109,9 @@ operations = Operations()
 
 
 def forked(work: Callable[[], Any], log: Path, kill_after: float | None = None) -> int:
-    """The exit status of work() in a process of its own, below 0 if a signal ended it; what it says goes to `log`."""
+    """The exit status of work() in a process of its own, below 0 if a signal ended it; what it says
+    goes to `log`.
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -102,7 +119,9 @@ def forked(work: Callable[[], Any], log: Path, kill_after: float | None = None) 
             with log.open("w") as said:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
-            np.random.seed(os.getpid())  # whatever the parent's streams hold, no run may depend on it
+            np.random.seed(
+                os.getpid()
+            )  # whatever the parent's streams hold, no run may depend on it
             random.seed(os.getpid())
             torch.manual_seed(os.getpid())
             work()
@@ -121,13 +140,19 @@ def forked(work: Callable[[], Any], log: Path, kill_after: float | None = None) 
 
 
 def lines(log: Path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in log.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in log.read_text().splitlines()
+    ]
 
 
 def difference(straight: Path, folder: Path) -> str | None:
-    """What of every stage in `folder` is not as in the straight run: weights, results, log, state, files."""
+    """What of every stage in `folder` is not as in the straight run: weights, results, log, state,
+    files.
+    """
     names = [
-        {str(p.relative_to(top)) for p in top.rglob("*") if "last.old" not in str(p)} for top in (straight, folder)
+        {str(p.relative_to(top)) for p in top.rglob("*") if "last.old" not in str(p)}
+        for top in (straight, folder)
     ]
     if names[0] != names[1]:
         return f"files: {sorted(names[0] ^ names[1])}"
@@ -148,16 +173,19 @@ def difference(straight: Path, folder: Path) -> str | None:
 
 
 def main(top: Path, plan: dict[str, Any]) -> None:
-    """Kills the plan's `recipe` with `flags` at each of `at`, operations counted from 1 or the first so named, at so
-    many `spread` evenly over all, or at `every` one; and at `random` moments.
+    """Kills the plan's `recipe` with `flags` at each of `at`, operations counted from 1 or the
+    first so named, at so many `spread` evenly over all, or at `every` one; and at `random` moments.
 
-    With `finished`, a folder that has the stage before. With `first`, an operation's name, a run is killed at the third
-    of that name, and then, at all the above, the run that resumes it.
+    With `finished`, a folder that has the stage before. With `first`, an operation's name, a run is
+    killed at the third of that name, and then, at all the above, the run that resumes it.
 
-    The report: `names` of all operations of the run, `killed`, and `wrong`, a list of what was not as it should be.
+    The report: `names` of all operations of the run, `killed`, and `wrong`, a list of what was not
+    as it should be.
     """
     tqdm.tqdm.monitor_interval = 0  # its thread would not live on in a fork
-    tqdm.tqdm.set_lock(threading.RLock())  # forks share the usual one, which a killed run may hold for ever
+    tqdm.tqdm.set_lock(
+        threading.RLock()
+    )  # forks share the usual one, which a killed run may hold for ever
     torch.set_num_threads(1)
     detection._glyph_records = functools.cache(detection._glyph_records)
     sys.addaudithook(operations.audit)
@@ -191,21 +219,33 @@ def main(top: Path, plan: dict[str, Any]) -> None:
     total = len(names)
     spread = plan.get("spread", 0)
     at = range(1, total + 1) if plan.get("every") else plan.get("at", [])
-    at = [one if isinstance(one, int) else next(i for i, name in enumerate(names, 1) if one in name) for one in at]
+    at = [
+        one if isinstance(one, int) else next(i for i, name in enumerate(names, 1) if one in name)
+        for one in at
+    ]
     at = [*at, *(round((i + 0.5) * total / spread) + 1 for i in range(spread))]
     draw = random.Random(0)
 
     def resumed(out: Path, what: str, done: Sequence[str] = ()) -> None:
-        """Checks the run that resumes what was killed in `out` after these operations: it loses no state either."""
+        """Checks the run that resumes what was killed in `out` after these operations: it loses no
+        state either.
+        """
         nonlocal killed
         killed += 1
-        saves = Counter(Path(name.split()[1]).parent for name in done if re.match(r"os.rename .*last.tmp", name))
+        saves = Counter(
+            Path(name.split()[1]).parent for name in done if re.match(r"os.rename .*last.tmp", name)
+        )
         saves = {out / stage: count + ("first" in plan) * 2 for stage, count in saves.items()}
         saves |= {out: 2} if "first" in plan and not saves else {}
-        saves = {stage: count for stage, count in saves.items() if not (stage / "metrics.json").exists()}
+        saves = {
+            stage: count for stage, count in saves.items() if not (stage / "metrics.json").exists()
+        }
         status = forked(lambda: run(out, " --resume"), top / "run.log")
         said = (top / "run.log").read_text()
-        found = {Path(place): int(step) for place, step in re.findall(r"(\S+): resuming after step (\d+)", said)}
+        found = {
+            Path(place): int(step)
+            for place, step in re.findall(r"(\S+): resuming after step (\d+)", said)
+        }
         if status != 0:
             wrong.append(f"{what}: {said[-2000:]}")
         elif any(found.get(stage, 0) < count for stage, count in saves.items()):
@@ -219,13 +259,18 @@ def main(top: Path, plan: dict[str, Any]) -> None:
         status = forked(functools.partial(run, out, again, number), top / "killed.log")
         what = f"{recipe} killed at operation {number} of {total}, {names[number - 1]}"
         if status != -signal.SIGKILL:
-            wrong.append(f"{what}: was not, but ended with {status}: {(top / 'killed.log').read_text()[-2000:]}")
+            wrong.append(
+                f"{what}: was not, but ended with {status}: {(top / 'killed.log').read_text()[-2000:]}"
+            )
             continue
         resumed(out, what, names[: number - 1])
     moments = 0
     while moments < plan.get("random", 0):
         delay, out = draw.uniform(0, took), folder(f"random-{moments}")
-        if forked(functools.partial(run, out, again), top / "killed.log", kill_after=delay) == -signal.SIGKILL:
+        if (
+            forked(functools.partial(run, out, again), top / "killed.log", kill_after=delay)
+            == -signal.SIGKILL
+        ):
             moments += 1
             resumed(out, f"{recipe} killed after {delay:.3f} s")
         else:  # it had ended before

@@ -1,7 +1,9 @@
-"""The reference's inputs and weights as pure functions of their names, and comparison with its stored results.
+"""The reference's inputs and weights as pure functions of their names, and comparison with its
+stored results.
 
-The golden files hold results of mmfewshot 0.1.0, whose weights, images, boxes and features were all drawn from a
-generator seeded by their name, so that no file has to hold them. The numbers, not the code, come from there.
+The golden files hold results of mmfewshot 0.1.0, whose weights, images, boxes and features were all
+drawn from a generator seeded by their name, so that no file has to hold them. The numbers, not the
+code, come from there.
 """
 
 import json
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-# detectors' weights of these names are scaled, so that random networks give neither saturated scores nor wild boxes
+# detectors' weights of these names are scaled, so that random networks give neither saturated
+# scores nor wild boxes
 GAINS = (
     ("backbone.conv1.weight", 1 / 64),
     ("backbone.meta_conv.weight", 1 / 64),
@@ -38,7 +41,10 @@ def stream(name: str) -> np.random.RandomState:
 
 def weight(key: str, shape: Sequence[int], gains: Sequence[tuple[str, float]] = ()) -> np.ndarray:
     """The parameter or buffer that the reference calls `key`; give `GAINS` for detectors."""
-    key, shape = key.removeprefix("support_") if key.startswith("support_backbone.") else key, tuple(shape)
+    key, shape = (
+        key.removeprefix("support_") if key.startswith("support_backbone.") else key,
+        tuple(shape),
+    )
     draw = stream(key)
     if key.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
@@ -57,7 +63,9 @@ def weight(key: str, shape: Sequence[int], gains: Sequence[tuple[str, float]] = 
 
 
 def image(name: str, height: int, width: int) -> np.ndarray:
-    """A smooth RGB picture (height, width, 3) uint8: noise on a grid of 16 pixels, bilinearly enlarged."""
+    """A smooth RGB picture (height, width, 3) uint8: noise on a grid of 16 pixels, bilinearly
+    enlarged.
+    """
     grid = stream(name).uniform(0, 255, (height // 16 + 2, width // 16 + 2, 3))
     row, y = np.divmod(np.arange(height) / 16, 1)
     column, x = np.divmod(np.arange(width) / 16, 1)
@@ -75,16 +83,24 @@ def array(name: str, shape: Sequence[int], kind: str = "normal") -> np.ndarray:
     return np.asarray(values, np.float32).reshape(shape)
 
 
-def boxes(name: str, n: int, height: int, width: int, lo: float = 16, hi: float = 0.7) -> np.ndarray:
-    """Boxes (n, 4) xyxy in a picture; their sides run from `lo` pixels to the share `hi` of the picture's."""
+def boxes(
+    name: str, n: int, height: int, width: int, lo: float = 16, hi: float = 0.7
+) -> np.ndarray:
+    """Boxes (n, 4) xyxy in a picture; their sides run from `lo` pixels to the share `hi` of the
+    picture's.
+    """
     u = stream(name).uniform(0, 1, (n, 4))
     sides = lo + u[:, 2:] * (hi * np.array([width, height]) - lo)
     corners = u[:, :2] * ([width, height] - sides)
     return np.round(np.concatenate([corners, corners + sides], 1), 2).astype(np.float32)
 
 
-def jitter(name: str, base: np.ndarray, n: int, height: int, width: int, s: float = 0.12) -> np.ndarray:
-    """Boxes (n, 4) xyxy around those of `base` in turn: corners moved by up to the share `s` of the sides."""
+def jitter(
+    name: str, base: np.ndarray, n: int, height: int, width: int, s: float = 0.12
+) -> np.ndarray:
+    """Boxes (n, 4) xyxy around those of `base` in turn: corners moved by up to the share `s` of the
+    sides.
+    """
     u = stream(name).uniform(-1, 1, (n, 4))
     around = np.asarray(base, np.float32).astype(np.float64)[np.arange(n) % len(base)]
     sides = around[:, 2:] - around[:, :2]
@@ -98,12 +114,21 @@ def summary(values: Any, n: int = 24) -> dict[str, Any]:
     flat = np.asarray(values, np.float64).ravel()
     places = np.linspace(0, flat.size - 1, min(n, flat.size)).astype(np.int64)
     std = flat.std(ddof=1) if flat.size > 1 else 0.0
-    return {"shape": list(np.shape(values)), "mean": flat.mean(), "std": std, "samples": flat[places]}
+    return {
+        "shape": list(np.shape(values)),
+        "mean": flat.mean(),
+        "std": std,
+        "samples": flat[places],
+    }
 
 
 def rgb_input(*pictures: np.ndarray) -> Tensor:
-    """Classification's input (n, 3, H, W): RGB pictures less ImageNet's mean, over its standard deviation."""
-    pixels = (np.stack(pictures) - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
+    """Classification's input (n, 3, H, W): RGB pictures less ImageNet's mean, over its standard
+    deviation.
+    """
+    pixels = (np.stack(pictures) - np.array([123.675, 116.28, 103.53])) / np.array(
+        [58.395, 57.12, 57.375]
+    )
     return torch.from_numpy(pixels.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -125,9 +150,13 @@ def fill(
     Args:
         shapes: the golden file's `state`, the reference's names and shapes.
         rename: from the reference's name to the module's, or to None for tensors to leave out.
-        prefix: what the file's names lack in front to be the reference's full names, by which weights are drawn.
+        prefix: what the file's names lack in front to be the reference's full names, by which
+            weights are drawn.
     """
-    state = {rename(key): torch.from_numpy(weight(prefix + key, shape, gains)) for key, shape in shapes.items()}
+    state = {
+        rename(key): torch.from_numpy(weight(prefix + key, shape, gains))
+        for key, shape in shapes.items()
+    }
     state.pop(None, None)
     module.load_state_dict(state)
 
@@ -135,11 +164,14 @@ def fill(
 def close(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
     """Assert that a tensor equals a stored number, nested list or summary.
 
-    The tolerance is relative to the largest absolute value expected; for a summary's mean, to the standard deviation.
+    The tolerance is relative to the largest absolute value expected; for a summary's mean, to the
+    standard deviation.
     """
     if isinstance(expected, Mapping):
         ours = summary(actual, len(expected["samples"]))
-        assert ours["shape"] == expected["shape"], f"shape {ours['shape']}, expected {expected['shape']}"
+        assert ours["shape"] == expected["shape"], (
+            f"shape {ours['shape']}, expected {expected['shape']}"
+        )
         close(ours["samples"], expected["samples"], tolerance)
         close(ours["std"], expected["std"], tolerance)
         spread = expected["std"] or abs(expected["mean"])

@@ -1,4 +1,6 @@
-"""Recipes run by tests: their names and quick flags, in this process or as their own, and what they leave behind."""
+"""Recipes run by tests: their names and quick flags, in this process or as their own, and what they
+leave behind.
+"""
 
 import hashlib
 import importlib.util
@@ -17,10 +19,13 @@ import tyro
 ROOT = Path(__file__).parents[1]
 EVERY = sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))
 # tests/test_training_free.py has what is to be said of these
-TRAINING_FREE = [recipe for recipe in EVERY if "frozen.opened" in (ROOT / "recipes" / f"{recipe}.py").read_text()]
+TRAINING_FREE = [
+    recipe for recipe in EVERY if "frozen.opened" in (ROOT / "recipes" / f"{recipe}.py").read_text()
+]
 PROTOTYPES = ["prototype_detector"]  # trains nothing either: tests/test_prototype_detector.py
 RECIPES = [recipe for recipe in EVERY if recipe not in TRAINING_FREE + PROTOTYPES]
-# a few steps of everything: small enough for every test run, large enough to go through all the code
+# a few steps of everything: small enough for every test run, large enough to go through all the
+# code
 TEST = "--iters 8 --eval-every 4 --val-tasks 4 --tasks 10"
 EPISODIC, SUPERVISED = f"{TEST} --train-ways 5 --train-queries 4", f"{TEST} --batch-size 8"
 QUICK = {
@@ -59,12 +64,16 @@ FROZEN = {
 def some(cases: list, fast: set) -> list:
     """Test cases of which all but the `fast` ones are slow."""
     return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if case in fast else [pytest.mark.slow])
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=[] if case in fast else [pytest.mark.slow],
+        )
         for case in cases
     ]
 
 
-# the recipes that differ in how they run: an episode, a task's adaptation, two stages; the others are slow tests
+# the recipes that differ in how they run: an episode, a task's adaptation, two stages; the others
+# are slow tests
 DIFFERENT = {"maml", "meta_rcnn", "proto_net"}
 MOMENTS = ("base", "between", "finetune")
 
@@ -87,7 +96,9 @@ def run_here(recipe: str, flags: str) -> None:
     module.main(tyro.cli(module.Args, args=f"{flags} --workers 0".split()))
 
 
-def launch(recipe: str, flags: str, processes: int = 1, launcher: str = "") -> subprocess.CompletedProcess:
+def launch(
+    recipe: str, flags: str, processes: int = 1, launcher: str = ""
+) -> subprocess.CompletedProcess:
     """The recipe as its own process(es) on the CPU."""
     command = [sys.executable, "-m"]
     if processes > 1:  # accelerate starts a single process where there is no GPU
@@ -116,13 +127,23 @@ def results_of_tests(folder: Path) -> list[dict]:
 
 def files(folder: Path) -> dict[str, str]:
     """The hash of every file of a run, but for the lock's and tests' own."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(("lock", "test-"))]
+    paths = [
+        p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(("lock", "test-"))
+    ]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
 def killed(recipe: str, flags: str, out: Path, when: Path, number: int = signal.SIGKILL) -> int:
-    """The exit status of the recipe in a process of its own, sent a signal as soon as a file is there."""
-    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *flags.split(), "--out", str(out)]
+    """The exit status of the recipe in a process of its own, sent a signal as soon as a file is
+    there.
+    """
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / f"{recipe}.py"),
+        *flags.split(),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

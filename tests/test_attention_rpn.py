@@ -1,4 +1,6 @@
-"""Attention-RPN against the reference's outputs, losses and gradients, weights given by the naming rule."""
+"""Attention-RPN against the reference's outputs, losses and gradients, weights given by the naming
+rule.
+"""
 
 from functools import partial
 
@@ -59,7 +61,9 @@ def test_query_path_supports_and_detections(case):
     close(shown, expected["support_res5_roi"])
     labels = torch.tensor([c for c, _ in expected["support_order"]])
     kernels, shown = model.support_features(pictures, places)
-    model.set_prototypes([(kernels[:3], shown[:3], labels[:3]), (kernels[3:], shown[3:], labels[3:])])
+    model.set_prototypes(
+        [(kernels[:3], shown[:3], labels[:3]), (kernels[3:], shown[3:], labels[3:])]
+    )
     assert model.known.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
 
     queries, found = model.relation.query_parts(maps), []
@@ -88,7 +92,10 @@ def test_query_path_supports_and_detections(case):
 def check_per_class(found: list[Detections], expected: dict) -> None:
     """Each class's detections; of all together the best are equal."""
     assert [len(d.scores) for d in found] == expected["per_class"][: len(found)]
-    scores, labels = torch.cat([d.scores for d in found]), [i for i, d in enumerate(found) for _ in d.scores]
+    scores, labels = (
+        torch.cat([d.scores for d in found]),
+        [i for i, d in enumerate(found) for _ in d.scores],
+    )
     wanted = torch.tensor(expected["top"])
     order = scores.sort(descending=True, stable=True).indices[: len(wanted)]
     assert torch.allclose(scores[order], wanted[:, 1], atol=1e-4)

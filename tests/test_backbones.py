@@ -64,7 +64,9 @@ def test_outputs_and_statistics_equal_the_reference(case):
 )
 @torch.no_grad()
 def test_float64_passes_equal_the_reference(net, train, evaluation):
-    """Sum, 2-norm and first three values of a pass that updates the batch norms, and of one with what it left."""
+    """Sum, 2-norm and first three values of a pass that updates the batch norms, and of one with
+    what it left.
+    """
     net = net()
     r = torch.Generator().manual_seed(0)
     for parameter in net.parameters():  # in the order in which the reference draws them
@@ -78,7 +80,9 @@ def test_float64_passes_equal_the_reference(net, train, evaluation):
     x = torch.randn(2, 3, 84, 84, generator=torch.Generator().manual_seed(1)).double()
     for mode, expected in ((True, train), (False, evaluation)):
         y = net.train(mode)(x)
-        assert [y.sum().item(), y.norm().item(), *y.flatten()[:3].tolist()] == pytest.approx(expected, abs=2e-6)
+        assert [y.sum().item(), y.norm().item(), *y.flatten()[:3].tolist()] == pytest.approx(
+            expected, abs=2e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,11 @@ def test_sizes(name, image_size, pooled, size, parameters):
 @torch.no_grad()
 def test_resnet18_is_torchvisions_with_another_stem():
     plain = torchvision.models.resnet18(num_classes=7)
-    plain.conv1, plain.maxpool, plain.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    plain.conv1, plain.maxpool, plain.fc = (
+        nn.Conv2d(3, 64, 3, padding=1, bias=False),
+        nn.Identity(),
+        nn.Identity(),
+    )
     net = networks.build("resnet18", 40)
     plain.load_state_dict(net.state_dict())
     x = torch.randn(3, 3, 40, 40)
@@ -145,10 +153,16 @@ def test_drop_block_drops_squares_at_the_given_rate():
     dropped = networks.drop_block(x, 0.05, 5) == 0
     gamma = 0.0055556  # equation 1 for rate 0.05, squares of 5, maps of 10
     rates = dropped.float().mean((0, 1))
-    assert rates[0, 0].item() == pytest.approx(gamma, rel=0.2)  # only one of the squares covers a corner
-    assert rates[4, 5].item() == pytest.approx(1 - (1 - gamma) ** 25, rel=0.05)  # 25 cover a place in the middle
+    assert rates[0, 0].item() == pytest.approx(
+        gamma, rel=0.2
+    )  # only one of the squares covers a corner
+    assert rates[4, 5].item() == pytest.approx(
+        1 - (1 - gamma) ** 25, rel=0.05
+    )  # 25 cover a place in the middle
     assert rates[9, 4].item() == pytest.approx(1 - (1 - gamma) ** 5, rel=0.1)
-    whole = -torch.nn.functional.max_pool2d(-dropped.float(), 5, stride=1)  # squares that are dropped as a whole
+    whole = -torch.nn.functional.max_pool2d(
+        -dropped.float(), 5, stride=1
+    )  # squares that are dropped as a whole
     covered = torch.nn.functional.max_pool2d(torch.nn.functional.pad(whole, [4] * 4), 5, stride=1)
     assert torch.equal(covered.bool(), dropped)
     assert networks.drop_block(x, 0.05, 5).mean().item() == pytest.approx(1, abs=1e-4)
@@ -160,7 +174,9 @@ def test_resnet12_drops_in_training_only_and_more_as_it_trains(monkeypatch):
     x = torch.randn(2, 3, 84, 84)
     assert torch.equal(net.eval()(x), net(x))
     rates = []
-    monkeypatch.setattr(networks, "drop_block", lambda y, rate, size: rates.append((float(rate), size)) or y)
+    monkeypatch.setattr(
+        networks, "drop_block", lambda y, rate, size: rates.append((float(rate), size)) or y
+    )
     for seen in (0, 20_000, 60_000):
         net.train()
         for stage in net.stages:

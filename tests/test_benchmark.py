@@ -36,8 +36,12 @@ def test_transductive_methods_beside_their_loop(name, shots):
     ours = benchmark.in_chunks(prepare, method, *tasks, chunk=2)
     assert ours.shape == (2, 75, 5) and ours.dtype == torch.float64
     tolerance = 5e-5 if name == "logistic" else 1e-10  # LBFGS stops early
-    assert torch.allclose(ours, benchmark.one_by_one(prepare, plain, *tasks), rtol=0, atol=tolerance)
-    start = benchmark.in_chunks(prepare, transductive.simple_shot, *tasks, chunk=2)  # where methods begin, not end
+    assert torch.allclose(
+        ours, benchmark.one_by_one(prepare, plain, *tasks), rtol=0, atol=tolerance
+    )
+    start = benchmark.in_chunks(
+        prepare, transductive.simple_shot, *tasks, chunk=2
+    )  # where methods begin, not end
     assert (ours.argmax(2) != start.argmax(2)).any() == (name != "simple_shot")
 
 
@@ -48,14 +52,19 @@ def test_features_of_transductive_rows_are_realistic():
     labels = torch.arange(5).repeat_interleave(15)
     for shots, low, high in ((1, 0.4, 0.6), (5, 0.7, 0.9)):
         support, query = benchmark.drawn_tasks(features, shots, 50)
-        assert all(len(set(s.tolist() + q.tolist())) == 5 * (shots + 15) for s, q in zip(support, query))
+        assert all(
+            len(set(s.tolist() + q.tolist())) == 5 * (shots + 15) for s, q in zip(support, query)
+        )
         scores = benchmark.in_chunks(prepare, method, features.flatten(0, 1), support, query, 40)
         assert low < (scores.argmax(2) == labels).float().mean() < high
 
 
 def test_chunks_are_those_of_the_recipes():
     classes = {"logistic": "Logistic", "tim": "TIM", "alpha_tim": "AlphaTIM", "pt_map": "PTMAP"}
-    of_recipes = {recipe: getattr(load(recipe, "recipes"), name).tasks_at_once for recipe, name in classes.items()}
+    of_recipes = {
+        recipe: getattr(load(recipe, "recipes"), name).tasks_at_once
+        for recipe, name in classes.items()
+    }
     of_tim = of_recipes.pop("tim")
     assert of_recipes | {"tim_gd": of_tim, "tim_adm": of_tim} == benchmark.AT_ONCE
     for recipe in ("simple_shot", "bd_cspn", "laplacian_shot"):
@@ -69,7 +78,9 @@ def test_heads_of_detectors_beside_their_loop(method):
     torch.manual_seed(0)
     model = benchmark.with_prototypes(method(trunks.c4("small", meta=True), 6))
     queries = torch.rand(40, 256)
-    for ours, plain in zip(model.classify(queries), benchmark.plain_meta_rcnn(model, queries), strict=True):
+    for ours, plain in zip(
+        model.classify(queries), benchmark.plain_meta_rcnn(model, queries), strict=True
+    ):
         assert plain.std() > 0 and torch.allclose(ours, plain, atol=1e-4)
 
 
@@ -102,9 +113,15 @@ def test_rows_are_printed_and_kept(tmp_path, capsys):
 
 def test_rows_of_transductive_methods(tmp_path):
     path = tmp_path / "rows.json"
-    benchmark.main(tyro.cli(benchmark.Args, args=f"transductive --methods bd_cspn --tasks 50 --json {path}".split()))
+    benchmark.main(
+        tyro.cli(
+            benchmark.Args, args=f"transductive --methods bd_cspn --tasks 50 --json {path}".split()
+        )
+    )
     rows = json.loads(path.read_text())
-    assert [row["name"] for row in rows] == [f"bd_cspn, {shots}-shot, 50 tasks / loop" for shots in (1, 5)]
+    assert [row["name"] for row in rows] == [
+        f"bd_cspn, {shots}-shot, 50 tasks / loop" for shots in (1, 5)
+    ]
     assert all(row["ours"] > 0 and row["plain"] > 0 for row in rows)
 
 

@@ -40,7 +40,8 @@ def files(root: Path) -> list[str]:
 
 def same(ours: ImageSet, plain: ImageSet) -> bool:
     return all(
-        torch.equal(ours.pixels(i), plain.pixels(i)) and ours.aspect(i) == plain.aspect(i) for i in range(len(plain))
+        torch.equal(ours.pixels(i), plain.pixels(i)) and ours.aspect(i) == plain.aspect(i)
+        for i in range(len(plain))
     )
 
 
@@ -108,7 +109,9 @@ def test_workers_open_the_file_instead_of_being_sent_it(root):
 
 def test_episodes_are_the_same_from_a_cache(root):
     batches = []
-    for dataset in (open_dataset("folder", root, "train", size=32, cache=kept) for kept in (False, True)):
+    for dataset in (
+        open_dataset("folder", root, "train", size=32, cache=kept) for kept in (False, True)
+    ):
         transform = transforms.train_transform(dataset)
         loader = episodes.episode_loader(dataset, 2, 1, 2, Feed(steps=3), transform, tasks=1)
         batches.append([(episode.support, episode.query) for episode in loader])
@@ -139,7 +142,9 @@ def test_nothing_is_left_of_a_build_that_fails(root):
 
 def test_a_folder_that_cannot_be_written_to(root, monkeypatch):
     (root / classification.CACHE_FOLDER).write_text("in the way")
-    with pytest.raises(InputError, match=r"\.fewshot_cache: cannot keep decoded pictures here .*link to the data"):
+    with pytest.raises(
+        InputError, match=r"\.fewshot_cache: cannot keep decoded pictures here .*link to the data"
+    ):
         open_dataset("folder", root, "train", cache=True)
     (root / classification.CACHE_FOLDER).unlink()
 
@@ -171,9 +176,13 @@ def test_glyphs_are_drawn_once(tmp_path, monkeypatch):
     [name] = files(tmp_path)
     assert name.startswith("glyphs-val-32-")
     draw = classification.glyph
-    monkeypatch.setattr(classification, "glyph", lambda *arguments: 255 - draw(*arguments))  # another way of drawing
+    monkeypatch.setattr(
+        classification, "glyph", lambda *arguments: 255 - draw(*arguments)
+    )  # another way of drawing
     redrawn = open_dataset("glyphs", tmp_path, "val", cache=True)
-    assert torch.equal(redrawn.pixels(5), 255 - plain_pixels(draw, 66, 1)) and files(tmp_path) != [name]
+    assert torch.equal(redrawn.pixels(5), 255 - plain_pixels(draw, 66, 1)) and files(tmp_path) != [
+        name
+    ]
 
 
 def plain_pixels(draw, class_id: int, index: int) -> torch.Tensor:
@@ -216,8 +225,12 @@ print(int(dataset.source.pixels.sum()))
 
 
 def begun(root: Path, how: str) -> subprocess.Popen:
-    """Another program that opens the cached pictures, and decodes at once, until there is a file "go", or is killed."""
-    return subprocess.Popen([sys.executable, "-c", SLOW, str(root), how], stdout=subprocess.PIPE, text=True)
+    """Another program that opens the cached pictures, and decodes at once, until there is a file
+    "go", or is killed.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(root), how], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_one_program_decodes_and_another_waits(root):
@@ -240,10 +253,15 @@ def test_what_a_killed_program_left_is_not_taken(root):
         assert killed.wait(60) == -signal.SIGKILL
         killed.stdout.close()
         (left,) = [name for name in files(root) if name.endswith(".tmp")]  # the older one is gone
-        assert f"-{killed.pid}." in left and not [name for name in files(root) if name.endswith(".npy")]
+        assert f"-{killed.pid}." in left and not [
+            name for name in files(root) if name.endswith(".npy")
+        ]
     size = (root / classification.CACHE_FOLDER / left).stat().st_size
     cached = open_dataset("folder", root, "train", cache=True)
-    assert same(cached, open_dataset("folder", root, "train")) and 0 < size < cached.source.path.stat().st_size
+    assert (
+        same(cached, open_dataset("folder", root, "train"))
+        and 0 < size < cached.source.path.stat().st_size
+    )
     assert files(root) == [cached.source.path.name]
 
 

@@ -1,4 +1,6 @@
-"""CD-FSOD's six targets in their published layout: what is read, which shots are taken, and a run of the protocol."""
+"""CD-FSOD's six targets in their published layout: what is read, which shots are taken, and a run
+of the protocol.
+"""
 
 import json
 from pathlib import Path
@@ -19,11 +21,23 @@ PICTURES = 12  # to train on
 FOLDERS = [(name, folder) for name, folders in cd_fsod.FOLDERS.items() for folder in folders]
 
 
-def coco(path: Path, objects: dict[int, list[int]], start: int = 1, names: tuple[str, ...] = CLASSES) -> None:
-    """A json of pictures {number: labels of its objects}, each object in a place of its own; ids begin at `start`."""
-    images = [{"id": start + i, "file_name": f"{n:03d}.png", "width": 96, "height": 64} for i, n in enumerate(objects)]
+def coco(
+    path: Path, objects: dict[int, list[int]], start: int = 1, names: tuple[str, ...] = CLASSES
+) -> None:
+    """A json of pictures {number: labels of its objects}, each object in a place of its own; ids
+    begin at `start`.
+    """
+    images = [
+        {"id": start + i, "file_name": f"{n:03d}.png", "width": 96, "height": 64}
+        for i, n in enumerate(objects)
+    ]
     boxes = [
-        {"image_id": image["id"], "category_id": label, "bbox": [4 + 30 * label, 8, 24, 20], "iscrowd": 0}
+        {
+            "image_id": image["id"],
+            "category_id": label,
+            "bbox": [4 + 30 * label, 8, 24, 20],
+            "iscrowd": 0,
+        }
         for image, labels in zip(images, objects.values())
         for label in labels
     ]
@@ -33,7 +47,9 @@ def coco(path: Path, objects: dict[int, list[int]], start: int = 1, names: tuple
 
 
 def published(root: Path, folder: str, inner: bool = False) -> Path:
-    """A target of three classes: every picture has an object of each; of 10 shots there are only 7 boats."""
+    """A target of three classes: every picture has an object of each; of 10 shots there are only 7
+    boats.
+    """
     place = root / folder
     (place / "annotations").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -59,12 +75,22 @@ def test_every_target_is_known_by_its_published_folder(name, folder, tmp_path):
     split = detection.open_split(name, tmp_path)
     assert split.train.name == name and split.train.metric == split.test.metric == "coco"
     # all classes are novel, in the json's order
-    assert split.train.classes == split.test.classes == split.novel == list(CLASSES) and split.base == []
+    assert (
+        split.train.classes == split.test.classes == split.novel == list(CLASSES)
+        and split.base == []
+    )
     assert (len(split.train), len(split.test)) == (PICTURES, 4)
     pictures = place / "test" / ("new_test" if name == "dior" else "")
-    assert [Path(record.path) for record in split.test.records] == [pictures / f"{i:03d}.png" for i in range(4)]
-    assert split.test.image(0).shape == (3, 64, 96) and split.test.category_ids == dict(zip(CLASSES, range(3)))
-    assert f"{place}: laid out as CD-FSOD, pictures: {PICTURES} to train on, 4 to test on" in split.train.notes
+    assert [Path(record.path) for record in split.test.records] == [
+        pictures / f"{i:03d}.png" for i in range(4)
+    ]
+    assert split.test.image(0).shape == (3, 64, 96) and split.test.category_ids == dict(
+        zip(CLASSES, range(3))
+    )
+    assert (
+        f"{place}: laid out as CD-FSOD, pictures: {PICTURES} to train on, 4 to test on"
+        in split.train.notes
+    )
     notes, findings = check.examine(name, tmp_path, 10)
     assert "CD-FSOD" in notes[0] and {f.kind for f in findings} == set()
 
@@ -95,10 +121,20 @@ def test_labels_are_by_name_where_files_number_the_classes_differently(tmp_path)
     coco(place / "annotations" / "test.json", {0: [0], 1: [2]}, names=CLASSES[::-1])
     coco(place / "annotations" / "1_shot.json", {0: [0], 1: [1], 2: [2]}, names=CLASSES[::-1])
     split = detection.open_split("uodd", tmp_path)
-    assert split.test.classes == list(CLASSES) and [r.labels.tolist() for r in split.test.records] == [[2], [0]]
-    assert split.test.category_ids == {"sheep": 2, "chair": 1, "boat": 0}  # of its own file, for COCO's format
+    assert split.test.classes == list(CLASSES) and [
+        r.labels.tolist() for r in split.test.records
+    ] == [[2], [0]]
+    assert split.test.category_ids == {
+        "sheep": 2,
+        "chair": 1,
+        "boat": 0,
+    }  # of its own file, for COCO's format
     shots = k_shot.choose_shots(split.train, 1, 0)
-    assert shots.classes == list(CLASSES) and [r.labels.tolist() for r in shots.records] == [[2], [1], [0]]
+    assert shots.classes == list(CLASSES) and [r.labels.tolist() for r in shots.records] == [
+        [2],
+        [1],
+        [0],
+    ]
 
 
 def test_flawed_boxes_are_passed_over_in_training_and_count_in_tests(tmp_path):
@@ -115,17 +151,53 @@ def test_flawed_boxes_are_passed_over_in_training_and_count_in_tests(tmp_path):
 @pytest.mark.parametrize(
     ("shots", "spoil", "message"),
     [
-        (3, None, r"DIOR/annotations/3_shot.json is missing: .* there are 1_shot.json, 5_shot.json, 10_shot.json;"),
+        (
+            3,
+            None,
+            r"DIOR/annotations/3_shot.json is missing: .* there are 1_shot.json, 5_shot.json, 10_shot.json;",
+        ),
         ("all", None, "all_shot.json is missing"),
-        (5, lambda a: (a / "5_shot.json").unlink(), "5_shot.json is missing: .* there are 1_shot.json, 10_shot.json"),
-        (5, lambda a: (a / "1_shot.json").rename(a / "5_shot.json"), "5_shot.json has 1 shots of a class, not 5"),
-        (1, lambda a: (a / "5_shot.json").rename(a / "1_shot.json"), "1_shot.json has 5 shots of a class, not 1"),
-        (1, lambda a: coco(a / "1_shot.json", {0: [0], 1: [1]}), "1_shot.json has no shot of class boat"),
-        (1, lambda a: coco(a / "1_shot.json", {0: [0, 1]}, names=CLASSES[:2]), "no category 'boat', which train.json"),
-        (1, lambda a: coco(a / "1_shot.json", {99: [0, 1, 2]}), "new_train/099.png: annotated, but missing"),
-        (1, lambda a: coco(a / "test.json", {0: [0]}, names=CLASSES[:2]), "differ in category 'boat'"),
+        (
+            5,
+            lambda a: (a / "5_shot.json").unlink(),
+            "5_shot.json is missing: .* there are 1_shot.json, 10_shot.json",
+        ),
+        (
+            5,
+            lambda a: (a / "1_shot.json").rename(a / "5_shot.json"),
+            "5_shot.json has 1 shots of a class, not 5",
+        ),
+        (
+            1,
+            lambda a: (a / "5_shot.json").rename(a / "1_shot.json"),
+            "1_shot.json has 5 shots of a class, not 1",
+        ),
+        (
+            1,
+            lambda a: coco(a / "1_shot.json", {0: [0], 1: [1]}),
+            "1_shot.json has no shot of class boat",
+        ),
+        (
+            1,
+            lambda a: coco(a / "1_shot.json", {0: [0, 1]}, names=CLASSES[:2]),
+            "no category 'boat', which train.json",
+        ),
+        (
+            1,
+            lambda a: coco(a / "1_shot.json", {99: [0, 1, 2]}),
+            "new_train/099.png: annotated, but missing",
+        ),
+        (
+            1,
+            lambda a: coco(a / "test.json", {0: [0]}, names=CLASSES[:2]),
+            "differ in category 'boat'",
+        ),
         (1, lambda a: (a / "test.json").unlink(), "test.json cannot be read: is it there?"),
-        (1, lambda a: [path.unlink() for path in a.iterdir()], "no .*DIOR/annotations with train.json, test.json and"),
+        (
+            1,
+            lambda a: [path.unlink() for path in a.iterdir()],
+            "no .*DIOR/annotations with train.json, test.json and",
+        ),
     ],
 )
 def test_what_is_missing_or_wrong_is_named_in_a_line(shots, spoil, message, tmp_path):
@@ -154,15 +226,28 @@ def test_a_folder_of_that_name_is_ones_own_data_unless_the_published_one_is_ther
     for folder in ("Annotations", "JPEGImages"):
         (own / folder).mkdir(parents=True)
     for number in range(5):
-        write_png(torch.zeros(3, 64, 64, dtype=torch.uint8), str(own / "JPEGImages" / f"{number}.png"))
-        box = "".join(f"<{end}>{v}</{end}>" for end, v in zip(("xmin", "ymin", "xmax", "ymax"), (2, 2, 40, 50)))
+        write_png(
+            torch.zeros(3, 64, 64, dtype=torch.uint8), str(own / "JPEGImages" / f"{number}.png")
+        )
+        box = "".join(
+            f"<{end}>{v}</{end}>"
+            for end, v in zip(("xmin", "ymin", "xmax", "ymax"), (2, 2, 40, 50))
+        )
         item = f"<object><name>crazing</name><bndbox>{box}</bndbox></object>"
         size = "<size><width>64</width><height>64</height></size>"
         (own / "Annotations" / f"{number}.xml").write_text(f"<annotation>{size}{item}</annotation>")
-    (tmp_path / "NEU-DET" / "annotations").mkdir(parents=True)  # without a json it is no published folder
+    (tmp_path / "NEU-DET" / "annotations").mkdir(
+        parents=True
+    )  # without a json it is no published folder
     train = detection.open_split("neu_det", tmp_path).train
-    assert train.classes == ["crazing"] and train.target is None and "laid out as VOC" in train.notes[0]
-    assert k_shot.counts(k_shot.choose_shots(train, 3, 0)) == [3]  # drawn, though no file of 3 shots is there
+    assert (
+        train.classes == ["crazing"]
+        and train.target is None
+        and "laid out as VOC" in train.notes[0]
+    )
+    assert k_shot.counts(k_shot.choose_shots(train, 3, 0)) == [
+        3
+    ]  # drawn, though no file of 3 shots is there
     (tmp_path / "NEU-DET" / "annotations").rmdir()
     (tmp_path / "NEU-DET").rmdir()
     place = published(tmp_path, "NEU-DET")
@@ -173,21 +258,30 @@ def test_a_folder_of_that_name_is_ones_own_data_unless_the_published_one_is_ther
 def test_a_detector_of_other_data_learns_and_is_tested_by_the_protocol(tmp_path, capsys):
     place = published(tmp_path / "data", "clipart1k")
     flags = f"--dataset clipart1k --data-root {tmp_path / 'data'} --out {tmp_path / 'out'}"
-    with pytest.raises(SystemExit, match="clipart1k has no base classes, all are novel: give --base") as error:
+    with pytest.raises(
+        SystemExit, match="clipart1k has no base classes, all are novel: give --base"
+    ) as error:
         run_here("tfa", flags)
     assert "\n" not in str(error.value)
-    run_here("tfa", f"{QUICK['tfa']} --stage base --iters 1 --test-images 2 --out {tmp_path / 'glyphs'}")
+    run_here(
+        "tfa", f"{QUICK['tfa']} --stage base --iters 1 --test-images 2 --out {tmp_path / 'glyphs'}"
+    )
     flags += f" --base {tmp_path / 'glyphs' / 'base'} --iters 2 --rois 16 --batch-size 2"
     with pytest.raises(SystemExit, match=r"2_shot\.json is missing"):
         run_here("tfa", f"{flags} --shots 2")
     capsys.readouterr()
     run_here("tfa", f"{flags} --shots 5 --seeds 0 1")
     said = capsys.readouterr().out
-    assert f"shots of {place}/annotations/5_shot.json, whatever --seed" in said and "over 2 seeds" in said
+    assert (
+        f"shots of {place}/annotations/5_shot.json, whatever --seed" in said
+        and "over 2 seeds" in said
+    )
     for seed in (0, 1):
         folder = tmp_path / "out" / f"5shot-seed{seed}"
         result = metrics(folder)
-        assert set(result["AP"]) == {"novel", "all"} and result["AP"]["novel"] == result["AP"]["all"]
+        assert (
+            set(result["AP"]) == {"novel", "all"} and result["AP"]["novel"] == result["AP"]["all"]
+        )
         protocol = result["protocol"]
         assert protocol["benchmark"] == "CD-FSOD" and protocol["trained_on"] == "novel classes"
         assert protocol["shots"] == "5 of each class, from 5_shot.json, whatever the seed"
@@ -201,9 +295,16 @@ def test_a_detector_of_other_data_learns_and_is_tested_by_the_protocol(tmp_path,
     flags += f" --out {tmp_path / 'other'} --shots 5"
     run_here("tfa", f"{flags} --test-images 2 --seed 1")
     run_here("tfa", f"{flags} --shot-lists {tmp_path / 'out' / '5shot-seed0' / 'shots.json'}")
-    assert not any("benchmark" in metrics(tmp_path / "other" / f"5shot-seed{s}")["protocol"] for s in (0, 1))
+    assert not any(
+        "benchmark" in metrics(tmp_path / "other" / f"5shot-seed{s}")["protocol"] for s in (0, 1)
+    )
     capsys.readouterr()
     call(tmp_path, "--cd-fsod")
     row, *single = cells(capsys.readouterr().out)
-    assert row.keys() == {"method", "shots", "clipart1k"} and (row["method"], row["shots"]) == ("tfa", "5")
-    assert [Path(run["run"]) for run in single] == [tmp_path / "out" / f"5shot-seed{seed}" for seed in (0, 1)]
+    assert row.keys() == {"method", "shots", "clipart1k"} and (row["method"], row["shots"]) == (
+        "tfa",
+        "5",
+    )
+    assert [Path(run["run"]) for run in single] == [
+        tmp_path / "out" / f"5shot-seed{seed}" for seed in (0, 1)
+    ]

@@ -1,4 +1,6 @@
-"""scripts/check_data.py: every fault that was planted is named, none in a clean set; and what recipes check quickly."""
+"""scripts/check_data.py: every fault that was planted is named, none in a clean set; and what
+recipes check quickly.
+"""
 
 import json
 import runpy
@@ -48,7 +50,11 @@ def test_nothing_is_found_in_a_clean_set(write, run, tmp_path):
     status, text = run(tmp_path, "--shots", 3, "--novel-classes", "cup")
     assert status == 0 and text.endswith("\n0 errors, 0 warnings\n")
     lines = text.splitlines()
-    assert f"laid out as {write.__name__.upper()}" in lines[0] and "air plane" in lines[1] and len(lines) == 4
+    assert (
+        f"laid out as {write.__name__.upper()}" in lines[0]
+        and "air plane" in lines[1]
+        and len(lines) == 4
+    )
     split = open_split(str(tmp_path), "", novel=["cup"])
     assert check.quick(split, 3) == check.quick(split, "all") == []
 
@@ -72,7 +78,9 @@ def test_every_fault_that_was_planted_is_named(run, tmp_path, monkeypatch):
     (images / "img 02.jpg").write_bytes(b"no picture at all")
     (images / "img 04.jpg").write_bytes((images / "img 04.jpg").read_bytes()[:-300])
     Image.new("RGB", (33, 99)).save(images / "img 08.jpg")
-    Image.open(images / "img 12.PNG").save(images / "img 13.jpg", "PNG")  # the same pixels in another file
+    Image.open(images / "img 12.PNG").save(
+        images / "img 13.jpg", "PNG"
+    )  # the same pixels in another file
     shutil.copy(images / "img 14.jpg", images / "img 17.jpg")
     for one, other in (("img 12.PNG", "img 13.jpg"), ("img 14.jpg", "img 17.jpg")):
         for path in (tmp_path / "train.json", tmp_path / "test.json"):
@@ -93,16 +101,36 @@ def test_every_fault_that_was_planted_is_named(run, tmp_path, monkeypatch):
     heads = [line for line in text.splitlines() if line.startswith(("error", "warning"))]
     groups = dict(head.rsplit(": ", 1) for head in heads)
     for kind, number, words in [
-        ("error: picture that cannot be read", 2, ["img 02.jpg: not readable", "img 04.jpg: not readable"]),
+        (
+            "error: picture that cannot be read",
+            2,
+            ["img 02.jpg: not readable", "img 04.jpg: not readable"],
+        ),
         ("error: picture of another size than annotated", 1, ["img 08.jpg is 33 x 99 pixels"]),
         ("error: annotated, but missing (… of … pictures are)", 1, ["img 16.jpg"]),
         ("error: annotation … of image …: box … has no area", 1, ["[5, 5, 0, 10]"]),
-        ("error: annotation … of image …: its image or category … is not listed", 1, ["category 99"]),
+        (
+            "error: annotation … of image …: its image or category … is not listed",
+            1,
+            ["category 99"],
+        ),
         ("error: annotation … of image …: bbox … is not … in pixels", 1, ["bbox 'none'"]),
         ("error: classes … and … differ only in case or blanks", 1, ["'  Bee'", "'bee'"]),
-        ("warning: picture in both parts", 2, ["img 12.PNG", "img 13.jpg", "img 14.jpg", "img 17.jpg"]),
-        ("warning: class with fewer objects than shots", 1, ["class 'hen' has 1 objects for 2 shots"]),
-        ("warning: class without an object to test on", 1, ["class 'hen' has no object in the test part"]),
+        (
+            "warning: picture in both parts",
+            2,
+            ["img 12.PNG", "img 13.jpg", "img 14.jpg", "img 17.jpg"],
+        ),
+        (
+            "warning: class with fewer objects than shots",
+            1,
+            ["class 'hen' has 1 objects for 2 shots"],
+        ),
+        (
+            "warning: class without an object to test on",
+            1,
+            ["class 'hen' has no object in the test part"],
+        ),
     ]:
         assert groups.pop(kind) == str(number), (kind, text)
         assert all(word in text for word in words), (words, text)
@@ -115,7 +143,11 @@ def test_every_fault_that_was_planted_is_named(run, tmp_path, monkeypatch):
 
 def test_what_cannot_be_opened_is_the_one_error(run, tmp_path):
     status, text = run(tmp_path)
-    assert status == 1 and "not a layout known here" in text and text.endswith("\n1 errors, 0 warnings\n")
+    assert (
+        status == 1
+        and "not a layout known here" in text
+        and text.endswith("\n1 errors, 0 warnings\n")
+    )
     pictures = make_pictures()
     coco(pictures, divided(pictures, "train", "test"), tmp_path)
     yolo(pictures, divided(pictures, "train", "test"), tmp_path)
@@ -158,8 +190,13 @@ def test_many_of_a_kind_are_counted(run, tmp_path):
     for path in (tmp_path / "labels" / "train").glob("*.txt"):
         path.write_text(path.read_text() + "9 .5 .5 .1 .1\n")
     status, text = run(tmp_path)
-    assert status == 1 and "error: line …: class … is not in data.yaml, whose last is …: 8\n" in text
-    assert text.count("class 9 is not") == check.SHOWN and f"... and {8 - check.SHOWN} more like this" in text
+    assert (
+        status == 1 and "error: line …: class … is not in data.yaml, whose last is …: 8\n" in text
+    )
+    assert (
+        text.count("class 9 is not") == check.SHOWN
+        and f"... and {8 - check.SHOWN} more like this" in text
+    )
 
 
 def test_quick(tmp_path):
@@ -179,7 +216,9 @@ def test_quick(tmp_path):
     for name, picture in pictures.items():
         if name in parts["train"] and picture.objects:
             kept = [o for o in picture.objects if o[0] != "cup"] or [("bee", 1, 1, 9, 9)]
-            write_xml(Picture(name, picture.image, kept), tmp_path / "Annotations" / f"{name[:-4]}.xml")
+            write_xml(
+                Picture(name, picture.image, kept), tmp_path / "Annotations" / f"{name[:-4]}.xml"
+            )
     with pytest.raises(InputError, match="class 'cup' has no object to train on"):
         check.quick(open_split(str(tmp_path), ""), 1)
 
@@ -187,6 +226,8 @@ def test_quick(tmp_path):
 def test_pictures_of_equal_bytes_but_other_shape_are_different(tmp_path):
     for name, shape in (("a", (40, 60)), ("b", (60, 40))):
         Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / f"{name}.png")
-    pictures = {n: Picture(n, Image.open(tmp_path / n), [("cup", 1, 1, 30, 30)]) for n in ("a.png", "b.png")}
+    pictures = {
+        n: Picture(n, Image.open(tmp_path / n), [("cup", 1, 1, 30, 30)]) for n in ("a.png", "b.png")
+    }
     coco(pictures, {"train": ["a.png"], "test": ["b.png"]}, tmp_path / "own")
     assert check.examine(str(tmp_path / "own"), "", 1)[1] == []

@@ -45,7 +45,9 @@ def test_glyphs_are_drawn_on_demand():
 
 
 def test_image_set_groups_images_by_class():
-    dataset = ImageSet("some", "val", ["a", "b"], np.array([1, 0, 1, 1]), lambda i: None, size=84, stored=84)
+    dataset = ImageSet(
+        "some", "val", ["a", "b"], np.array([1, 0, 1, 1]), lambda i: None, size=84, stored=84
+    )
     assert [images.tolist() for images in dataset.by_class] == [[1], [0, 2, 3]]
     assert dataset.labels.dtype == np.int64
     with pytest.raises(InputError, match="some val: class b has no picture"):
@@ -103,7 +105,8 @@ def test_folder_without_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "width, height, size, stored", [(84, 84, 84, 84), (120, 60, 84, 120), (500, 300, 84, 256), (300, 500, 32, 98)]
+    "width, height, size, stored",
+    [(84, 84, 84, 84), (120, 60, 84, 120), (500, 300, 84, 256), (300, 500, 32, 98)],
 )
 def test_pictures_are_squashed_to_a_square_that_crops_need(tmp_path, width, height, size, stored):
     picture(tmp_path / "train" / "a" / "0.png", 7, width, height)
@@ -111,7 +114,9 @@ def test_pictures_are_squashed_to_a_square_that_crops_need(tmp_path, width, heig
     assert (dataset.size, dataset.stored) == (size, stored)
     assert dataset.aspect(0) == width / height  # before its pixels were asked for
     pixels = dataset.pixels(0)
-    assert pixels.shape == (3, stored, stored) and pixels.dtype == torch.uint8 and (pixels == 7).all()
+    assert (
+        pixels.shape == (3, stored, stored) and pixels.dtype == torch.uint8 and (pixels == 7).all()
+    )
 
 
 def test_pictures_are_turned_upright_and_made_rgb(tmp_path):
@@ -137,7 +142,9 @@ def test_an_unreadable_picture_is_named(tmp_path, content):
     assert dataset.pixels(5).float().mean() == 5
     with pytest.raises(InputError) as caught:
         dataset.pixels(4)
-    assert str(caught.value).startswith(f"{broken}: not readable as a picture") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{broken}: not readable as a picture") and "\n" not in str(
+        caught.value
+    )
 
 
 def test_data_sets_can_be_sent_to_other_processes(tmp_path):
@@ -164,7 +171,11 @@ def test_cub_splits_by_the_number_of_a_class(tmp_path):
     assert [len(s.classes) for s in sets.values()] == [100, 50, 50]
     for split, dataset in sets.items():
         numbers = [int(name[:3]) for name in dataset.classes]
-        of = {"train": lambda i: i % 2 == 0, "val": lambda i: i % 4 == 1, "test": lambda i: i % 4 == 3}[split]
+        of = {
+            "train": lambda i: i % 2 == 0,
+            "val": lambda i: i % 4 == 1,
+            "test": lambda i: i % 4 == 3,
+        }[split]
         assert numbers == [i + 1 for i in range(200) if of(i)]
         assert shades(dataset) == pytest.approx(numbers, abs=1)
     assert open_dataset("cub", tmp_path / "CUB_200_2011", "val").classes == sets["val"].classes
@@ -184,9 +195,14 @@ WNIDS = [f"n{i:08d}" for i in range(16)]  # of a made-up val split
 
 def mini_csv(home: Path, ranks: tuple[int, ...]) -> None:
     home.mkdir(parents=True, exist_ok=True)
-    with (home / "val.csv").open("w", newline="", encoding="utf-8-sig") as file:  # as a spreadsheet writes it
+    with (home / "val.csv").open(
+        "w", newline="", encoding="utf-8-sig"
+    ) as file:  # as a spreadsheet writes it
         csv.writer(file).writerows(
-            [("filename", "label"), *((f"{wnid}{rank:08d}.jpg", wnid) for wnid in WNIDS for rank in ranks)]
+            [
+                ("filename", "label"),
+                *((f"{wnid}{rank:08d}.jpg", wnid) for wnid in WNIDS for rank in ranks),
+            ]
         )
 
 
@@ -194,7 +210,9 @@ def wanted_mini(dataset: ImageSet, ranks: tuple[int, ...]) -> list[int]:
     """What a made-up val split should show, in its table's order: 10 times the class, and the rank."""
     order = [int(i) for i in label_orders.MINI_ORDER["val"].split()]
     assert dataset.classes == [WNIDS[i] for i in order]
-    assert [dataset.classes[label] for label in dataset.labels] == [wnid for wnid in WNIDS for _ in ranks]
+    assert [dataset.classes[label] for label in dataset.labels] == [
+        wnid for wnid in WNIDS for _ in ranks
+    ]
     return [10 * i + rank for i in range(len(WNIDS)) for rank in ranks]
 
 
@@ -204,7 +222,9 @@ def test_mini_imagenet_with_the_tables_file_names(tmp_path, flat):
     mini_csv(home, ranks)
     for i, wnid in enumerate(WNIDS):
         for rank in ranks:
-            picture(home / "images" / ("" if flat else wnid) / f"{wnid}{rank:08d}.jpg", 10 * i + rank)
+            picture(
+                home / "images" / ("" if flat else wnid) / f"{wnid}{rank:08d}.jpg", 10 * i + rank
+            )
     dataset = open_dataset("mini_imagenet", tmp_path, "val")
     assert shades(dataset) == pytest.approx(wanted_mini(dataset, ranks), abs=1)
 
@@ -224,7 +244,9 @@ def test_mini_imagenet_from_whole_ilsvrc_folders(tmp_path):
     assert shades(dataset) == pytest.approx(wanted_mini(dataset, ranks), abs=1)
 
     (tmp_path / "images" / WNIDS[5] / f"{WNIDS[5]}_77.JPEG").unlink()
-    with pytest.raises(InputError, match=rf"{WNIDS[5]}: expected .* needs picture 4 of it, and 3 are there"):
+    with pytest.raises(
+        InputError, match=rf"{WNIDS[5]}: expected .* needs picture 4 of it, and 3 are there"
+    ):
         open_dataset("mini_imagenet", tmp_path, "val")
     shutil.rmtree(tmp_path / "images" / WNIDS[5])
     with pytest.raises(InputError, match=f"{tmp_path / 'images' / WNIDS[5]}: missing"):
@@ -256,7 +278,9 @@ def test_mini_imagenet_without_its_tables(tmp_path):
 
 
 @pytest.mark.skipif(not (DATA / "mini_imagenet_40").is_dir(), reason="no real data here")
-@pytest.mark.parametrize("split, classes, first", zip(SPLITS, (64, 16, 20), ("n02074367", "n02138441", "n02110341")))
+@pytest.mark.parametrize(
+    "split, classes, first", zip(SPLITS, (64, 16, 20), ("n02074367", "n02138441", "n02110341"))
+)
 def test_real_mini_imagenet(split, classes, first):
     root = DATA / "mini_imagenet_40"
     dataset = open_dataset("mini_imagenet", root, split)
@@ -268,7 +292,9 @@ def test_real_mini_imagenet(split, classes, first):
     for index in (0, 123, len(rows) - 1):
         file = Image.open(root / "images" / rows[index]["label"] / rows[index]["filename"])
         assert dataset.classes[dataset.labels[index]] == rows[index]["label"]
-        assert np.array_equal(dataset.pixels(index).permute(1, 2, 0), np.asarray(file.convert("RGB")))
+        assert np.array_equal(
+            dataset.pixels(index).permute(1, 2, 0), np.asarray(file.convert("RGB"))
+        )
 
 
 # tiered-ImageNet
@@ -328,7 +354,10 @@ def test_incomplete_tiered_imagenet(tmp_path):
 
 
 def test_label_orders_are_permutations():
-    for orders, sizes in ((label_orders.MINI_ORDER, (64, 16, 20)), (label_orders.TIERED_ORDER, (351, 97, 160))):
+    for orders, sizes in (
+        (label_orders.MINI_ORDER, (64, 16, 20)),
+        (label_orders.TIERED_ORDER, (351, 97, 160)),
+    ):
         for split, size in zip(SPLITS, sizes):
             assert sorted(int(i) for i in orders[split].split()) == list(range(size))
 
@@ -338,7 +367,9 @@ def test_label_orders_are_permutations():
 
 @pytest.fixture
 def small_omniglot(tmp_path, monkeypatch):
-    """Six characters of two drawings instead of 1623 of 20: drawing k of character c has c + 1 black rows, at row k."""
+    """Six characters of two drawings instead of 1623 of 20: drawing k of character c has c + 1
+    black rows, at row k.
+    """
     monkeypatch.setattr(classification, "OMNIGLOT_CHARACTERS", 6)
     monkeypatch.setattr(classification, "OMNIGLOT_DRAWINGS", 2)
     splits = {"train": slice(0, 3), "val": slice(3, 4), "test": slice(4, 6)}
@@ -348,7 +379,14 @@ def small_omniglot(tmp_path, monkeypatch):
         for drawing in range(2):
             image = Image.new("1", (105, 105), 1)
             image.paste(0, (0, drawing, 105, drawing + character + 1))
-            path = tmp_path / "omniglot-py" / part / f"Script{part[-3]}" / f"character0{character}" / f"{drawing}.png"
+            path = (
+                tmp_path
+                / "omniglot-py"
+                / part
+                / f"Script{part[-3]}"
+                / f"character0{character}"
+                / f"{drawing}.png"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
     return tmp_path
@@ -356,7 +394,9 @@ def small_omniglot(tmp_path, monkeypatch):
 
 def test_omniglot_unpacked_and_zipped_are_the_same(small_omniglot):
     home = small_omniglot / "omniglot-py"
-    unpacked = {split: open_dataset("omniglot", small_omniglot, split, size=105) for split in SPLITS}
+    unpacked = {
+        split: open_dataset("omniglot", small_omniglot, split, size=105) for split in SPLITS
+    }
     assert [len(s.classes) for s in unpacked.values()] == [12, 4, 8]
     names = [name for s in unpacked.values() for name in s.classes]
     assert len(set(names)) == 24 and len({name.rpartition("/")[0] for name in names}) == 6
@@ -381,7 +421,8 @@ def test_incomplete_omniglot(small_omniglot):
     home = small_omniglot / "omniglot-py"
     next(home.glob("images_background/*/character01/1.png")).unlink()
     with pytest.raises(
-        InputError, match="omniglot-py: holds 11 drawings of 6 characters, all of Omniglot is 2 of each"
+        InputError,
+        match="omniglot-py: holds 11 drawings of 6 characters, all of Omniglot is 2 of each",
     ):
         open_dataset("omniglot", small_omniglot, "val")
     shutil.rmtree(home / "images_evaluation")
@@ -396,7 +437,12 @@ def test_incomplete_omniglot(small_omniglot):
 def test_real_omniglot(monkeypatch):
     val = open_dataset("omniglot", DATA, "val")
     assert len(val.classes) == 4 * 172 and [len(images) for images in val.by_class] == [20] * 688
-    assert (val.size, val.stored, val.augment, val.normalisation) == (28, 28, False, transforms.HALF)
+    assert (val.size, val.stored, val.augment, val.normalisation) == (
+        28,
+        28,
+        False,
+        transforms.HALF,
+    )
     ink = torch.stack([val.pixels(i) for i in range(200)]).float()
     assert 10 < ink.mean() < 60  # strokes are thin, and bright
 
@@ -405,11 +451,14 @@ def test_real_omniglot(monkeypatch):
         names = sorted(n for n in background.namelist() if f"/{alphabet}/{character}/" in n)
         assert len(names) == 20
         drawing = np.asarray(Image.open(background.open(names[7])).convert("L"), float)
-    # ink is conserved where a drawing is averaged down, though not to the digit: the kernel is a triangle
+    # ink is conserved where a drawing is averaged down, though not to the digit: the kernel is a
+    # triangle
     assert val.pixels(7).float().mean() == pytest.approx((255 - drawing).mean(), rel=0.1)
     assert torch.equal(val.pixels(27)[0], torch.rot90(val.pixels(7)[0]))
 
-    monkeypatch.setattr(classification, "_ink", lambda *_: np.zeros((1, 1), np.uint8))  # which is what takes long
+    monkeypatch.setattr(
+        classification, "_ink", lambda *_: np.zeros((1, 1), np.uint8)
+    )  # which is what takes long
     sets = {split: open_dataset("omniglot", DATA, split).classes for split in SPLITS}
     assert [len(classes) for classes in sets.values()] == [4 * 1028, 4 * 172, 4 * 423]
     assert len(set().union(*sets.values())) == 4 * 1623 and sets["val"] == val.classes
@@ -427,7 +476,9 @@ crocodile dinosaur lizard snake turtle, hamster mouse rabbit shrew squirrel,
 maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus motorcycle pickup_truck train,
 lawn_mower rocket streetcar tank tractor
 """
-COARSE = {name: number for number, names in enumerate(SUPERCLASSES.split(",")) for name in names.split()}
+COARSE = {
+    name: number for number, names in enumerate(SUPERCLASSES.split(",")) for name in names.split()
+}
 FINE = sorted(COARSE)
 # published by itself, superclass after superclass
 CIFAR_FS_TRAIN = """
@@ -439,7 +490,9 @@ mouse rabbit shrew squirrel oak_tree palm_tree pine_tree willow_tree bus train l
 
 
 def cifar(home: Path) -> None:
-    """CIFAR-100 with three pictures of each class instead of 600, of the shade of the class's number."""
+    """CIFAR-100 with three pictures of each class instead of 600, of the shade of the class's
+    number.
+    """
     home.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for part, count in (("train", 200), ("test", 100)):
@@ -472,8 +525,12 @@ def test_cifar_splits_are_the_published_ones(tmp_path):
     val, test = (open_dataset("cifar_fs", tmp_path, split).classes for split in ("val", "test"))
     assert val[0] == "beaver" and val[-1] == "tractor" and test[0] == "baby" and test[-1] == "worm"
     val, test = (open_dataset("fc100", tmp_path, split).classes for split in ("val", "test"))
-    assert {COARSE[name] for name in val} == {COARSE[name] for name in ("bear", "camel", "crab", "hamster")}
-    assert {COARSE[name] for name in test} == {COARSE[name] for name in ("whale", "bee", "fox", "baby")}
+    assert {COARSE[name] for name in val} == {
+        COARSE[name] for name in ("bear", "camel", "crab", "hamster")
+    }
+    assert {COARSE[name] for name in test} == {
+        COARSE[name] for name in ("whale", "bee", "fox", "baby")
+    }
 
 
 def test_cifar_pixels_are_rows_of_three_planes(tmp_path):
@@ -515,7 +572,10 @@ def test_broken_pickles_are_named(tmp_path):
     whole = pickle.dumps({"a": np.arange(9), "b": ["x", np.int32(3)]}, protocol=2)
     broken = tmp_path / "broken.pkl"
     for place in range(len(whole)):
-        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
+        for damaged in (
+            whole[:place],
+            whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :],
+        ):
             broken.write_bytes(damaged)
             try:
                 classification.read_pickle(broken, lambda found: None, "a")
@@ -540,7 +600,10 @@ def test_pickles_run_no_code(tmp_path, protocol):
         (Planted(os.system, f"touch {done}"), "system"),
         (Planted(eval, f"open({str(done)!r}, 'w')"), "eval"),
         (Planted(np.fromfile, str(path)), "fromfile"),
-        (Planted(np.ndarray, (1,), np.dtype("O"), b"anywhere"), ""),  # would take eight bytes for an object's address
+        (
+            Planted(np.ndarray, (1,), np.dtype("O"), b"anywhere"),
+            "",
+        ),  # would take eight bytes for an object's address
     ]:
         path.write_bytes(pickle.dumps([planted], protocol=protocol))
         with pytest.raises(InputError, match=f"val_images_png.pkl: not readable .*{name}"):
@@ -549,8 +612,16 @@ def test_pickles_run_no_code(tmp_path, protocol):
 
 
 def test_pickles_of_python_2_and_3_give_their_arrays(tmp_path):
-    content = {"bytes": np.array([7, 255], np.uint8), "f": np.arange(6.0).reshape(2, 3).T, "n": np.int64(-3)}
-    content |= {"s": np.array(["a", "bc"]), "o": np.array([1, "x"], object), ">": np.array([258], ">i2")}
+    content = {
+        "bytes": np.array([7, 255], np.uint8),
+        "f": np.arange(6.0).reshape(2, 3).T,
+        "n": np.int64(-3),
+    }
+    content |= {
+        "s": np.array(["a", "bc"]),
+        "o": np.array([1, "x"], object),
+        ">": np.array([258], ">i2"),
+    }
     for protocol in (2, 3, 4):
         (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
         found = classification.read_pickle(tmp_path / "a.pkl", lambda found: None, "bytes", "n")
@@ -559,5 +630,7 @@ def test_pickles_of_python_2_and_3_give_their_arrays(tmp_path):
     # by Python 2, whose texts are bytes
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + array + b"(K\x01K\x02\x85" + dtype + b"\x89U\x02\x07\xfftb.")
+    (tmp_path / "a.pkl").write_bytes(
+        b"\x80\x02" + array + b"(K\x01K\x02\x85" + dtype + b"\x89U\x02\x07\xfftb."
+    )
     assert classification.read_pickle(tmp_path / "a.pkl", lambda found: None).tolist() == [7, 255]

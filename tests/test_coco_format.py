@@ -1,4 +1,6 @@
-"""The same pictures from COCO's format as from their own: equal sets, and recipes that train on them."""
+"""The same pictures from COCO's format as from their own: equal sets, and recipes that train on
+them.
+"""
 
 import json
 from pathlib import Path
@@ -30,7 +32,9 @@ def test_recipes_train_on_ones_own_data(recipe, folder, tmp_path):
     flags = f"--dataset {folder} --novel-classes {novel} --backbone small --short 160 --long 160 --shots 1 --iters 2"
     run_here(recipe, f"{flags} --batch-size 2 --rois 8 --out {tmp_path}")
     metrics = json.loads((tmp_path / "1shot-seed0" / "metrics.json").read_text())
-    assert set(metrics["AP"]) == {"base", "novel", "all"} and {"AP75", "APs", "AR100"} <= set(metrics)
+    assert set(metrics["AP"]) == {"base", "novel", "all"} and {"AP75", "APs", "AR100"} <= set(
+        metrics
+    )
     assert metrics["protocol"]["dataset"] == str(folder)
 
 

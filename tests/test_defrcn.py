@@ -31,7 +31,9 @@ import convert_defrcn
 
 
 def reference_state(expected: dict) -> dict[str, Tensor]:
-    """All tensors of the reference's model under its names; affine maps are drawn like norms and then shaped."""
+    """All tensors of the reference's model under its names; affine maps are drawn like norms and
+    then shaped.
+    """
     drawn = {}
     for key, shape in expected["state"].items():
         flat = shape[1:2] if key.startswith("affine_") else shape
@@ -43,15 +45,23 @@ def reference_state(expected: dict) -> dict[str, Tensor]:
 def case() -> tuple[DeFRCN, dict]:
     expected = golden("defrcn")
     model = DeFRCN(trunks.c4("resnet50", style="caffe"), expected["num_classes"])
-    model.load_state_dict({tensor_name(key): tensor for key, tensor in reference_state(expected).items()})
+    model.load_state_dict(
+        {tensor_name(key): tensor for key, tensor in reference_state(expected).items()}
+    )
     return model.eval(), expected
 
 
 @pytest.fixture
 def take_all(monkeypatch):
-    """Samples are all positives and all negatives, as in the reference's run; divisors stay what they are."""
+    """Samples are all positives and all negatives, as in the reference's run; divisors stay what
+    they are.
+    """
     whole = faster_rcnn.sample
-    monkeypatch.setattr(faster_rcnn, "sample", lambda assignment, number, fraction: whole(assignment, 10**7, fraction))
+    monkeypatch.setattr(
+        faster_rcnn,
+        "sample",
+        lambda assignment, number, fraction: whole(assignment, 10**7, fraction),
+    )
 
 
 @torch.no_grad()
@@ -100,9 +110,13 @@ def test_losses_and_gradients_of_given_proposals(case, take_all):
     close(images, train["input"])
     begin(model)
     proposals = [torch.tensor(p) for p in train["fixed_proposals"]]
-    rois = faster_rcnn.sample_rois(proposals, truth, labels, classes=20, number=512, convention="detectron2")
+    rois = faster_rcnn.sample_rois(
+        proposals, truth, labels, classes=20, number=512, convention="detectron2"
+    )
     assert mean_counts(rois) == list(fixed["counts_per_image_mean"].values())
-    losses = model.head_losses(model.roi_vectors(model.trunk(images), [r.boxes for r in rois]), rois)
+    losses = model.head_losses(
+        model.roi_vectors(model.trunk(images), [r.boxes for r in rois]), rois
+    )
     check_losses(losses, fixed["losses"])
     sum(losses.values()).backward()
     check_gradients(model, fixed["grad_norms"], tensor_name)
@@ -116,7 +130,9 @@ def test_whole_training_step(setting, case, take_all):
     begin(model, expected["rpn_scale"], expected["rcnn_scale"])
     if expected["res5_frozen"]:
         model.trunk.stage4.requires_grad_(False)
-    frozen = {tensor_name(f"{part}.x").removesuffix("x") for part in expected["frozen"]} - {"trunk."}
+    frozen = {tensor_name(f"{part}.x").removesuffix("x") for part in expected["frozen"]} - {
+        "trunk."
+    }
     still = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert {name for name in still if not name.startswith("trunk.conv1")} == {
         name for name, _ in model.named_parameters() if name.startswith(tuple(frozen))
@@ -124,7 +140,9 @@ def test_whole_training_step(setting, case, take_all):
     model.rpn.train_proposals = (12000, train["proposals_after_nms"])
     losses = model(images, [SIZE, SIZE], truth, labels)
     check_losses(losses, expected["e2e_losses"])
-    rpn, roi = (sum(losses[name] for name in names) for names in (("rpn_cls", "rpn_box"), ("cls", "box")))
+    rpn, roi = (
+        sum(losses[name] for name in names) for names in (("rpn_cls", "rpn_box"), ("cls", "box"))
+    )
     for loss, kind in ((rpn, "rpn_losses"), (roi, "roi_losses"), (rpn + roi, "all")):
         model.zero_grad()
         loss.backward(retain_graph=True)
@@ -138,7 +156,9 @@ def test_rpn_targets(case):
     counts = case[1]["train"]["settings"][0]["counts_per_image_mean"]
     _, truth, _ = training_batch(case[1]["train"])
     anchors = faster_rcnn.anchor_grid((16, 20), 16, case[0].trunk.anchor_scales, (0.5, 1.0, 2.0))
-    assigned = [faster_rcnn.assign(anchors, boxes, 0.7, 0.3, 0.0, reassign=False)[0] for boxes in truth]
+    assigned = [
+        faster_rcnn.assign(anchors, boxes, 0.7, 0.3, 0.0, reassign=False)[0] for boxes in truth
+    ]
     assert sum((a >= 0).sum().item() for a in assigned) / 2 == counts["rpn/num_pos_anchors"]
     assert sum((a == NEGATIVE).sum().item() for a in assigned) / 2 == counts["rpn/num_neg_anchors"]
 
@@ -156,13 +176,19 @@ def mean_counts(rois: list[faster_rcnn.RoIs]) -> list[float]:
 
 
 def check_losses(losses: dict[str, Tensor], expected: dict[str, float]) -> None:
-    names = {"loss_cls": "cls", "loss_box_reg": "box", "loss_rpn_cls": "rpn_cls", "loss_rpn_loc": "rpn_box"}
+    names = {
+        "loss_cls": "cls",
+        "loss_box_reg": "box",
+        "loss_rpn_cls": "rpn_cls",
+        "loss_rpn_loc": "rpn_box",
+    }
     assert {names[theirs] for theirs in expected} == set(losses)
     for theirs, value in expected.items():
         assert losses[names[theirs]].item() == pytest.approx(value, rel=1e-4), theirs
 
 
-# --------------------------------------------------------------------------------------- rules that no golden covers
+# --------------------------------------------------------------------------------------- rules that
+# no golden covers
 def test_scale_changes_gradients_alone():
     x, results = torch.randn(2, 3, 4, 5, requires_grad=True), []
     for scale in (0.0, 0.001, 0.75, 1.0):
@@ -177,13 +203,20 @@ def test_scale_changes_gradients_alone():
 
 
 def test_detectron2_keeps_an_anchors_own_best_box():
-    """A box's best anchor overlaps another box more: with mmdet's rule it changes sides, with detectron2's it stays."""
+    """A box's best anchor overlaps another box more: with mmdet's rule it changes sides, with
+    detectron2's it stays.
+    """
     anchors = torch.tensor([[0.0, 0, 100, 100], [400, 400, 500, 500]])
-    truth = torch.tensor([[0.0, 0, 100, 90], [80, 80, 130, 130]])  # the second overlaps no anchor more than the first
+    truth = torch.tensor(
+        [[0.0, 0, 100, 90], [80, 80, 130, 130]]
+    )  # the second overlaps no anchor more than the first
     assign = partial(faster_rcnn.assign, anchors, truth, 0.95, 0.3)
     assert assign(0.0)[0].tolist() == [1, NEGATIVE]
     assert assign(0.0, reassign=False)[0].tolist() == [0, NEGATIVE]
-    assert assign(0.3)[0].tolist() == [0, NEGATIVE]  # 0.03 of overlap do not make a match with mmdet
+    assert assign(0.3)[0].tolist() == [
+        0,
+        NEGATIVE,
+    ]  # 0.03 of overlap do not make a match with mmdet
 
 
 def test_rpn_losses_are_divided_by_what_could_be_sampled():
@@ -192,7 +225,9 @@ def test_rpn_losses_are_divided_by_what_could_be_sampled():
     divisors = {}
     for convention in ("mmdet", "detectron2"):
         rpn = faster_rcnn.RPN(8, 8, scales=(4,), ratios=(1.0,), convention=convention)
-        divisors[convention] = rpn.loss_sums(*rpn.outputs(rpn.maps([torch.randn(1, 8, 4, 4)])), [(64, 64)], few)[2]
+        divisors[convention] = rpn.loss_sums(
+            *rpn.outputs(rpn.maps([torch.randn(1, 8, 4, 4)])), [(64, 64)], few
+        )[2]
     assert divisors["detectron2"] == 256 and 2 <= divisors["mmdet"] <= 16
 
 
@@ -223,7 +258,13 @@ def test_the_classifier_alone_is_dropped_out():
 
 
 def test_it_can_be_made_anew_from_what_it_says():
-    sizes = {"rois": 7, "roi_size": 5, "rpn_channels": 16, "train_proposals": (50, 20), "test_proposals": (40, 10)}
+    sizes = {
+        "rois": 7,
+        "roi_size": 5,
+        "rpn_channels": 16,
+        "train_proposals": (50, 20),
+        "test_proposals": (40, 10),
+    }
     model = DeFRCN(trunks.begin("resnet18", "none"), 3, **sizes)
     described = json.loads(json.dumps(model.describe()))
     again = rebuilt(DeFRCN, {**described, "classes": ["a", "b", "c"]}, roi_scale=0.01, dropout=0.8)
@@ -236,7 +277,9 @@ def test_a_grown_head_keeps_its_base_classes():
     base = DeFRCN(trunks.c4("small"), 2, roi_size=6)
     for parameter in (*base.cls.parameters(), *base.reg.parameters()):
         torch.nn.init.normal_(parameter)
-    grown = DeFRCN(trunks.c4("small"), 4, roi_size=6)  # novel classes between the base ones, as in COCO's order
+    grown = DeFRCN(
+        trunks.c4("small"), 4, roi_size=6
+    )  # novel classes between the base ones, as in COCO's order
     grown.load_state_dict(grow(base.state_dict(), ["a", "c"], ["a", "b", "c", "d"]))
     vectors = torch.randn(5, 256)
     (logits, deltas), (before, boxes) = grown.head(vectors), base.head(vectors)
@@ -252,13 +295,21 @@ def test_a_grown_head_keeps_its_base_classes():
 # ---------------------------------------------------------------------------------------------------- the converter
 @pytest.fixture
 def checkpoint(case, tmp_path):
-    """Writes the reference's model as detectron2 does, changed by the arguments: a tensor, or None to leave it out."""
+    """Writes the reference's model as detectron2 does, changed by the arguments: a tensor, or None
+    to leave it out.
+    """
 
     def write(**changed: Tensor | None) -> Path:
         anchors = faster_rcnn.anchor_grid((1, 1), 16, (2, 4, 8, 16, 32), (0.5, 1.0, 2.0)).clone()
         state = reference_state(case[1]) | {ANCHORS: anchors} | changed
-        content = {"model": {name: tensor for name, tensor in state.items() if tensor is not None}, "iteration": 14_999}
-        torch.save(content | {"optimizer": {}, "scheduler": {"milestones": (10_000,)}}, tmp_path / "model_final.pth")
+        content = {
+            "model": {name: tensor for name, tensor in state.items() if tensor is not None},
+            "iteration": 14_999,
+        }
+        torch.save(
+            content | {"optimizer": {}, "scheduler": {"milestones": (10_000,)}},
+            tmp_path / "model_final.pth",
+        )
         return tmp_path / "model_final.pth"
 
     return write
@@ -269,9 +320,16 @@ def test_converted_checkpoints_detect_the_same(case, checkpoint, tmp_path):
     out = tmp_path / "made" / "defrcn.safetensors"
     convert_defrcn.main(convert_defrcn.Args(checkpoint(), out, of="voc2"))
     model = fewshot.load(out)
-    assert model.classes[15:] == ["aeroplane", "bottle", "cow", "horse", "sofa"] == model.about["novel"]
+    assert (
+        model.classes[15:]
+        == ["aeroplane", "bottle", "cow", "horse", "sofa"]
+        == model.about["novel"]
+    )
     assert model.classes[:2] == ["bicycle", "bird"] and model.about["base"] == model.classes[:15]
-    assert (model.pipeline.short, model.pipeline.long) == (800, 1333) and model.normalisation == CAFFE
+    assert (model.pipeline.short, model.pipeline.long) == (
+        800,
+        1333,
+    ) and model.normalisation == CAFFE
     (found,) = model.network.detect(normalised("query0")[None], [SIZE])
     check_detections(found, case[1]["test"]["det_e2e"])
     picture = torch.from_numpy(image("query0", *SIZE)).permute(2, 0, 1)
@@ -293,7 +351,9 @@ def test_converted_checkpoints_detect_the_same(case, checkpoint, tmp_path):
 def test_their_number_tells_which_classes(number, options, classes, novel):
     state = trained_for(number)
     ours, about = detectron2.convert(state, "model.pth", **options)
-    assert len(ours) == len(state) and len(about["classes"]) == number and len(about["novel"]) == novel
+    assert (
+        len(ours) == len(state) and len(about["classes"]) == number and len(about["novel"]) == novel
+    )
     names = [name.replace(" ", "_") for name in about["classes"]]
     assert names[: len(classes.split())] == classes.split()
     assert about["stage"] == ("finetune" if novel else "base")
@@ -304,18 +364,33 @@ def trained_for(number: int) -> dict[str, Tensor]:
     state = {name: torch.zeros(shape) for name, shape in golden("defrcn")["state"].items()}
     box = "roi_heads.box_predictor"
     for name, rows in (("cls_score", number + 1), ("bbox_pred", 4 * number)):
-        state |= {f"{box}.{name}.weight": torch.zeros(rows, 2048), f"{box}.{name}.bias": torch.zeros(rows)}
+        state |= {
+            f"{box}.{name}.weight": torch.zeros(rows, 2048),
+            f"{box}.{name}.bias": torch.zeros(rows),
+        }
     return state
 
 
 def test_what_does_not_fit_is_named_in_one_line(checkpoint, tmp_path, capsys):
     convert = partial(convert_defrcn.Args, of="voc1")
     for changed, words in (
-        ({"roi_heads.mask_head.weight": torch.zeros(1)}, r"roi_heads\.mask_head\.weight does not belong"),
+        (
+            {"roi_heads.mask_head.weight": torch.zeros(1)},
+            r"roi_heads\.mask_head\.weight does not belong",
+        ),
         ({"affine_rpn.bias": None}, r"affine_rpn\.bias is missing from .*model_final\.pth"),
-        ({"backbone.res3.0.shortcut.norm.bias": None}, r"layer2\.0\.downsample\.1\.bias is missing"),
-        ({"roi_heads.box_predictor.cls_score.weight": None}, "is it DeFRCN's, and not one whose head was taken off"),
-        ({"affine_rcnn.weight": torch.zeros(1, 512, 1, 1)}, r"affine_rcnn\.weight is \(1, 512, 1, 1\)"),
+        (
+            {"backbone.res3.0.shortcut.norm.bias": None},
+            r"layer2\.0\.downsample\.1\.bias is missing",
+        ),
+        (
+            {"roi_heads.box_predictor.cls_score.weight": None},
+            "is it DeFRCN's, and not one whose head was taken off",
+        ),
+        (
+            {"affine_rcnn.weight": torch.zeros(1, 512, 1, 1)},
+            r"affine_rcnn\.weight is \(1, 512, 1, 1\)",
+        ),
         ({ANCHORS: torch.zeros(15, 4)}, "are not the anchors that DeFRCN was published with"),
     ):
         with pytest.raises(InputError, match=words) as error:
@@ -341,22 +416,39 @@ def test_novel_classes_alone(tmp_path):
     run_here("defrcn", f"{QUICK['defrcn']} --stage novel --out {tmp_path}")
     folder = tmp_path / "1shot-seed0-novel"
     result = json.loads((folder / "metrics.json").read_text())
-    assert set(result["AP50"]) == {"novel", "all"} and result["protocol"]["trained_on"] == "novel classes"
-    before, after = (load_file(place / "model.safetensors") for place in (tmp_path / "base", folder))
+    assert (
+        set(result["AP50"]) == {"novel", "all"}
+        and result["protocol"]["trained_on"] == "novel classes"
+    )
+    before, after = (
+        load_file(place / "model.safetensors") for place in (tmp_path / "base", folder)
+    )
     assert len(after["cls.weight"]) == 6
-    moved = {name for name in before if before[name].shape == after[name].shape and not before[name].equal(after[name])}
+    moved = {
+        name
+        for name in before
+        if before[name].shape == after[name].shape and not before[name].equal(after[name])
+    }
     assert {name.split(".")[0] for name in moved} == {"trunk", "affine_rpn", "affine_rcnn", "rpn"}
     assert not any(name.startswith(FROZEN["defrcn"]) for name in moved)
 
 
 def test_weights_and_biases_decay_as_published(monkeypatch, tmp_path):
-    """A weight without gradient decays by rate * 5e-5 in a step, a bias by rate * 1e-4; the rate has fallen to 1000."""
+    """A weight without gradient decays by rate * 5e-5 in a step, a bias by rate * 1e-4; the rate
+    has fallen to 1000.
+    """
     run_here("defrcn", f"{QUICK['defrcn']} --stage base --out {tmp_path}")
     before = load_file(tmp_path / "base" / "model.safetensors")
-    monkeypatch.setattr(DeFRCN, "forward", lambda self, *_: {"none": sum(p.sum() * 0 for p in self.parameters())})
+    monkeypatch.setattr(
+        DeFRCN, "forward", lambda self, *_: {"none": sum(p.sum() * 0 for p in self.parameters())}
+    )
     run_here("defrcn", f"{QUICK['defrcn']} --stage finetune --iters 1 --lr 10000 --out {tmp_path}")
     after = load_file(tmp_path / "1shot-seed0" / "model.safetensors")
-    for name, decay in (("rpn.conv.weight", 5e-5), ("affine_rcnn.weight", 5e-5), ("affine_rcnn.bias", 1e-4)):
+    for name, decay in (
+        ("rpn.conv.weight", 5e-5),
+        ("affine_rcnn.weight", 5e-5),
+        ("affine_rcnn.bias", 1e-4),
+    ):
         assert torch.allclose(after[name], before[name] * (1 - 1000 * decay), atol=1e-6), name
     assert torch.equal(after["trunk.stage4.1.weight"], before["trunk.stage4.1.weight"])
 
@@ -364,6 +456,12 @@ def test_weights_and_biases_decay_as_published(monkeypatch, tmp_path):
 def test_schedules_of_the_two_settings_differ():
     recipe = load("defrcn")
     args = recipe.Args(dataset="voc", shots=4)
-    whole, alone = (choose(table["voc"], "finetune", args, pictures=9) for table in (recipe.SCHEDULE, recipe.NOVEL))
-    assert (whole.steps, whole.milestones) == (2250, (1800,)) and (alone.steps, alone.milestones) == (1800, (1440,))
+    whole, alone = (
+        choose(table["voc"], "finetune", args, pictures=9)
+        for table in (recipe.SCHEDULE, recipe.NOVEL)
+    )
+    assert (whole.steps, whole.milestones) == (2250, (1800,)) and (
+        alone.steps,
+        alone.milestones,
+    ) == (1800, (1440,))
     assert choose(recipe.NOVEL["own"], "novel", args, pictures=100, batch=4).steps == 750

@@ -1,4 +1,6 @@
-"""Detection sets: what is read from disk, which mistakes are named, which shots are drawn, what the loaders give."""
+"""Detection sets: what is read from disk, which mistakes are named, which shots are drawn, what the
+loaders give.
+"""
 
 import json
 from dataclasses import replace
@@ -30,7 +32,9 @@ SPLITS = {  # as published, written out
 }
 
 
-def write_voc(root: Path, year: str, listed: str, pictures: dict[str, list[tuple]], size=(100, 80)) -> Path:
+def write_voc(
+    root: Path, year: str, listed: str, pictures: dict[str, list[tuple]], size=(100, 80)
+) -> Path:
     """A VOC tree with these pictures: (class, xmin, ymin, xmax, ymax, difficult) objects by id."""
     folder = root / "VOCdevkit" / year
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
@@ -43,9 +47,15 @@ def write_voc(root: Path, year: str, listed: str, pictures: dict[str, list[tuple
             f"<ymax>{y2}</ymax></bndbox></object>"
             for name, x1, y1, x2, y2, difficult in objects
         )
-        size_xml = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
-        (folder / "Annotations" / f"{id}.xml").write_text(f"<annotation>{size_xml}{items}</annotation>")
-    (folder / "ImageSets" / "Main" / f"{listed}.txt").write_text("".join(f"{id}\n" for id in pictures))
+        size_xml = (
+            f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+        )
+        (folder / "Annotations" / f"{id}.xml").write_text(
+            f"<annotation>{size_xml}{items}</annotation>"
+        )
+    (folder / "ImageSets" / "Main" / f"{listed}.txt").write_text(
+        "".join(f"{id}\n" for id in pictures)
+    )
     return folder
 
 
@@ -64,7 +74,12 @@ def voc(tmp_path):
         },
     )
     write_voc(tmp_path, "VOC2012", "trainval", {"2008_000001": [("dog", 1, 1, 20, 20, 0)]})
-    write_voc(tmp_path, "VOC2007", "test", {"000005": [("dog", 11, 20, 50, 60, 0)], "000006": [("cat", 5, 5, 9, 9, 1)]})
+    write_voc(
+        tmp_path,
+        "VOC2007",
+        "test",
+        {"000005": [("dog", 11, 20, 50, 60, 0)], "000006": [("cat", 5, 5, 9, 9, 1)]},
+    )
     return tmp_path
 
 
@@ -77,10 +92,18 @@ def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
 
 def test_voc_training_part(voc):
     opened = open_detection("voc", voc, part="train", split=1)
-    assert [r.id for r in opened.records] == ["VOC2007/000001", "VOC2007/000004", "VOC2012/2008_000001"]
+    assert [r.id for r in opened.records] == [
+        "VOC2007/000001",
+        "VOC2007/000004",
+        "VOC2012/2008_000001",
+    ]
     first, second, _ = opened.records
-    # the published offset of -1, -1, 0, 0; fractions are cut off; a box from 5 to 5 is one pixel wide
-    assert first.boxes.tolist() == [[10, 19, 50, 60], [0, 0, 30, 30]] and first.boxes.dtype == np.float32
+    # the published offset of -1, -1, 0, 0; fractions are cut off; a box from 5 to 5 is one pixel
+    # wide
+    assert (
+        first.boxes.tolist() == [[10, 19, 50, 60], [0, 0, 30, 30]]
+        and first.boxes.dtype == np.float32
+    )
     assert second.boxes[0].tolist() == [4, 4, 5, 25]
     assert [opened.classes[label] for label in first.labels] == ["dog", "cat"]
     assert first.difficult.tolist() == [False, True]
@@ -94,9 +117,18 @@ def test_voc_training_part(voc):
 def test_voc_test_part_keeps_every_picture_and_raw_boxes(voc):
     opened = open_detection("voc", voc, part="test", split=2)
     assert [r.id for r in opened.records] == ["VOC2007/000005", "VOC2007/000006"]
-    assert opened.records[0].boxes.tolist() == [[11, 20, 50, 60]] and opened.offset == (-1, -1, 0, 0)
+    assert opened.records[0].boxes.tolist() == [[11, 20, 50, 60]] and opened.offset == (
+        -1,
+        -1,
+        0,
+        0,
+    )
     birds = opened.restrict(["bird"])
-    assert len(birds) == 2 and birds.records[0].boxes.shape == (0, 4) and birds.records[0].labels.shape == (0,)
+    assert (
+        len(birds) == 2
+        and birds.records[0].boxes.shape == (0, 4)
+        and birds.records[0].labels.shape == (0,)
+    )
 
 
 @pytest.mark.parametrize("split", [1, 2, 3])
@@ -109,7 +141,11 @@ def test_splits_are_the_published_ones(voc, split):
 def test_restrict_relabels_and_drops(voc):
     opened = open_detection("voc", voc, part="train")
     only = opened.restrict(["person", "cow", "dog"])
-    assert only.classes == ["person", "cow", "dog"] and only.base == ["person", "dog"] and only.novel == ["cow"]
+    assert (
+        only.classes == ["person", "cow", "dog"]
+        and only.base == ["person", "dog"]
+        and only.novel == ["cow"]
+    )
     assert [r.labels.tolist() for r in only.records] == [[2], [0, 2], [2]]
     assert [r.id for r in opened.restrict(["person"]).records] == ["VOC2007/000004"]
     with pytest.raises(InputError) as error:
@@ -131,20 +167,55 @@ def test_a_missing_year_is_noted(tmp_path):
         ("ImageSets/Main/trainval.txt", None, None, ["trainval.txt", "missing"]),
         ("Annotations/000004.xml", "</annotation>", "", ["000004.xml", "not a VOC annotation"]),
         ("Annotations/000004.xml", "<width>100</width>", "", ["000004.xml", "size"]),
-        ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>29</xmax>", ["000004.xml", "dog", "[30, 30, 29, 70]"]),
+        (
+            "Annotations/000004.xml",
+            "<xmax>90</xmax>",
+            "<xmax>29</xmax>",
+            ["000004.xml", "dog", "[30, 30, 29, 70]"],
+        ),
         ("Annotations/000004.xml", "<xmax>90</xmax>", "", ["000004.xml", "dog", "bndbox"]),
-        ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>inf</xmax>", ["000004.xml", "dog", "bndbox"]),
-        ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>nan</xmax>", ["000004.xml", "dog", "bndbox"]),
-        ("Annotations/000004.xml", "<xmax>90</xmax>", "<xmax>1e300</xmax>", ["000004.xml", "dog", "too large"]),
-        ("Annotations/000004.xml", "<width>100</width>", "<width>0</width>", ["000004.xml", "size", "0 x 80"]),
+        (
+            "Annotations/000004.xml",
+            "<xmax>90</xmax>",
+            "<xmax>inf</xmax>",
+            ["000004.xml", "dog", "bndbox"],
+        ),
+        (
+            "Annotations/000004.xml",
+            "<xmax>90</xmax>",
+            "<xmax>nan</xmax>",
+            ["000004.xml", "dog", "bndbox"],
+        ),
+        (
+            "Annotations/000004.xml",
+            "<xmax>90</xmax>",
+            "<xmax>1e300</xmax>",
+            ["000004.xml", "dog", "too large"],
+        ),
+        (
+            "Annotations/000004.xml",
+            "<width>100</width>",
+            "<width>0</width>",
+            ["000004.xml", "size", "0 x 80"],
+        ),
         (
             "Annotations/000004.xml",
             "<annotation>",
             "<?xml version='1.0' encoding='x'?>",
             ["000004.xml", "not a VOC"],
         ),
-        ("ImageSets/Main/trainval.txt", "000004", "../../secret", ["trainval.txt", "'../../secret'", "leads out"]),
-        ("ImageSets/Main/trainval.txt", "000004", "/etc/secret", ["trainval.txt", "'/etc/secret'", "leads out"]),
+        (
+            "ImageSets/Main/trainval.txt",
+            "000004",
+            "../../secret",
+            ["trainval.txt", "'../../secret'", "leads out"],
+        ),
+        (
+            "ImageSets/Main/trainval.txt",
+            "000004",
+            "/etc/secret",
+            ["trainval.txt", "'/etc/secret'", "leads out"],
+        ),
     ],
 )
 def test_mistakes_in_voc_are_named(voc, file, old, new, words):
@@ -162,7 +233,10 @@ def test_mistakes_in_voc_are_named(voc, file, old, new, words):
 def test_lists_may_have_a_byte_order_mark_but_are_utf_8(voc):
     path = voc / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "test.txt"
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert [r.id for r in open_detection("voc", voc, part="test").records] == ["VOC2007/000005", "VOC2007/000006"]
+    assert [r.id for r in open_detection("voc", voc, part="test").records] == [
+        "VOC2007/000005",
+        "VOC2007/000006",
+    ]
     path.write_text(path.read_text(), encoding="utf-16")
     with pytest.raises(InputError) as error:
         open_detection("voc", voc, part="test")
@@ -176,7 +250,9 @@ def test_boxes_beyond_their_picture_are_noted(tmp_path):
     opened = open_detection("voc", tmp_path, part="train")
     assert opened.records[0].boxes.tolist() == [[0, 0, 100, 80], [-1, 4, 20, 20], [49, 49, 120, 80]]
     [note] = opened.notes
-    assert "beyond their picture, cut off there in training: 2 (first: " in note and note.endswith("000001.jpg)")
+    assert "beyond their picture, cut off there in training: 2 (first: " in note and note.endswith(
+        "000001.jpg)"
+    )
 
 
 def test_wrong_choices_are_named(tmp_path):
@@ -228,10 +304,14 @@ def test_a_picture_of_another_size_than_annotated_is_named(voc):
     assert opened.image(0).shape == (3, 80, 100)
 
 
-def write_coco(path: Path, images: list[tuple], annotations: list[dict], categories: dict[int, str]) -> None:
+def write_coco(
+    path: Path, images: list[tuple], annotations: list[dict], categories: dict[int, str]
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "images": [{"id": i, "file_name": name, "width": w, "height": h} for i, name, w, h in images],
+        "images": [
+            {"id": i, "file_name": name, "width": w, "height": h} for i, name, w, h in images
+        ],
         "annotations": [{"id": n, **a} for n, a in enumerate(annotations, 1)],
         "categories": [{"id": i, "name": name} for i, name in categories.items()],
     }
@@ -243,7 +323,10 @@ def coco_tree(root: Path, names=("train.json", "val.json")) -> Path:
     # ids are neither dense nor in the order of the file
     ids = [*range(1, 8), 9, *range(16, 22), 44, 62, 63, 64, 67, 72]
     categories = {90: "toothbrush", 8: "truck", 11: "fire hydrant", **dict(zip(ids, COCO_NOVEL))}
-    images = [(139, "COCO_val2014_000000000139.jpg", 100, 80), (42, "COCO_train2014_000000000042.jpg", 100, 80)]
+    images = [
+        (139, "COCO_val2014_000000000139.jpg", 100, 80),
+        (42, "COCO_train2014_000000000042.jpg", 100, 80),
+    ]
     good = {"image_id": 139, "category_id": 44, "bbox": [10, 20, 30, 40], "area": 600}
     flawed = [
         {"ignore": 1},
@@ -251,9 +334,18 @@ def coco_tree(root: Path, names=("train.json", "val.json")) -> Path:
         {"area": 0},
         {"bbox": [10, 20, 0.5, 40]},
     ]
-    more = [{"category_id": 90, "bbox": [-5, 0, 20, 20]}, {"category_id": 1, "iscrowd": 1}, {"image_id": 42}]
+    more = [
+        {"category_id": 90, "bbox": [-5, 0, 20, 20]},
+        {"category_id": 1, "iscrowd": 1},
+        {"image_id": 42},
+    ]
     for name in names:
-        write_coco(root / "annotations" / name, images, [good, *({**good, **a} for a in flawed + more)], categories)
+        write_coco(
+            root / "annotations" / name,
+            images,
+            [good, *({**good, **a} for a in flawed + more)],
+            categories,
+        )
     for folder, name in (("val2014", images[0][1]), ("train2014", images[1][1])):
         (root / folder).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (100, 80)).save(root / folder / name)
@@ -264,13 +356,21 @@ def test_coco(tmp_path):
     coco_tree(tmp_path / "coco")
     opened = open_detection("coco", tmp_path, part="train")
     assert len(opened.classes) == 23 and opened.novel == COCO_NOVEL and opened.metric == "coco"
-    assert opened.base == ["truck", "fire hydrant", "toothbrush"]  # in order of id, interleaved with the novel ones
+    assert opened.base == [
+        "truck",
+        "fire hydrant",
+        "toothbrush",
+    ]  # in order of id, interleaved with the novel ones
     assert opened.classes.index("truck") == COCO_NOVEL.index("boat")
     record = opened.records[0]
     assert record.id == "139" and record.path.endswith("coco/val2014/COCO_val2014_000000000139.jpg")
     assert [opened.classes[i] for i in record.labels] == ["bottle", "toothbrush", "person"]
     assert record.boxes.tolist() == [[10, 20, 40, 60], [-5, 0, 15, 20], [10, 20, 40, 60]]
-    assert record.difficult.tolist() == [False, False, True] and record.areas.tolist() == [600, 600, 600]
+    assert record.difficult.tolist() == [False, False, True] and record.areas.tolist() == [
+        600,
+        600,
+        600,
+    ]
     kept = open_detection("coco", tmp_path, part="train", difficult="keep")
     assert not kept.usable(record)[2]  # crowds are never trained on
     assert opened.category_ids["truck"] == 8 and list(opened.category_ids) == opened.classes
@@ -328,7 +428,9 @@ def own(tmp_path):
 
 
 def test_own_data(own):
-    train, test = (open_detection("pets", own, part=part, novel=["cat"]) for part in ("train", "test"))
+    train, test = (
+        open_detection("pets", own, part=part, novel=["cat"]) for part in ("train", "test")
+    )
     assert train.classes == test.classes == ["axolotl", "dog", "cat"] and train.novel == ["cat"]
     assert train.name == "pets" and train.image(0).shape == (3, 64, 64)
     assert train.records[0].labels.tolist() == [2, 0, 1] and test.records[0].labels.tolist() == [1]
@@ -355,12 +457,18 @@ def change_json(path: Path, change) -> None:
 
 
 def test_names_and_numbers_of_own_data_are_kept(own):
-    """Blanks and umlauts in names, ids of text, numbers with gaps, a byte order mark, sizes as floats."""
+    """Blanks and umlauts in names, ids of text, numbers with gaps, a byte order mark, sizes as
+    floats.
+    """
     (own / "pets" / "images" / "a.png").rename(own / "pets" / "images" / "größe 1.png")
 
     def change(content):
         content["images"][0].update(id="0012", file_name="größe 1.png", width=64.0)
-        content["categories"] = [{"id": 70, "name": "weißer Hai"}, {"id": 5, "name": "Bär"}, {"id": 9, "name": "cat"}]
+        content["categories"] = [
+            {"id": 70, "name": "weißer Hai"},
+            {"id": 5, "name": "Bär"},
+            {"id": 9, "name": "cat"},
+        ]
         for annotation, category in zip(content["annotations"], (70, 5, 9)):
             annotation.update(image_id="0012", category_id=category)
         content["annotations"] = content["annotations"][:3]
@@ -386,7 +494,9 @@ def test_what_is_left_out_of_own_data_is_noted(own):
         {"bbox": [-3, 5, 9, 9], "area": None},
         {"bbox": [50, 50, 14.3, 14]},  # rounding
     ]
-    change_json(own / "pets" / "train.json", lambda c: c["annotations"].extend({**box, **m} for m in more))
+    change_json(
+        own / "pets" / "train.json", lambda c: c["annotations"].extend({**box, **m} for m in more)
+    )
     opened = open_detection("pets", own, part="train")
     assert len(opened.records[0].boxes) == 5
     assert [note.split("train.json: ")[1] for note in opened.notes[2:]] == [
@@ -401,33 +511,86 @@ def test_what_is_left_out_of_own_data_is_noted(own):
     ("change", "words"),
     [
         *(
-            (lambda c, v=v: c["annotations"][0].update(bbox=v), ["train.json", "annotation 1 of image 1", "bbox"])
-            for v in ("abcd", [1, 2, 3], [1, 2, "3", 4], [1, 2, [3], 4], [1, 2, 3, float("nan")], [1, 1e300, 3, 4], {})
+            (
+                lambda c, v=v: c["annotations"][0].update(bbox=v),
+                ["train.json", "annotation 1 of image 1", "bbox"],
+            )
+            for v in (
+                "abcd",
+                [1, 2, 3],
+                [1, 2, "3", 4],
+                [1, 2, [3], 4],
+                [1, 2, 3, float("nan")],
+                [1, 1e300, 3, 4],
+                {},
+            )
         ),
         *(
-            (lambda c, v=v: c["images"][0].update(width=v), ["train.json", "entry 0 of 'images'", "width"])
+            (
+                lambda c, v=v: c["images"][0].update(width=v),
+                ["train.json", "entry 0 of 'images'", "width"],
+            )
             for v in (0, -5, "64", None, [64], 64.5, float("inf"))
         ),
-        (lambda c: c["annotations"][0].update(area="big"), ["train.json", "annotation 1", "area 'big'"]),
-        (lambda c: c["annotations"][0].update(image_id=[1]), ["train.json", "annotation 1", "image [1]"]),
-        (lambda c: c["annotations"][0].update(category_id={}), ["train.json", "annotation 1", "category {}"]),
+        (
+            lambda c: c["annotations"][0].update(area="big"),
+            ["train.json", "annotation 1", "area 'big'"],
+        ),
+        (
+            lambda c: c["annotations"][0].update(image_id=[1]),
+            ["train.json", "annotation 1", "image [1]"],
+        ),
+        (
+            lambda c: c["annotations"][0].update(category_id={}),
+            ["train.json", "annotation 1", "category {}"],
+        ),
         (lambda c: c["images"][0].update(id=[1]), ["train.json", "entry 0 of 'images'", "'id'"]),
-        (lambda c: c["images"][0].update(file_name=5), ["train.json", "entry 0 of 'images'", "file_name"]),
-        (lambda c: c["images"][0].update(file_name="../a.png"), ["train.json", "entry 0 of 'images'", "leads out"]),
-        (lambda c: c["images"][0].update(file_name="/tmp/a.png"), ["train.json", "entry 0 of 'images'", "leads out"]),
+        (
+            lambda c: c["images"][0].update(file_name=5),
+            ["train.json", "entry 0 of 'images'", "file_name"],
+        ),
+        (
+            lambda c: c["images"][0].update(file_name="../a.png"),
+            ["train.json", "entry 0 of 'images'", "leads out"],
+        ),
+        (
+            lambda c: c["images"][0].update(file_name="/tmp/a.png"),
+            ["train.json", "entry 0 of 'images'", "leads out"],
+        ),
         (lambda c: c["images"].append(c["images"][0]), ["train.json", "image id '1'", "2 times"]),
-        (lambda c: c["categories"][1].update(id="2"), ["train.json", "entry 1 of 'categories'", "'id'"]),
+        (
+            lambda c: c["categories"][1].update(id="2"),
+            ["train.json", "entry 1 of 'categories'", "'id'"],
+        ),
         (lambda c: c["categories"][1].update(id=1), ["train.json", "category id 1", "2 times"]),
-        (lambda c: c["categories"][1].update(name=None), ["train.json", "entry 1 of 'categories'", "name"]),
-        (lambda c: c["categories"][1].update(name="cat"), ["train.json", "category 'cat'", "2 times"]),
-        (lambda c: c["images"].append({**c["images"][0], "id": 2}), ["train.json", "picture 'a.png'", "2 times"]),
+        (
+            lambda c: c["categories"][1].update(name=None),
+            ["train.json", "entry 1 of 'categories'", "name"],
+        ),
+        (
+            lambda c: c["categories"][1].update(name="cat"),
+            ["train.json", "category 'cat'", "2 times"],
+        ),
+        (
+            lambda c: c["images"].append({**c["images"][0], "id": 2}),
+            ["train.json", "picture 'a.png'", "2 times"],
+        ),
         *(
-            (lambda c, k=k: c[k].insert(0, "nothing"), ["train.json", f"entry 0 of {k!r}", "no object", "nothing"])
+            (
+                lambda c, k=k: c[k].insert(0, "nothing"),
+                ["train.json", f"entry 0 of {k!r}", "no object", "nothing"],
+            )
             for k in ("images", "categories", "annotations")
         ),
-        (lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 10]), ["train.json", "annotation 1", "[5, 5, 0, 10]"]),
+        (
+            lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 10]),
+            ["train.json", "annotation 1", "[5, 5, 0, 10]"],
+        ),
         (lambda c: c["annotations"][1].pop("bbox"), ["train.json", "annotation 2", "bbox"]),
-        (lambda c: c["annotations"][2].update(image_id=7), ["train.json", "annotation 3", "image 7"]),
+        (
+            lambda c: c["annotations"][2].update(image_id=7),
+            ["train.json", "annotation 3", "image 7"],
+        ),
         (lambda c: c["images"][0].update(file_name="b.png"), ["train.json", "b.png"]),
         (lambda c: c["images"][0].pop("width"), ["train.json", "width"]),
         (lambda c: c["categories"].append({"id": 9, "name": "emu"}), ["test.json", "emu"]),
@@ -445,7 +608,11 @@ def test_unknown_novel_class_and_broken_json_are_named(own):
     with pytest.raises(InputError) as error:
         open_detection("pets", own, part="train", novel=["unicorn"])
     one_line(error, "unicorn", "pets")
-    for content, words in ((b"{", "not json"), (b"[" * 100000, "not json"), ("{}".encode("utf-16"), "UTF-8")):
+    for content, words in (
+        (b"{", "not json"),
+        (b"[" * 100000, "not json"),
+        ("{}".encode("utf-16"), "UTF-8"),
+    ):
         (own / "pets" / "train.json").write_bytes(content)
         with pytest.raises(InputError) as error:
             open_detection("pets", own, part="train")
@@ -454,7 +621,11 @@ def test_unknown_novel_class_and_broken_json_are_named(own):
 
 def test_glyph_splits_permute_labels_of_the_same_scenes():
     first, third = (open_detection("glyphs", "", part="test", split=split) for split in (1, 3))
-    assert len(first) == 500 and len(first.novel) == len(third.novel) == 5 and first.classes != third.classes
+    assert (
+        len(first) == 500
+        and len(first.novel) == len(third.novel) == 5
+        and first.classes != third.classes
+    )
     assert first.classes[15:] == first.novel and sorted(first.classes) == sorted(third.classes)
     assert not set(first.novel) & set(third.novel)
     for a, b in zip(first.records[:20], third.records[:20]):
@@ -462,7 +633,9 @@ def test_glyph_splits_permute_labels_of_the_same_scenes():
         assert [first.classes[i] for i in a.labels] == [third.classes[i] for i in b.labels]
     scene = glyphs.scene(range(20), 0, 3007, 160)  # test scenes follow the 3000 of training
     assert torch.equal(third.image(7), torch.from_numpy(scene.draw()).permute(2, 0, 1))
-    assert [third.classes[i] for i in third.records[7].labels] == [f"glyph-{i:02d}" for i in scene.labels]
+    assert [third.classes[i] for i in third.records[7].labels] == [
+        f"glyph-{i:02d}" for i in scene.labels
+    ]
 
 
 # pictures to batches
@@ -506,7 +679,9 @@ def test_resize_keeps_the_ratio(tmp_path, size, limits, expected):
     assert sample.image.shape == (3, *expected)
     y, x = expected[0] / size[0], expected[1] / size[1]
     assert torch.allclose(sample.scale, torch.tensor([x, y]))
-    assert torch.allclose(sample.boxes, torch.tensor([[0, 10 * y, size[1] / 2 * x, expected[0]]]), atol=1e-3)
+    assert torch.allclose(
+        sample.boxes, torch.tensor([[0, 10 * y, size[1] / 2 * x, expected[0]]]), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("side", [97, 320])
@@ -532,7 +707,9 @@ def test_training_draws_a_size_and_a_side(scenes):
         seen.add((width, flipped))
     assert seen == {(side, flipped) for side in (100, 200, 300) for flipped in (False, True)}
     tested = pipeline.sample(scenes, 3)
-    assert tested.image.shape == (3, 300, 300) and torch.equal(tested.image, Pipeline(300).sample(scenes, 3).image)
+    assert tested.image.shape == (3, 300, 300) and torch.equal(
+        tested.image, Pipeline(300).sample(scenes, 3).image
+    )
 
 
 def test_padding_is_zero_after_normalisation(voc):
@@ -556,7 +733,9 @@ def test_padding_is_zero_after_normalisation(voc):
 def stream_of(dataset, extra=None, **feed):
     feed = Feed(**{"seed": 5, "steps": 6} | feed)
     return list(
-        pipeline.train_loader(dataset, Pipeline((40, 60, 80), flip=True), feed, CAFFE, batch_size=4, extra=extra)
+        pipeline.train_loader(
+            dataset, Pipeline((40, 60, 80), flip=True), feed, CAFFE, batch_size=4, extra=extra
+        )
     )
 
 
@@ -575,10 +754,14 @@ def test_training_stream_resumes_and_is_split_among_processes(scenes):
     halves = [stream_of(scenes, rank=rank, world=2) for rank in (0, 1)]
     for whole, even, odd in zip(straight, *halves):
         assert whole.ids[0::2] == even.ids and whole.ids[1::2] == odd.ids
-        assert torch.equal(whole.scales[0::2], even.scales) and torch.equal(whole.boxes[1], odd.boxes[0])
+        assert torch.equal(whole.scales[0::2], even.scales) and torch.equal(
+            whole.boxes[1], odd.boxes[0]
+        )
     ids = [id for batch in straight for id in batch.ids]
     every = sorted(r.id for r in scenes.records)
-    assert sorted(ids[:9]) == sorted(ids[9:18]) == every and ids[:9] != ids[9:18]  # an epoch is a permutation
+    assert (
+        sorted(ids[:9]) == sorted(ids[9:18]) == every and ids[:9] != ids[9:18]
+    )  # an epoch is a permutation
     with pytest.raises(InputError) as error:
         stream_of(scenes, world=3)
     one_line(error, "4", "3 processes")
@@ -593,7 +776,9 @@ def test_loaders_draw_nothing_from_the_global_streams(scenes):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     stream_of(scenes, steps=2)
     list(pipeline.test_loader(scenes.with_records(scenes.records[:3]), Pipeline(), Feed(), CAFFE))
-    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(
+        before[1], np.random.get_state()[1]
+    )
 
 
 class Extra:
@@ -615,8 +800,12 @@ class Extra:
 def test_extras_come_with_their_step(scenes, workers):
     pairs = stream_of(scenes, start=2, steps=4, extra=Extra, workers=workers)
     assert [extra.asked for _, extra in pairs] == [(5, 2), (5, 3)]
-    assert all(extra.device == torch.device("cpu") and extra.normalisation == CAFFE for _, extra in pairs)
-    assert all(same(batch, alone) for (batch, _), alone in zip(pairs, stream_of(scenes, start=2, steps=4)))
+    assert all(
+        extra.device == torch.device("cpu") and extra.normalisation == CAFFE for _, extra in pairs
+    )
+    assert all(
+        same(batch, alone) for (batch, _), alone in zip(pairs, stream_of(scenes, start=2, steps=4))
+    )
 
 
 def test_testing_covers_every_picture_once(scenes):
@@ -640,9 +829,15 @@ def test_real_voc():
     train, test = (open_detection("voc", REAL, part=part) for part in ("train", "test"))
     assert (len(train), len(test)) == (384, 372) and "VOC2012" in train.notes[0]
     records = train.records + test.records
-    assert sum(len(r.labels) for r in records) == 1994 and sum(r.difficult.sum() for r in records) == 340
+    assert (
+        sum(len(r.labels) for r in records) == 1994
+        and sum(r.difficult.sum() for r in records) == 340
+    )
     for opened, least in ((train, 22), (test, 18)):
-        assert np.bincount(np.concatenate([r.labels for r in opened.records]), minlength=20).min() == least
+        assert (
+            np.bincount(np.concatenate([r.labels for r in opened.records]), minlength=20).min()
+            == least
+        )
     first = train.records[0]
     assert first.id == "VOC2007/2007_000027" and first.boxes.tolist() == [[173, 100, 349, 351]]
     for index in range(0, 384, 60):
@@ -655,7 +850,9 @@ def test_real_voc():
 
 
 def test_batches_grouped_by_aspect_ratio():
-    """Every batch is of one kind, every picture comes once in an epoch but those that fill a batch up."""
+    """Every batch is of one kind, every picture comes once in an epoch but those that fill a batch
+    up.
+    """
     wide = bytes(i % 3 != 0 for i in range(50))  # 33 wide ones, 17 tall ones
     shuffle = pipeline.Shuffle(50, wide, 4)
     epoch = (9 + 5) * 4
@@ -664,7 +861,11 @@ def test_batches_grouped_by_aspect_ratio():
         assert all(len({wide[i] for i in order[b : b + 4]}) == 1 for b in range(0, epoch, 4))
         counts = np.bincount(order, minlength=50)
         assert counts.min() == 1 and counts.sum() == epoch and counts.max() == 2
-    assert [shuffle.picture(0, i) for i in range(epoch)] != order != [shuffle.picture(1, i) for i in range(epoch)]
+    assert (
+        [shuffle.picture(0, i) for i in range(epoch)]
+        != order
+        != [shuffle.picture(1, i) for i in range(epoch)]
+    )
     kinds = [wide[shuffle.picture(0, b)] for b in range(0, epoch, 4)]
     assert kinds != sorted(kinds)  # both kinds in turn
     plain = pipeline.Shuffle(50)
@@ -678,6 +879,8 @@ def test_a_loader_groups_when_asked():
     some = whole.with_records(records)
     tall = {r.id for r in records if r.width < r.height}
     for group in (True, False):
-        loader = pipeline.train_loader(some, Pipeline(), Feed(steps=8), CAFFE, batch_size=3, group=group)
+        loader = pipeline.train_loader(
+            some, Pipeline(), Feed(steps=8), CAFFE, batch_size=3, group=group
+        )
         mixed = [len({id in tall for id in batch.ids}) == 2 for batch in loader]
         assert any(mixed) != group

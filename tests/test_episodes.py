@@ -17,7 +17,9 @@ SIZE = 8
 
 @dataclass(frozen=True)
 class Numbered:
-    """Pictures that show their own index: red and green hold it, blue is `broken` for one that cannot be read."""
+    """Pictures that show their own index: red and green hold it, blue is `broken` for one that
+    cannot be read.
+    """
 
     broken: str = ""
     at: int = -1
@@ -28,8 +30,12 @@ class Numbered:
         return Image.new("RGB", (SIZE, SIZE), (index // 256, index % 256, 0))
 
 
-def numbered(classes: int = 7, images: int = 40, source: Numbered | None = None, augment: bool = False) -> ImageSet:
-    labels = np.random.default_rng(0).permutation(np.arange(classes * images) % classes)  # classes not in a row
+def numbered(
+    classes: int = 7, images: int = 40, source: Numbered | None = None, augment: bool = False
+) -> ImageSet:
+    labels = np.random.default_rng(0).permutation(
+        np.arange(classes * images) % classes
+    )  # classes not in a row
     names = [f"class{i}" for i in range(classes)]
     return ImageSet(
         "numbered", "train", names, labels, source or Numbered(), size=SIZE, stored=SIZE, augment=augment,
@@ -44,17 +50,25 @@ def shown(images: torch.Tensor) -> torch.Tensor:
 
 def load(dataset: ImageSet, ways=3, shots=2, queries=4, tasks=1, **feed) -> list[episodes.Episode]:
     feed, transform = Feed(**{"steps": 3, **feed}), transforms.train_transform(dataset)
-    return list(episodes.episode_loader(dataset, ways, shots, queries, feed, transform, tasks=tasks))
+    return list(
+        episodes.episode_loader(dataset, ways, shots, queries, feed, transform, tasks=tasks)
+    )
 
 
-def batches(dataset: ImageSet, batch_size: int, **feed) -> list[tuple[torch.Tensor, torch.Tensor, list[int]]]:
+def batches(
+    dataset: ImageSet, batch_size: int, **feed
+) -> list[tuple[torch.Tensor, torch.Tensor, list[int]]]:
     transform = transforms.train_transform(dataset)
-    return list(episodes.class_batch_loader(dataset, Feed(**feed), transform, batch_size=batch_size))
+    return list(
+        episodes.class_batch_loader(dataset, Feed(**feed), transform, batch_size=batch_size)
+    )
 
 
 def same(one: episodes.Episode, other: episodes.Episode) -> bool:
     tensors = (k for k in vars(one) if k != "indices")
-    return one.indices == other.indices and all(torch.equal(getattr(one, k), getattr(other, k)) for k in tensors)
+    return one.indices == other.indices and all(
+        torch.equal(getattr(one, k), getattr(other, k)) for k in tensors
+    )
 
 
 def test_a_drawn_episode_is_one():
@@ -70,7 +84,9 @@ def test_draw_depends_on_seed_and_index_only():
     dataset = numbered()
     first = episodes.draw(dataset, 5, 3, 6, 1, 2)
     np.random.seed(3)
-    assert all(np.array_equal(a, b) for a, b in zip(first, episodes.draw(dataset.by_class, 5, 3, 6, 1, 2)))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(first, episodes.draw(dataset.by_class, 5, 3, 6, 1, 2))
+    )
     for other in ((1, 3), (2, 2), (2, 1)):
         assert not np.array_equal(first.query, episodes.draw(dataset, 5, 3, 6, *other).query)
 
@@ -85,11 +101,14 @@ def test_every_image_is_as_likely():
     by_class = [np.arange(10) + 10 * i for i in range(4)]
     drawn = [episodes.draw(by_class, 2, 1, 1, 0, i) for i in range(4000)]
     for part in ("support", "query"):
-        counts = np.bincount(np.concatenate([getattr(d, part).ravel() for d in drawn]), minlength=40)
+        counts = np.bincount(
+            np.concatenate([getattr(d, part).ravel() for d in drawn]), minlength=40
+        )
         assert abs(counts - 200).max() < 5 * 200**0.5
 
 
-# mmfewshot's own generator: ranks within a class, of images per class that the published data sets have
+# mmfewshot's own generator: ranks within a class, of images per class that the published data sets
+# have
 CUB_VAL = (
     "60 41 60 60 45 56 60 60 59 60 60 60 60 60 58 60 60 60 60 59 60 60 60 60 60 60 60 60 60 60 60 59 60 60 60 60 60 60 "
     "60 60 60 59 60 60 56 60 60 58 60 60"
@@ -104,7 +123,8 @@ COUNTS = {
     "cub": [int(n) for n in CUB_TEST.split()],
     "cub val": [int(n) for n in CUB_VAL.split()],
 }
-# data, shots, episode, classes, first support of each, first 3 queries of the first class, sum of all queries
+# data, shots, episode, classes, first support of each, first 3 queries of the first class, sum of
+# all queries
 REFERENCE = [
     ("mini", 1, 0, [18, 1, 19, 8, 10], [578, 18, 447, 138, 442], [52, 533, 367], 20616),
     ("mini", 1, 1, [18, 10, 14, 0, 4], [482, 8, 432, 170, 79], [576, 205, 552], 25974),
@@ -148,13 +168,17 @@ def test_impossible_episodes_are_refused():
         episodes.check(dataset, 2, 0, 5)
     short = [np.arange(10), np.arange(3)]
     episodes.draw(short[:1], 1, 2, 2, 0, 0)
-    with pytest.raises(InputError, match=r"^class 1 of the data set: has 3 pictures, .* give at most --queries 1"):
+    with pytest.raises(
+        InputError, match=r"^class 1 of the data set: has 3 pictures, .* give at most --queries 1"
+    ):
         episodes.draw(short, 2, 2, 2, 0, 0)
     with pytest.raises(InputError, match=r"^class 1 of the data set: has 3 pictures"):
         episodes.check(short, 2, 2, 2)
     with pytest.raises(InputError, match=r"^--seed -1"):
         episodes.draw(dataset, 2, 1, 1, -1, 0)
-    with pytest.raises(InputError, match=r"^3 episodes a step cannot be divided among 2 processes: use a multiple"):
+    with pytest.raises(
+        InputError, match=r"^3 episodes a step cannot be divided among 2 processes: use a multiple"
+    ):
         load(dataset, tasks=3, world=2)
     with pytest.raises(InputError, match=r"^5 images a step"):
         batches(dataset, batch_size=5, steps=1, world=2)
@@ -164,7 +188,10 @@ def test_loaded_episodes_hold_what_was_drawn():
     dataset = numbered()
     for step, episode in enumerate(load(dataset, ways=3, shots=2, queries=4, tasks=2)):
         assert episode.indices == [2 * step, 2 * step + 1]
-        assert episode.support.shape == (2, 6, 3, SIZE, SIZE) and episode.support.dtype == torch.float32
+        assert (
+            episode.support.shape == (2, 6, 3, SIZE, SIZE)
+            and episode.support.dtype == torch.float32
+        )
         assert episode.query.shape == (2, 12, 3, SIZE, SIZE)
         assert episode.support_labels.tolist() == [[0, 0, 1, 1, 2, 2]] * 2
         assert episode.query_labels.tolist() == [[0] * 4 + [1] * 4 + [2] * 4] * 2
@@ -180,7 +207,9 @@ def test_a_resumed_stream_goes_on_as_the_straight_one(augment):
     dataset = numbered(augment=augment)
     straight = load(dataset, steps=5)
     assert len(straight) == 5 and not torch.equal(straight[3].query, straight[4].query)
-    assert all(same(a, b) for a, b in zip(straight[3:], load(dataset, start=3, steps=5), strict=True))
+    assert all(
+        same(a, b) for a, b in zip(straight[3:], load(dataset, start=3, steps=5), strict=True)
+    )
 
 
 def test_processes_share_a_step_and_change_nothing():
@@ -217,14 +246,18 @@ def test_an_unreadable_picture_is_named_in_one_line(tmp_path, workers):
 
 
 def test_supervised_batches_are_endless_permutations():
-    dataset = numbered(classes=5, images=4)  # 20 images in batches of 8: two epochs are five batches
+    dataset = numbered(
+        classes=5, images=4
+    )  # 20 images in batches of 8: two epochs are five batches
     drawn = batches(dataset, batch_size=8, steps=5)
     indices = torch.cat([shown(images) for images, _, _ in drawn])
     for epoch in indices.split(20):
         assert sorted(epoch.tolist()) == list(range(20))
     assert indices[:20].tolist() != indices[20:].tolist()
     assert [number for _, _, numbers in drawn for number in numbers] == indices.tolist()
-    assert torch.cat([labels for _, labels, _ in drawn]).tolist() == dataset.labels[indices].tolist()
+    assert (
+        torch.cat([labels for _, labels, _ in drawn]).tolist() == dataset.labels[indices].tolist()
+    )
 
 
 def test_supervised_batches_resume_and_divide():
@@ -249,4 +282,6 @@ def test_image_loader_keeps_the_order_and_the_rest():
     assert [index for _, indices in drawn for index in indices] == wanted
     assert list(episodes.image_loader(dataset, [], Feed(), transform, batch_size=4)) == []
     with pytest.raises(ValueError, match="test transform"):
-        episodes.image_loader(dataset, wanted, Feed(), transforms.TrainAugment(8, transforms.IMAGENET))
+        episodes.image_loader(
+            dataset, wanted, Feed(), transforms.TrainAugment(8, transforms.IMAGENET)
+        )

@@ -1,4 +1,6 @@
-"""AP against the reference's numbers, against a plain double loop, and against pycocotools run group by group."""
+"""AP against the reference's numbers, against a plain double loop, and against pycocotools run
+group by group.
+"""
 
 import contextlib
 import io
@@ -41,10 +43,22 @@ def reference_set() -> tuple[DetectionSet, dict[str, Detections]]:
         records.append(make_record(str(i), "", 200, 200, list(zip(boxes, labels, difficult))))
         columns = []
         for c in range(3):
-            around = np.array([box for box, label in zip(boxes, labels) if label == c]).reshape(-1, 4)
-            near = jitter(f"ap_det{i}_{c}", around, 2 * len(around), 200, 200, s=0.25) if len(around) else around
+            around = np.array([box for box, label in zip(boxes, labels) if label == c]).reshape(
+                -1, 4
+            )
+            near = (
+                jitter(f"ap_det{i}_{c}", around, 2 * len(around), 200, 200, s=0.25)
+                if len(around)
+                else around
+            )
             b = np.concatenate([near, named_boxes(f"ap_fp{i}_{c}", 2, 200, 200, 20, 0.5)])
-            columns.append((b, np.round(stream(f"ap_sc{i}_{c}").uniform(0.05, 1, len(b)), 6), np.full(len(b), c)))
+            columns.append(
+                (
+                    b,
+                    np.round(stream(f"ap_sc{i}_{c}").uniform(0.05, 1, len(b)), 6),
+                    np.full(len(b), c),
+                )
+            )
         found[str(i)] = Detections(*map(np.concatenate, zip(*columns)))
     return DetectionSet("set", "test", ["a", "b", "c"], ["c"], records, "voc"), found
 
@@ -73,7 +87,11 @@ def test_voc_ap_equals_the_reference(case):
     ranges = [tuple(pair) for pair in arguments.get("scale_ranges", ())]
     iou = arguments["iou_thr"]
     result = evaluate_voc(
-        *(found, dataset), iou_thresholds=[iou], points=points, inclusive_pixels=inclusive, size_ranges=ranges
+        *(found, dataset),
+        iou_thresholds=[iou],
+        points=points,
+        inclusive_pixels=inclusive,
+        size_ranges=ranges,
     )
     key = f"AP{round(100 * iou)}"
     overall = [result[f"{key} {low}-{high}"]["all"] for low, high in ranges] or result[key]["all"]
@@ -81,30 +99,49 @@ def test_voc_ap_equals_the_reference(case):
 
     matches = average_precision.match(found, dataset, inclusive)
     for label, wanted in enumerate(expected["per_class"]):
-        curves = [average_precision.precision_recall(matches, label, iou, size) for size in ranges or [None]]
+        curves = [
+            average_precision.precision_recall(matches, label, iou, size)
+            for size in ranges or [None]
+        ]
         precision, recall, count = zip(*curves)
         aps = [average_precision.average_precision(p, r, points) for p, r in zip(precision, recall)]
         if not ranges:  # the reference stores no list for a single range
             precision, recall, count, aps = precision[0], recall[0], count[0], aps[0]
-        assert np.array_equal(count, wanted["num_gts"]) and np.shape(recall)[-1] == wanted["num_dets"]
+        assert (
+            np.array_equal(count, wanted["num_gts"]) and np.shape(recall)[-1] == wanted["num_dets"]
+        )
         close(aps, wanted["ap"], 1e-6)
         close(np.array(precision), wanted["precision"], 1e-6)
         close(np.array(recall), wanted["recall"], 1e-6)
 
 
 def test_taken_and_difficult_objects():
-    """A worked example: the second find of an object is wrong, one of a difficult object is nothing."""
-    truth = [((10, 10, 50, 50), 0, False), ((200, 200, 250, 260), 0, False), ((100, 100, 150, 150), 0, True)]
+    """A worked example: the second find of an object is wrong, one of a difficult object is
+    nothing.
+    """
+    truth = [
+        ((10, 10, 50, 50), 0, False),
+        ((200, 200, 250, 260), 0, False),
+        ((100, 100, 150, 150), 0, True),
+    ]
     dataset = DetectionSet("x", "test", ["c"], [], [make_record("p", "", 300, 300, truth)], "voc")
     boxes = np.array([[11, 11, 50, 50], [12, 12, 51, 51], [100, 100, 150, 150]])
     found = {"p": Detections(boxes, np.array([0.9, 0.8, 0.7]), np.zeros(3, int))}
-    precision, recall, count = average_precision.precision_recall(average_precision.match(found, dataset), 0, 0.5)
+    precision, recall, count = average_precision.precision_recall(
+        average_precision.match(found, dataset), 0, 0.5
+    )
     assert precision.tolist() == [1, 0.5, 0.5] and recall.tolist() == [0.5, 0.5, 0.5] and count == 2
     result = evaluate_voc(found, dataset)
-    assert result["AP50"]["all"] == pytest.approx(54.5455, abs=1e-4) and "novel" not in result["AP50"]
+    assert (
+        result["AP50"]["all"] == pytest.approx(54.5455, abs=1e-4) and "novel" not in result["AP50"]
+    )
     # of two objects in the same place, a difficult one does not hide the other
-    hidden = dataset.with_records([make_record("p", "", 300, 300, [(truth[0][0], 0, True), *truth[:2]])])
-    precision, recall, _ = average_precision.precision_recall(average_precision.match(found, hidden), 0, 0.5)
+    hidden = dataset.with_records(
+        [make_record("p", "", 300, 300, [(truth[0][0], 0, True), *truth[:2]])]
+    )
+    precision, recall, _ = average_precision.precision_recall(
+        average_precision.match(found, hidden), 0, 0.5
+    )
     assert precision.tolist() == [1, 0.5, 1 / 3] and recall.tolist() == [0.5, 0.5, 0.5]
 
 
@@ -129,7 +166,11 @@ def plain_ap(dataset, found, label, iou, inclusive, size_range=None) -> float | 
         for box, name, difficult in zip(record.boxes, record.labels, record.difficult):
             objects += name == label and not difficult and inside(box)
         boxes, scores, labels = found[record.id]
-        pool += [(-s, record, box - np.array(dataset.offset)) for box, s, c in zip(boxes, scores, labels) if c == label]
+        pool += [
+            (-s, record, box - np.array(dataset.offset))
+            for box, s, c in zip(boxes, scores, labels)
+            if c == label
+        ]
     if not objects:
         return None
     marks = []
@@ -145,7 +186,13 @@ def plain_ap(dataset, found, label, iou, inclusive, size_range=None) -> float | 
     right = np.cumsum(marks)
     precision, recall = right / np.arange(1, len(marks) + 1), right / objects
     levels = np.arange(0, 1.05, 0.1)
-    return 100 * sum(max((p for p, r in zip(precision, recall) if r >= level), default=0) for level in levels) / 11
+    return (
+        100
+        * sum(
+            max((p for p, r in zip(precision, recall) if r >= level), default=0) for level in levels
+        )
+        / 11
+    )
 
 
 def random_set(seed: int, pictures: int = 12) -> tuple[DetectionSet, dict[str, Detections]]:
@@ -157,16 +204,24 @@ def random_set(seed: int, pictures: int = 12) -> tuple[DetectionSet, dict[str, D
         corners = rng.integers(0, 60, (n, 2))
         boxes = np.concatenate([corners, corners + rng.integers(4, 40, (n, 2))], 1)
         labels = rng.choice(4, n, p=[0.45, 0.3, 0.24, 0.01])
-        records.append(make_record(f"p{i}", "", 100, 100, list(zip(boxes, labels, rng.random(n) < 0.3))))
+        records.append(
+            make_record(f"p{i}", "", 100, 100, list(zip(boxes, labels, rng.random(n) < 0.3)))
+        )
         around = np.repeat(boxes, 3, 0) + rng.integers(-4, 5, (3 * n, 4))
         around[:, 2:] = np.maximum(around[:, 2:], around[:, :2] + 1)
         loose = rng.integers(0, 50, (4, 2))
-        all_boxes = np.concatenate([around, np.concatenate([loose, loose + rng.integers(5, 40, (4, 2))], 1)])
+        all_boxes = np.concatenate(
+            [around, np.concatenate([loose, loose + rng.integers(5, 40, (4, 2))], 1)]
+        )
         names = np.where(rng.random(3 * n) < 0.8, np.repeat(labels, 3), rng.integers(0, 4, 3 * n))
         names = np.concatenate([names, rng.integers(0, 4, 4)])
         order = rng.permutation(len(names))
-        found[f"p{i}"] = Detections(all_boxes[order], rng.permutation(len(names)) / 100 + i / 1e4, names[order])
-    return DetectionSet("set", "test", ["a", "b", "c", "d"], ["c", "d"], records, "voc", (-1, -1, 0, 0)), found
+        found[f"p{i}"] = Detections(
+            all_boxes[order], rng.permutation(len(names)) / 100 + i / 1e4, names[order]
+        )
+    return DetectionSet(
+        "set", "test", ["a", "b", "c", "d"], ["c", "d"], records, "voc", (-1, -1, 0, 0)
+    ), found
 
 
 @pytest.mark.parametrize("inclusive", [True, False])
@@ -175,7 +230,10 @@ def test_voc_ap_equals_a_plain_loop(inclusive):
     for seed in range(15):
         dataset, found = random_set(seed)
         result = evaluate_voc(
-            *(found, dataset), iou_thresholds=(0.5, 0.7), inclusive_pixels=inclusive, size_ranges=ranges
+            *(found, dataset),
+            iou_thresholds=(0.5, 0.7),
+            inclusive_pixels=inclusive,
+            size_ranges=ranges,
         )
         for key, iou, size in [
             ("AP50", 0.5, None),
@@ -188,26 +246,37 @@ def test_voc_ap_equals_a_plain_loop(inclusive):
                 assert (group in result[key]) == bool(present)
                 if present:
                     assert result[key][group] == pytest.approx(np.mean(present), abs=1e-9)
-        assert result["mAP"]["all"] == pytest.approx((result["AP50"]["all"] + result["AP70"]["all"]) / 2)
-        assert result["per_class"]["a"] == pytest.approx(plain_ap(dataset, found, 0, 0.5, inclusive))
+        assert result["mAP"]["all"] == pytest.approx(
+            (result["AP50"]["all"] + result["AP70"]["all"]) / 2
+        )
+        assert result["per_class"]["a"] == pytest.approx(
+            plain_ap(dataset, found, 0, 0.5, inclusive)
+        )
 
 
 def test_what_is_reported_of_a_set_like_voc():
     dataset, found = random_set(0)
     result = average_precision.evaluate(found, dataset)
     assert list(result) == ["AP50", "AP75", "AP", "AP50s", "AP50m", "AP50l", "per_class"]
-    aps = {iou: [plain_ap(dataset, found, label, iou, False) for label in range(3)] for iou in average_precision.IOUS}
+    aps = {
+        iou: [plain_ap(dataset, found, label, iou, False) for label in range(3)]
+        for iou in average_precision.IOUS
+    }
     for key, wanted in (("AP50", aps[0.5]), ("AP75", aps[0.75]), ("AP", [*aps.values()])):
         assert result[key]["all"] == pytest.approx(np.mean(wanted))
     small = [plain_ap(dataset, found, label, 0.5, False, (0, 32)) for label in range(3)]
-    assert result["AP50s"]["all"] == pytest.approx(np.mean(small)) and result["AP50l"] == {}  # none is so large
+    assert (
+        result["AP50s"]["all"] == pytest.approx(np.mean(small)) and result["AP50l"] == {}
+    )  # none is so large
     assert result["per_class"]["b"] == pytest.approx(aps[0.5][1])
 
 
 def test_order_of_pictures_and_detections_does_not_matter():
     dataset, found = random_set(3)
     shuffled = {id: Detections(*(column[::-1] for column in found[id])) for id in reversed(found)}
-    assert evaluate_voc(shuffled, dataset.with_records(dataset.records[::-1])) == evaluate_voc(found, dataset)
+    assert evaluate_voc(shuffled, dataset.with_records(dataset.records[::-1])) == evaluate_voc(
+        found, dataset
+    )
 
 
 def test_incomplete_and_foreign_detections_are_refused():
@@ -240,10 +309,23 @@ def coco_files(tmp_path_factory):
     for i in range(8):
         id, objects = 100 - 7 * i, []
         for _ in range(rng.integers(1, 30)):
-            x, y, w, h = (rng.uniform(0, 200, 4) * [1, 1, 0.8, 0.8] + [0, 0, 2, 2]).astype(np.float32).tolist()
-            label, crowd, area = int(rng.integers(3)), bool(rng.random() < 0.1), w * h * rng.uniform(0.4, 1)
+            x, y, w, h = (
+                (rng.uniform(0, 200, 4) * [1, 1, 0.8, 0.8] + [0, 0, 2, 2])
+                .astype(np.float32)
+                .tolist()
+            )
+            label, crowd, area = (
+                int(rng.integers(3)),
+                bool(rng.random() < 0.1),
+                w * h * rng.uniform(0.4, 1),
+            )
             objects.append(((x, y, x + w, y + h), label, crowd, area))
-            item = {"image_id": id, "category_id": label + 5, "bbox": [x, y, w, h], "iscrowd": int(crowd)}
+            item = {
+                "image_id": id,
+                "category_id": label + 5,
+                "bbox": [x, y, w, h],
+                "iscrowd": int(crowd),
+            }
             annotations.append(item | {"id": len(annotations) + 1, "area": area})
         records.append(make_record(str(id), "", 400, 400, objects))
         images.append({"id": id, "file_name": "", "width": 400, "height": 400})
@@ -257,7 +339,12 @@ def coco_files(tmp_path_factory):
         for box, score, label in zip(*found[str(id)]):
             x, y, x2, y2 = box.tolist()
             results.append(
-                {"image_id": id, "category_id": int(label) + 5, "bbox": [x, y, x2 - x, y2 - y], "score": score}
+                {
+                    "image_id": id,
+                    "category_id": int(label) + 5,
+                    "bbox": [x, y, x2 - x, y2 - y],
+                    "score": score,
+                }
             )
     categories = [{"id": 5 + n, "name": name} for n, name in enumerate("abcd")]
     (folder / "truth.json").write_text(
@@ -282,7 +369,9 @@ def test_coco_ap_equals_separate_evaluations(coco_files):
             plain.evaluate()
             plain.accumulate()
             plain.summarize()
-        assert [mine[key][group] for key in keys] == pytest.approx([100 * v for v in plain.stats], abs=1e-4)
+        assert [mine[key][group] for key in keys] == pytest.approx(
+            [100 * v for v in plain.stats], abs=1e-4
+        )
         at_100 = plain.eval["precision"][0, ..., 0, 0]
         assert mine["AP50"][group] != pytest.approx(100 * at_100[at_100 > -1].mean(), abs=1e-4)
     assert mine["per_class"].keys() == {"a", "b", "c"}  # no d anywhere
@@ -294,14 +383,26 @@ def test_coco_ap_equals_separate_evaluations(coco_files):
 
 def test_proposal_recall():
     truth = [((0, 0, 10, 10), 0, False), ((1, 0, 11, 10), 1, False), ((50, 50, 60, 60), 1, True)]
-    pictures = [make_record("p", "", 99, 99, truth), make_record("q", "", 99, 99, [((0, 0, 9, 9), 1, False)])]
+    pictures = [
+        make_record("p", "", 99, 99, truth),
+        make_record("q", "", 99, 99, [((0, 0, 9, 9), 1, False)]),
+    ]
     dataset = DetectionSet("x", "test", ["a", "b"], ["b"], pictures, "coco")
-    # one proposal covers both objects of p, but can be paired with one only: with a, which it equals
-    proposals = {"p": np.array([[0.0, 0, 10, 10], [70, 70, 80, 80], [1, 0, 12, 10]]), "q": np.zeros((0, 4))}
-    result = average_precision.proposal_recall(proposals, dataset, numbers=(1, 2, 3), inclusive_pixels=False)
+    # one proposal covers both objects of p, but can be paired with one only: with a, which it
+    # equals
+    proposals = {
+        "p": np.array([[0.0, 0, 10, 10], [70, 70, 80, 80], [1, 0, 12, 10]]),
+        "q": np.zeros((0, 4)),
+    }
+    result = average_precision.proposal_recall(
+        proposals, dataset, numbers=(1, 2, 3), inclusive_pixels=False
+    )
     assert result["R1"] == result["R2"] == {"base": 100, "novel": 0, "all": pytest.approx(100 / 3)}
     assert result["R3"] == {"base": 100, "novel": 50, "all": pytest.approx(200 / 3)}
-    assert average_precision.proposal_recall(proposals, dataset, numbers=(3,), iou=0.95)["R3"]["novel"] == 0
+    assert (
+        average_precision.proposal_recall(proposals, dataset, numbers=(3,), iou=0.95)["R3"]["novel"]
+        == 0
+    )
     with pytest.raises(ValueError, match="'q'"):
         average_precision.proposal_recall({"p": proposals["p"]}, dataset)
 
@@ -323,7 +424,12 @@ def test_detections_return_to_original_pixels():
 def test_table_shows_groups_and_classes():
     result = {"AP50": {"base": 61.25, "all": 7.0}, "per_class": {"bird": 12.34}}
     lines = average_precision.table(result).splitlines()
-    assert lines[0].split() == ["base", "novel", "all"] and lines[1].split() == ["AP50", "61.2", "-", "7.0"]
+    assert lines[0].split() == ["base", "novel", "all"] and lines[1].split() == [
+        "AP50",
+        "61.2",
+        "-",
+        "7.0",
+    ]
     assert len(lines) == 2
     lines = average_precision.table(result, classwise=True).splitlines()
     assert lines[-1].split() == ["bird", "12.3"]
@@ -336,12 +442,18 @@ def test_coco_json():
     found = {r.id: Detections(boxes, np.array([0.5]), np.array([3])) for r in dataset.records}
     items = average_precision.coco_json(found, dataset)
     assert [i["image_id"] for i in items] == [r.id for r in dataset.records]
-    assert items[0]["bbox"] == [1, 2, 10, 20] and items[0]["category_id"] == 4 and items[0]["score"] == 0.5
+    assert (
+        items[0]["bbox"] == [1, 2, 10, 20]
+        and items[0]["category_id"] == 4
+        and items[0]["score"] == 0.5
+    )
     assert items[0]["category"] == dataset.classes[3]
 
 
 def test_coco_json_has_the_ids_of_the_users_json(tmp_path):
-    """Whoever has the json that a model was tested with gets our AP from pycocotools and detections.json."""
+    """Whoever has the json that a model was tested with gets our AP from pycocotools and
+    detections.json.
+    """
     rng = np.random.default_rng(0)
     for ids in ([7, 3_000_000_000, 12], ["b-1", "a/2", "007"]):
         images, objects = [], []
@@ -351,20 +463,37 @@ def test_coco_json_has_the_ids_of_the_users_json(tmp_path):
             images.append({"id": id, "file_name": name, "width": 200, "height": 200})
             for _ in range(12):
                 x, y, w, h = rng.uniform((0, 0, 20, 20), (100, 100, 100, 100)).round(1).tolist()
-                item = {"image_id": id, "bbox": [x, y, w, h], "area": w * h, "iscrowd": int(rng.random() < 0.1)}
-                objects.append({"id": len(objects) + 1, "category_id": int(rng.choice([3, 17, 90])), **item})
-        categories = [{"id": 90, "name": "ant"}, {"id": 3, "name": "cat"}, {"id": 17, "name": "bee"}]
+                item = {
+                    "image_id": id,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": int(rng.random() < 0.1),
+                }
+                objects.append(
+                    {"id": len(objects) + 1, "category_id": int(rng.choice([3, 17, 90])), **item}
+                )
+        categories = [
+            {"id": 90, "name": "ant"},
+            {"id": 3, "name": "cat"},
+            {"id": 17, "name": "bee"},
+        ]
         content = {"images": images, "annotations": objects, "categories": categories}
         (tmp_path / "own.json").write_text(json.dumps(content))
         dataset = detection.open_detection("own.json", tmp_path, part="test", novel=["bee"])
         found = {}
         for record in dataset.records:
-            boxes = record.boxes.repeat(3, 0) + rng.normal(0, 8, (3 * len(record.boxes), 4)).astype(np.float32)
+            boxes = record.boxes.repeat(3, 0) + rng.normal(0, 8, (3 * len(record.boxes), 4)).astype(
+                np.float32
+            )
             labels = np.where(rng.random(len(boxes)) < 0.8, record.labels.repeat(3), 0)
             found[record.id] = Detections(boxes, rng.random(len(boxes)).astype(np.float32), labels)
         items = json.loads(json.dumps(average_precision.coco_json(found, dataset)))
         assert {i["image_id"] for i in items} == set(ids)
-        assert {(i["category_id"], i["category"]) for i in items} == {(90, "ant"), (3, "cat"), (17, "bee")}
+        assert {(i["category_id"], i["category"]) for i in items} == {
+            (90, "ant"),
+            (3, "cat"),
+            (17, "bee"),
+        }
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(tmp_path / "own.json"))
             plain = COCOeval(truth, truth.loadRes(items), "bbox")
@@ -373,15 +502,24 @@ def test_coco_json_has_the_ids_of_the_users_json(tmp_path):
             plain.accumulate()
             plain.summarize()
         mine = evaluate_coco(found, dataset)
-        assert mine["AP"]["all"] == pytest.approx(100 * plain.stats[0], abs=1e-6) and mine["AP"]["all"] > 10
+        assert (
+            mine["AP"]["all"] == pytest.approx(100 * plain.stats[0], abs=1e-6)
+            and mine["AP"]["all"] > 10
+        )
         assert mine["AR1000"]["all"] == pytest.approx(100 * plain.stats[8], abs=1e-6)
 
 
 def test_confusion_by_hand():
     """Classes a, b, c: every kind of cell once."""
-    truth = [((0, 0, 40, 40), 0, False), ((100, 0, 140, 40), 1, False), ((200, 0, 240, 40), 2, False)]
+    truth = [
+        ((0, 0, 40, 40), 0, False),
+        ((100, 0, 140, 40), 1, False),
+        ((200, 0, 240, 40), 2, False),
+    ]
     truth += [((0, 100, 40, 140), 1, True)]
-    dataset = DetectionSet("x", "test", ["a", "b", "c"], ["c"], [make_record("p", "", 300, 300, truth)], "coco")
+    dataset = DetectionSet(
+        "x", "test", ["a", "b", "c"], ["c"], [make_record("p", "", 300, 300, truth)], "coco"
+    )
     rows = [  # box, score, label
         ((2, 0, 42, 40), 0.9, 0),  # a found as a
         ((0, 0, 40, 40), 0.8, 1),  # it is taken, though this fits better: b where nothing is
@@ -401,7 +539,8 @@ def test_confusion_by_hand():
     assert np.array_equal(average_precision.confusion(found(rows[::-1]), dataset), expected)
     sure = average_precision.confusion(found(rows), dataset, score=0.2)
     assert np.array_equal(sure - expected, np.array([[0] * 4, [0] * 4, [0, 0, 1, -1], [0] * 4]))
-    # with IoU above 38 / 42 the first two of the shifted ones miss, and the later ones take their objects
+    # with IoU above 38 / 42 the first two of the shifted ones miss, and the later ones take their
+    # objects
     strict = np.array([[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 2, 0]])
     assert np.array_equal(average_precision.confusion(found(rows), dataset, iou=0.95), strict)
     # rows of classes count the ordinary objects, whatever was found
@@ -420,7 +559,8 @@ def test_confusion_chooses_the_object_that_is_covered_best():
     dataset = DetectionSet("x", "test", ["a", "b"], [], records, "voc", offset=(1, 1, 1, 1))
     boxes = np.array([[9, 1, 49, 41], [1, 1, 41, 41], [101, 1, 201, 101]])
     found = {"p": Detections(boxes, np.array([0.9, 0.8, 0.7]), np.array([0, 0, 1]))}
-    # the first, 8 beside a and 2 beside b, is b's; so a is left for the second; the third covers a quarter of a crowd
+    # the first, 8 beside a and 2 beside b, is b's; so a is left for the second; the third covers a
+    # quarter of a crowd
     assert average_precision.confusion(found, dataset).tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
     coco = replace(dataset, metric="coco")  # within which everything is excused
     assert average_precision.confusion(found, coco).tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
@@ -429,5 +569,10 @@ def test_confusion_chooses_the_object_that_is_covered_best():
 def test_confusion_agrees_with_the_finds_of_a_perfect_detector():
     dataset, _ = reference_set()
     perfect = {r.id: Detections(r.boxes, np.ones(len(r.labels)), r.labels) for r in dataset.records}
-    counts = np.bincount(np.concatenate([r.labels[~r.difficult] for r in dataset.records]), minlength=3)
-    assert np.array_equal(average_precision.confusion(perfect, dataset), np.diag([*counts, 0])) and counts.min() > 0
+    counts = np.bincount(
+        np.concatenate([r.labels[~r.difficult] for r in dataset.records]), minlength=3
+    )
+    assert (
+        np.array_equal(average_precision.confusion(perfect, dataset), np.diag([*counts, 0]))
+        and counts.min() > 0
+    )

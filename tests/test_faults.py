@@ -1,6 +1,8 @@
-"""Faults of a running training: kills at any moment, full disks, data that go, and processes and workers that die.
+"""Faults of a running training: kills at any moment, full disks, data that go, and processes and
+workers that die.
 
-Kills after a state is saved and signals to a single process are in test_recipes.py, damaged states in test_state.py.
+Kills after a state is saved and signals to a single process are in test_recipes.py, damaged states
+in test_state.py.
 """
 
 import json
@@ -43,12 +45,19 @@ def kills(folder: Path, recipe: str, flags: str = "", **plan) -> dict:
     """The report of tests/killed.py, which must not have found anything wrong."""
     folder.mkdir(exist_ok=True)
     plan |= {"recipe": recipe, "flags": f"{TINY[recipe]} {flags}"}
-    command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(folder), json.dumps(plan)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("killed.py")),
+        str(folder),
+        json.dumps(plan),
+    ]
     most = 7200 if plan.get("every") or plan.get("random") else 300
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=most)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((folder / "report.json").read_text())
-    assert not report["wrong"], f"{len(report['wrong'])} of {report['killed']} kills: " + "\n".join(report["wrong"])
+    assert not report["wrong"], f"{len(report['wrong'])} of {report['killed']} kills: " + "\n".join(
+        report["wrong"]
+    )
     return report
 
 
@@ -58,9 +67,12 @@ def all_files_are_watched(straight: Path, names: list[str]) -> bool:
     return {path.name for path in straight.rglob("*") if path.is_file()} <= touched
 
 
-@pytest.mark.parametrize(("recipe", "spread"), [("proto_net", 3), pytest.param("meta_rcnn", 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("recipe", "spread"), [("proto_net", 3), pytest.param("meta_rcnn", 3, marks=pytest.mark.slow)]
+)
 def test_killed_at_an_operation_on_files(recipe, spread, tmp_path):
-    """Wherever in writing its files a run is killed, --resume ends with the weights, results and log of a straight one.
+    """Wherever in writing its files a run is killed, --resume ends with the weights, results and
+    log of a straight one.
 
     Killed from the beginning of the run to its end, in both stages of a detector.
     """
@@ -79,7 +91,8 @@ def test_killed_at_every_operation_on_files(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "stage"), [("proto_net", ""), ("meta_rcnn", "--stage base"), ("meta_rcnn", "--stage finetune")]
+    ("recipe", "stage"),
+    [("proto_net", ""), ("meta_rcnn", "--stage base"), ("meta_rcnn", "--stage finetune")],
 )
 def test_killed_at_random_moments(recipe, stage, tmp_path):
     finished = {}
@@ -91,12 +104,17 @@ def test_killed_at_random_moments(recipe, stage, tmp_path):
     assert report["killed"] == 20
 
 
-RESUMED = [{"at": ["begin log.jsonl"], "spread": 2}, pytest.param({"every": True}, marks=pytest.mark.slow)]
+RESUMED = [
+    {"at": ["begin log.jsonl"], "spread": 2},
+    pytest.param({"every": True}, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("where", RESUMED, ids=["some", "every"])
 def test_killed_again_in_the_resumption(where, tmp_path):
-    """What was killed between the renames of a save, when only the state before it is there, and then in going on."""
+    """What was killed between the renames of a save, when only the state before it is there, and
+    then in going on.
+    """
     report = kills(tmp_path, "proto_net", first="os.rename last.tmp", **where)
     print(f"proto_net: killed again at {report['killed']} operations")
     assert report["killed"] == (3 if "at" in where else len(report["names"]))
@@ -113,10 +131,21 @@ class Started:
     def __init__(self, recipe: str, flags: str, out: Path, processes: int = 1):
         command = [str(ROOT / "recipes" / f"{recipe}.py"), *flags.split(), "--out", str(out)]
         if processes > 1:
-            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+            command = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(processes),
+                *command,
+            ]
         self.log = out.with_name(f"{out.name}.log")
         with self.log.open("w") as log:
-            streams = {"stdout": log, "stderr": log, "start_new_session": True}  # a process group, as a terminal's
+            streams = {
+                "stdout": log,
+                "stderr": log,
+                "start_new_session": True,
+            }  # a process group, as a terminal's
             self.process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, **streams)
 
     def wait_for(self, file: Path) -> None:
@@ -133,7 +162,11 @@ class Started:
 
     def ended(self, within: float = 60) -> int:
         """The exit status, which comes within a minute, and leaves no process behind."""
-        below = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        below = (
+            psutil.Process(self.process.pid).children(recursive=True)
+            if self.process.poll() is None
+            else []
+        )
         try:
             status = self.process.wait(within)
         finally:
@@ -149,7 +182,9 @@ class Started:
 
     def statuses(self) -> list[int]:
         """What the launcher says of how its processes ended."""
-        return [int(code) for line in self.said() for code in re.findall(r"exitcode\s*: (-?\d+)", line)]
+        return [
+            int(code) for line in self.said() for code in re.findall(r"exitcode\s*: (-?\d+)", line)
+        ]
 
     def lines(self, begin: str) -> list[str]:
         return [line for line in self.said() if re.match(begin, line)]
@@ -161,7 +196,11 @@ class Started:
 
 def same(straight: Path, folder: Path) -> bool:
     a, b = (load_file(place / "model.safetensors") for place in (straight, folder))
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) and result_of(straight) == result_of(folder)
+    return (
+        a.keys() == b.keys()
+        and all(torch.equal(a[n], b[n]) for n in a)
+        and result_of(straight) == result_of(folder)
+    )
 
 
 def saved_step(folder: Path) -> int:
@@ -169,7 +208,10 @@ def saved_step(folder: Path) -> int:
 
 
 # A line in the log tells that ten steps are done; there are many more, and no save among them
-LONG = TINY["proto_net"].replace("--iters 3 --eval-every 1", "--iters 150 --eval-every 150") + " --batch-size 2"
+LONG = (
+    TINY["proto_net"].replace("--iters 3 --eval-every 1", "--iters 150 --eval-every 150")
+    + " --batch-size 2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +224,8 @@ def straight_of_two(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["first", "second", "all"])
 def test_two_processes_are_told_to_stop(who, straight_of_two, tmp_path):
-    """By SIGTERM to one of them, or Ctrl-C to all and their launcher: both stop after the same step, whose state is
-    saved once; two processes go on with it."""
+    """By SIGTERM to one of them, or Ctrl-C to all and their launcher: both stop after the same
+    step, whose state is saved once; two processes go on with it."""
     out = tmp_path / "run"
     began = Started("proto_net", f"{LONG} --workers 0", out, processes=2)
     began.wait_for(out / "log.jsonl")
@@ -193,7 +235,10 @@ def test_two_processes_are_told_to_stop(who, straight_of_two, tmp_path):
         began.ranks()[who == "second"].send_signal(signal.SIGTERM)
     assert began.ended() != 0
     # the launcher may end the other before it has ended by itself
-    assert who == "all" or {128 + signal.SIGTERM} <= set(began.statuses()) <= {128 + signal.SIGTERM, -signal.SIGTERM}
+    assert who == "all" or {128 + signal.SIGTERM} <= set(began.statuses()) <= {
+        128 + signal.SIGTERM,
+        -signal.SIGTERM,
+    }
     (line,) = began.lines("interrupted: ")
     assert f"step {saved_step(out)} of {out} is saved" in line and began.no_traceback_of_ours()
     assert not (out / "last.old").exists(), "saved more than once"
@@ -206,13 +251,18 @@ def test_two_processes_are_told_to_stop(who, straight_of_two, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_two_processes_is_killed(rank, tmp_path):
     """The other ends within a minute, with a line."""
-    out, flags = tmp_path / "run", LONG.replace("--eval-every 150", "--eval-every 10") + " --workers 0"
+    out, flags = (
+        tmp_path / "run",
+        LONG.replace("--eval-every 150", "--eval-every 10") + " --workers 0",
+    )
     began = Started("proto_net", flags, out, processes=2)
     began.wait_for(out / "last")
     began.ranks()[rank].kill()
     assert began.ended() != 0
     lines = began.lines(ERROR)
-    assert len(lines) <= 1 and began.no_traceback_of_ours(), began.said()  # the launcher may end it before it says why
+    assert len(lines) <= 1 and began.no_traceback_of_ours(), (
+        began.said()
+    )  # the launcher may end it before it says why
     assert all("another process has ended" in line for line in lines)
     resumed = Started("proto_net", f"{flags} --resume", out, processes=2)
     assert resumed.ended(300) == 0, resumed.said()
@@ -228,7 +278,9 @@ def squares(folder: Path, classes: int = 12, each: int = 6) -> Path:
     for name in (f"class{i:02d}" for i in range(classes)):
         (folder / name).mkdir(parents=True)
         for i in range(each):
-            Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / name / f"{i}.png")
+            Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(
+                folder / name / f"{i}.png"
+            )
     return folder
 
 
@@ -253,7 +305,9 @@ def own(recipe: str, folder: Path) -> Path:
 
 
 class Reading:
-    """Notes (number of steps done, file) of every picture that is read, and does something `after` a step."""
+    """Notes (number of steps done, file) of every picture that is read, and does something `after`
+    a step.
+    """
 
     def __init__(self, monkeypatch):
         self.read, self.done, self.after = [], 0, {}
@@ -281,13 +335,17 @@ def truncate(file: Path) -> None:
 
 
 def remove_all(file: Path) -> None:
-    """The whole data set, as of a disk that is not there any more: its classes' or its pictures' folders."""
+    """The whole data set, as of a disk that is not there any more: its classes' or its pictures'
+    folders.
+    """
     shutil.rmtree(file.parents[1])
 
 
 @pytest.mark.parametrize("recipe", ["proto_net", pytest.param("meta_rcnn", marks=pytest.mark.slow)])
 def test_data_that_go_in_the_middle_of_training(recipe, monkeypatch, tmp_path):
-    """One line names the file and the step; when the data are back, the run goes on from the step before."""
+    """One line names the file and the step; when the data are back, the run goes on from the step
+    before.
+    """
     data, reading = own(recipe, tmp_path / "data"), Reading(monkeypatch)
     shutil.copytree(data, tmp_path / "copy")
     flags, folder = f"{OWN[recipe]} --dataset {data}", "base" if recipe == "meta_rcnn" else ""
@@ -318,14 +376,19 @@ def test_data_that_only_one_of_two_processes_misses(recipe, tmp_path):
     out, folder = tmp_path / "run", "base" if recipe == "meta_rcnn" else ""
     began = Started(recipe, flags, out, processes=2)
     began.wait_for(out / folder / "log.jsonl")
-    files = sorted(data.rglob("0.png")) or sorted(data.rglob("*.png"))[:1]  # a picture of every class, or one
+    files = (
+        sorted(data.rglob("0.png")) or sorted(data.rglob("*.png"))[:1]
+    )  # a picture of every class, or one
     contents = [file.read_bytes() for file in files]
     for file in files:
         truncate(file)
     assert began.ended() != 0
     (line,) = began.lines(ERROR)
     assert ".png: not readable" in line
-    assert f"step {saved_step(out / folder)} of {out / folder} is saved" in line and began.no_traceback_of_ours()
+    assert (
+        f"step {saved_step(out / folder)} of {out / folder} is saved" in line
+        and began.no_traceback_of_ours()
+    )
     for file, whole in zip(files, contents):
         file.write_bytes(whole)
     resumed = Started(recipe, f"{flags} --resume", out, processes=2)
@@ -342,7 +405,9 @@ def disk(tmp_path) -> Iterator[Path]:
     place.mkdir()
     try:
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], capture_output=True, text=True
+            ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place],
+            capture_output=True,
+            text=True,
         )
     except FileNotFoundError:
         pytest.skip("there is no mount")
@@ -360,11 +425,16 @@ def fill(disk: Path, room: int) -> None:
 
 
 def full_at(recipe: str, rooms: list[int], disk: Path, monkeypatch) -> set[str]:
-    """A run whose disk has only so much room from step 2 on ends with a line, and goes on when there is room.
+    """A run whose disk has only so much room from step 2 on ends with a line, and goes on when
+    there is room.
 
     What the lines call that could not be written.
     """
-    reading, out, folder = Reading(monkeypatch), disk / "run", "base" if recipe == "meta_rcnn" else ""
+    reading, out, folder = (
+        Reading(monkeypatch),
+        disk / "run",
+        "base" if recipe == "meta_rcnn" else "",
+    )
     flags = TINY[recipe] + (" --stage base" if folder else "")
     run_here(recipe, f"{flags} --out {disk.parent / 'straight'}")
     named = set()
@@ -379,7 +449,13 @@ def full_at(recipe: str, rooms: list[int], disk: Path, monkeypatch) -> set[str]:
         (disk / "filler").unlink()
         run_here(recipe, f"{flags} --out {out} --resume")
         assert same(disk.parent / "straight" / folder, out / folder)
-        named.add(" ".join(re.findall(r"model\.safetensors|state of step|log\.jsonl|[a-z]+\.png|[a-z]+\.json", said)))
+        named.add(
+            " ".join(
+                re.findall(
+                    r"model\.safetensors|state of step|log\.jsonl|[a-z]+\.png|[a-z]+\.json", said
+                )
+            )
+        )
         shutil.rmtree(out)
     return named
 
@@ -403,7 +479,9 @@ def test_a_disk_that_is_full_at_any_write(recipe, most, disk, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["proto_net", pytest.param("meta_rcnn", marks=pytest.mark.slow)])
 def test_a_loader_is_killed(recipe, tmp_path):
-    """As the system does when memory is short: a line, no hang, and the state before is gone on from."""
+    """As the system does when memory is short: a line, no hang, and the state before is gone on
+    from.
+    """
     stage = "base" if recipe == "meta_rcnn" else ""
     flags = TINY[recipe].replace("--iters 3", "--iters 60").replace("every 1 ", "every 10 ")
     flags += " --stage base" if stage else ""
@@ -432,5 +510,7 @@ class HandedOver:
 
 
 def test_a_loader_is_killed_while_it_hands_over_a_batch():
-    with pytest.raises(InputError, match=r"^a process that loads data was ended.* \(ConnectionResetError .*peer\)$"):
+    with pytest.raises(
+        InputError, match=r"^a process that loads data was ended.* \(ConnectionResetError .*peer\)$"
+    ):
         next(stream(lambda order: HandedOver(), [0], Feed(workers=1)))

@@ -26,7 +26,8 @@ def head_and_task(case: dict) -> tuple[FEAT, Tensor, Tensor]:
     centres = np.float32(case["separation"]) * array(f"{tag}/centre", (ways, d))[:, None]
     many = {"support": case["shots"], "query": case["queries_per_class"]}
     parts = [
-        np.maximum(centres + array(f"{tag}/{part}", (ways, n, d)), 0).reshape(1, -1, d) for part, n in many.items()
+        np.maximum(centres + array(f"{tag}/{part}", (ways, n, d)), 0).reshape(1, -1, d)
+        for part, n in many.items()
     ]
     support, query = (torch.from_numpy(x).requires_grad_() for x in parts)
     close(support[0], case["support"], 1e-6)
@@ -58,7 +59,11 @@ def test_training_losses_and_gradients_equal_the_official_ones(name):
     logits, labels = head.auxiliary(support, query, ways)
     auxiliary = F.cross_entropy(logits[0], labels)
     # the official rows are instance 0 of every class, then instance 1, ...
-    close(logits[0].unflatten(0, (ways, n)).transpose(0, 1).flatten(0, 1), stored["auxiliary_logits"], 1e-5)
+    close(
+        logits[0].unflatten(0, (ways, n)).transpose(0, 1).flatten(0, 1),
+        stored["auxiliary_logits"],
+        1e-5,
+    )
     loss = cross_entropy + case["balance"] * auxiliary
     for value, key in ((cross_entropy, "cross_entropy"), (auxiliary, "auxiliary"), (loss, "loss")):
         assert value.item() == pytest.approx(stored[key], rel=2e-6)
@@ -88,7 +93,10 @@ def test_starts_as_the_official_one_and_drops_out_in_training():
     torch.manual_seed(0)
     head = FEAT(400)
     for linear in (head.adapt.query, head.adapt.key, head.adapt.value):
-        assert linear.weight.std().item() == pytest.approx((2 / 800) ** 0.5, rel=0.02) and linear.bias is None
+        assert (
+            linear.weight.std().item() == pytest.approx((2 / 800) ** 0.5, rel=0.02)
+            and linear.bias is None
+        )
     assert head.adapt.fc.weight.std().item() == pytest.approx((2 / 800) ** 0.5, rel=0.02)
     assert head.adapt.attention_dropout.p == 0.1 and head.adapt.dropout.p == 0.5
     support, query = torch.randn(1, 5, 400), torch.randn(1, 4, 400)

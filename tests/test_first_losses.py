@@ -16,9 +16,11 @@ def test_first_losses_do_not_move(name, folder):
     golden = json.loads(FILE.read_text())[name]
     found = first_losses(name, folder)
     assert len(found) in (STEPS, 2 * STEPS)
-    # the first step is as exact as float32 sums are; later ones see rounding through the weights that it moved
+    # the first step is as exact as float32 sums are; later ones see rounding through the weights
+    # that it moved
     assert largest_difference(found[:1], golden[:1]) < 1e-4
-    # but MAML's: Adam's first steps make rounding as large as gradients, and its third is 4 % off on another processor
+    # but MAML's: Adam's first steps make rounding as large as gradients, and its third is 4 % off
+    # on another processor
     exact = slice(2) if name == "maml" else slice(None)
     assert largest_difference(found[exact], golden[exact]) < 2e-2
     assert largest_difference(found, golden) < 1e-1

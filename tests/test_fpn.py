@@ -1,4 +1,6 @@
-"""Feature pyramids on every trunk; that they equal the reference's is tested with the detectors that have them."""
+"""Feature pyramids on every trunk; that they equal the reference's is tested with the detectors
+that have them.
+"""
 
 import pytest
 import torch

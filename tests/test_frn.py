@@ -16,7 +16,9 @@ GOLDENS = golden("cls_frn")
 def test_equals_libfewshot(name):
     case = GOLDENS[name]
     tag, ways, d, side = case["tag"], case["ways"], case["channels"], case["side"]
-    centres = np.float32(case["separation"]) * array(f"{tag}/centre", (ways, d, side, side))[:, None]
+    centres = (
+        np.float32(case["separation"]) * array(f"{tag}/centre", (ways, d, side, side))[:, None]
+    )
 
     def maps(part: str, n: int) -> torch.Tensor:
         drawn = np.maximum(centres + array(f"{tag}/{part}", (ways, n, d, side, side)), 0)
@@ -48,7 +50,9 @@ def test_both_forms_are_the_least_penalised_squares(n):
     query, pool = (torch.randn(2, 3, m, 16, generator=r, dtype=torch.float64) for m in (7, n))
     ours = reconstructed(query, pool, torch.tensor(0.3))
     # as least squares: rows of sqrt(penalty) stand for the penalty
-    stacked = torch.cat([pool.mT, 0.3**0.5 * torch.eye(n, dtype=torch.float64).expand(2, 3, -1, -1)], 2)
+    stacked = torch.cat(
+        [pool.mT, 0.3**0.5 * torch.eye(n, dtype=torch.float64).expand(2, 3, -1, -1)], 2
+    )
     wanted = torch.cat([query.mT, torch.zeros(2, 3, n, 7, dtype=torch.float64)], 2)
     weights = torch.linalg.lstsq(stacked, wanted).solution  # (2, 3, n, 7)
     assert torch.allclose(ours, weights.mT @ pool, atol=1e-10)
@@ -65,7 +69,9 @@ def test_a_query_that_is_a_support_is_reconstructed():
     assert own.max() < 1e-4 * distances.max() and (distances.argmin(2) == torch.arange(5)).all()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head.distances(support, support, 5), distances)
-    assert torch.allclose(head(support[1:], support[1:], 5), head(support, support, 5)[1:], atol=1e-4)
+    assert torch.allclose(
+        head(support[1:], support[1:], 5), head(support, support, 5)[1:], atol=1e-4
+    )
 
 
 def test_maps_are_the_vectors_before_they_are_vectors():
@@ -83,5 +89,7 @@ def test_maps_of_resnet12_are_divided():
     network, head = parts(backbones.build("resnet12", 32, pooled=False))
     support, query = torch.randn(2, 5, 640, 2, 2), torch.randn(2, 3, 640, 2, 2)
     assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 640, 2, 2)
-    assert torch.allclose(head(support, query, 5), FRN()(support / 640**0.5, query / 640**0.5, 5), rtol=1e-5)
+    assert torch.allclose(
+        head(support, query, 5), FRN()(support / 640**0.5, query / 640**0.5, 5), rtol=1e-5
+    )
     assert not torch.allclose(head(support, query, 5), FRN()(support, query, 5), rtol=0.1)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from detector_goldens import EVERY, SIZE, check_detections, check_gradients, fill, normalised, training_batch
+from detector_goldens import (
+    EVERY,
+    SIZE,
+    check_detections,
+    check_gradients,
+    fill,
+    normalised,
+    training_batch,
+)
 from naming_rule import array, close, golden
 
 from fewshot.backbones import fpn
@@ -24,7 +32,9 @@ our_key = partial(detector_name, method="fsce")
 @pytest.fixture(scope="module")
 def model() -> FSCE:
     trunk = fpn.fpn("resnet50", style="caffe")
-    model = FSCE(trunk, 20, above=0.8, cosine=True, rois=EVERY, threshold=0.4, train_proposals=(2000, 50))
+    model = FSCE(
+        trunk, 20, above=0.8, cosine=True, rois=EVERY, threshold=0.4, train_proposals=(2000, 50)
+    )
     fill(model, GOLDEN["state"], our_key)
     model.rpn.number, model.strength = EVERY, 0.5
     return model.eval()
@@ -46,8 +56,12 @@ def test_losses_and_gradients(model):
     images, boxes, labels = training_batch(TRAIN)
     model.train()
     proposals = [torch.tensor(p) for p in TRAIN["fixed_proposals"]]
-    rois = faster_rcnn.sample_rois(proposals, boxes, labels, classes=20, number=EVERY, threshold=0.4)
-    losses = model.head_losses(model.roi_vectors(model.trunk(images), [r.boxes for r in rois]), rois)
+    rois = faster_rcnn.sample_rois(
+        proposals, boxes, labels, classes=20, number=EVERY, threshold=0.4
+    )
+    losses = model.head_losses(
+        model.roi_vectors(model.trunk(images), [r.boxes for r in rois]), rois
+    )
     names = {"cls": "loss_cls", "box": "loss_bbox", "contrast": "loss_contrast"}
     for ours, theirs in names.items():
         assert losses[ours].item() == pytest.approx(TRAIN["fixed"]["losses"][theirs], rel=1e-4)
@@ -86,13 +100,21 @@ def test_contrastive_loss_equals_the_reference(weighting, above):
 def test_contrastive_loss_by_hand():
     features = torch.tensor([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0.6, 0.8]])
     labels, overlaps = torch.tensor([0, 0, 1, 2]), torch.tensor([0.9, 0.7, 0.85, 0])
-    assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.5) == pytest.approx(0.03559398, rel=1e-5)
-    assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.8) == pytest.approx(0.00449704, rel=1e-5)
+    assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.5) == pytest.approx(
+        0.03559398, rel=1e-5
+    )
+    assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.8) == pytest.approx(
+        0.00449704, rel=1e-5
+    )
 
 
 def test_the_contrast_is_of_float32_under_autocast():
     torch.manual_seed(0)
-    features, labels, overlaps = F.normalize(torch.randn(9, 16), dim=1), torch.arange(9) % 3, torch.rand(9) + 0.5
+    features, labels, overlaps = (
+        F.normalize(torch.randn(9, 16), dim=1),
+        torch.arange(9) % 3,
+        torch.rand(9) + 0.5,
+    )
     expected = contrastive_loss(features, labels, overlaps)
     model = FSCE(fpn.fpn("small"), 3, width=8)
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,7 +11,9 @@ class Swapped(FSDetView):
     """Aggregates otherwise than FSDetView."""
 
     def aggregate(self, queries: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.product(queries - vector), self.difference(queries * vector), queries], 1)
+        return torch.cat(
+            [self.product(queries - vector), self.difference(queries * vector), queries], 1
+        )
 
 
 @torch.no_grad()

@@ -27,12 +27,19 @@ def test_a_fresh_process_draws_the_same():
         "import zlib; from fewshot.data.glyphs import glyph, scene;"
         "print(zlib.crc32(glyph(7, 3, 5)), zlib.crc32(scene(range(40, 60), 3, 5).draw()))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == [str(zlib.crc32(glyph(7, 3, 5))), str(zlib.crc32(scene(CLASSES, 3, 5).draw()))]
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert out.split() == [
+        str(zlib.crc32(glyph(7, 3, 5))),
+        str(zlib.crc32(scene(CLASSES, 3, 5).draw())),
+    ]
 
 
 def test_programs_and_layouts_never_change():
-    """Stored numbers: a trained model would be worthless if a release changed the classes or the pictures."""
+    """Stored numbers: a trained model would be worthless if a release changed the classes or the
+    pictures.
+    """
     program = [
         [[0.4715, 0.9825], [-1.1738, 0.2393], [0.6481, -0.8142], [0.4715, 0.9825]],
         [[0.4715, 0.9825], [0.6413, 0.9978], [0.8163, 1.0135], [0.9861, 1.0287]],
@@ -63,7 +70,8 @@ def test_layouts_are_what_they_say():
     assert boxes.min() >= 0 and boxes.max() <= 160
     sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
     assert sides.min() >= 28 - 1e-3 and sides.max() <= 80 + 1e-3
-    # Half of a log-uniform lies below the geometric mean; crowding takes some of the large ones away.
+    # Half of a log-uniform lies below the geometric mean; crowding takes some of the large ones
+    # away.
     assert 0.45 < (sides < np.sqrt(28 * 80)).mean() < 0.6
 
 
@@ -80,11 +88,14 @@ def test_glyphs_of_a_scene_hardly_overlap():
 
 @pytest.mark.parametrize("index", range(6))
 def test_boxes_hold_exactly_the_ink(index):
-    """Drawn without one glyph, a scene differs from the whole one inside that glyph's box, and up to its borders."""
+    """Drawn without one glyph, a scene differs from the whole one inside that glyph's box, and up
+    to its borders.
+    """
     layout = scene(CLASSES, 2, index)
     whole = layout.draw().astype(int)
     for i, box in enumerate(layout.boxes):
-        # Only strokes on top of it could hide a glyph's ink, so the later ones go from both pictures.
+        # Only strokes on top of it could hide a glyph's ink, so the later ones go from both
+        # pictures.
         strokes = layout.strokes[: i + 1]
         with_it = replace(layout, strokes=strokes).draw().astype(int)
         without = replace(layout, strokes=strokes[:i]).draw().astype(int)
@@ -118,18 +129,26 @@ def test_ink_stands_out_from_paper():
 
 
 def _vector(picture: np.ndarray) -> np.ndarray:
-    """Grey pixels of unit norm with the paper at zero and the ink, which is the rarer of the two, positive."""
+    """Grey pixels of unit norm with the paper at zero and the ink, which is the rarer of the two,
+    positive.
+    """
     grey = picture.mean(-1).ravel()
     grey = grey - np.median(grey)
     return grey * np.sign((grey**3).sum()) / np.linalg.norm(grey)
 
 
 def test_classes_can_be_told_apart_by_their_mean_picture():
-    """No learning at all, raw pixels: 5 % and 1 % would be chance, 60 to 68 % and 43 to 47 % are usual."""
+    """No learning at all, raw pixels: 5 % and 1 % would be chance, 60 to 68 % and 43 to 47 % are
+    usual.
+    """
     classes = range(100)
-    means = np.stack([np.mean([_vector(glyph(c, 0, i, 28)) for i in range(12)], 0) for c in classes])
+    means = np.stack(
+        [np.mean([_vector(glyph(c, 0, i, 28)) for i in range(12)], 0) for c in classes]
+    )
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    fresh = np.stack([[_vector(glyph(c, 1, i, 28)) for i in range(4)] for c in classes])  # (100, 4, 784)
+    fresh = np.stack(
+        [[_vector(glyph(c, 1, i, 28)) for i in range(4)] for c in classes]
+    )  # (100, 4, 784)
     truth = np.arange(100)[:, None]
     assert ((fresh @ means.T).argmax(-1) == truth).mean() > 0.35
     assert ((fresh[:20] @ means[:20].T).argmax(-1) == truth[:20]).mean() > 0.5

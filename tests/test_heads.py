@@ -10,7 +10,11 @@ from torch import Tensor
 from fewshot import InputError, heads
 from fewshot.convert.mmfewshot import head_name
 
-EPISODES = {"vec": (128,), "map19": (64, 19, 19), "map5": (64, 5, 5)}  # kinds of features -> their shapes
+EPISODES = {
+    "vec": (128,),
+    "map19": (64, 19, 19),
+    "map5": (64, 5, 5),
+}  # kinds of features -> their shapes
 WAYS = 5
 
 
@@ -20,7 +24,9 @@ def wave(*shape: int, start: float) -> Tensor:
 
 
 def episode(case: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Supports (1, 5 * shots, ...), queries (1, 5 * n, ...) and the queries' labels (5 * n,) of a golden case."""
+    """Supports (1, 5 * shots, ...), queries (1, 5 * n, ...) and the queries' labels (5 * n,) of a
+    golden case.
+    """
     tag = case["episode"]
     shape = EPISODES[tag.split("_")[1]]
     centre = array(f"{tag}/centre", (WAYS, *shape))[:, None]
@@ -31,7 +37,11 @@ def episode(case: dict) -> tuple[Tensor, Tensor, Tensor]:
         return torch.from_numpy(scaled.reshape(1, WAYS * n, *shape)).requires_grad_()
 
     n = case["queries_per_class"]
-    return features("support", int(tag[-1])), features("query", n), torch.arange(WAYS).repeat_interleave(n)
+    return (
+        features("support", int(tag[-1])),
+        features("query", n),
+        torch.arange(WAYS).repeat_interleave(n),
+    )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -47,7 +57,10 @@ def relation_mse(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 METHODS = {  # golden method -> how to make its head, its loss
-    "proto_net": (lambda: lambda s, q, ways: heads.prototype(s, q, ways, "euclidean"), cross_entropy),
+    "proto_net": (
+        lambda: lambda s, q, ways: heads.prototype(s, q, ways, "euclidean"),
+        cross_entropy,
+    ),
     "matching_net": (lambda: heads.matching, log_likelihood),
     "meta_baseline": (heads.MetaBaseline, cross_entropy),
     "relation_net": (lambda: heads.RelationHead(64, 19), cross_entropy),
@@ -72,7 +85,9 @@ def test_metric_heads_equal_the_reference(method, shots):
         head.eval()
     logits = head(support, query, WAYS)
     assert loss_of(logits, labels).item() == pytest.approx(stored["eval_mode_loss"], rel=1e-5)
-    probabilities = logits.exp() if method == "matching_net" else logits  # the reference's second softmax
+    probabilities = (
+        logits.exp() if method == "matching_net" else logits
+    )  # the reference's second softmax
     close(probabilities[0].softmax(1), stored["query_prob_eval"], 1e-5)
 
     if parameters:
@@ -87,7 +102,9 @@ def test_metric_heads_equal_the_reference(method, shots):
     assert query.grad.norm().item() == pytest.approx(stored["grad_norm_query"], rel=2e-3)
     for key, norm in stored["grad_norm_params"].items():
         if norm > 1e-5:  # less is rounding of a true 0
-            assert parameters[head_name(key)].grad.norm().item() == pytest.approx(norm, rel=2e-3), key
+            assert parameters[head_name(key)].grad.norm().item() == pytest.approx(norm, rel=2e-3), (
+                key
+            )
 
 
 CLASS_MAJOR = [1, 4, 0, 3, 2, 5]  # the specification's supports are of classes 1, 0, 2, 1, 0, 2
@@ -102,9 +119,19 @@ CLASS_MAJOR = [1, 4, 0, 3, 2, 5]  # the specification's supports are of classes 
             1.462950,
             [0.151914, 0.418330, 0.429757],
         ),
-        (lambda s, q: heads.matching(s, q, 3), log_likelihood, 45.067341, [0.274069, 0.451863, 0.274069]),
+        (
+            lambda s, q: heads.matching(s, q, 3),
+            log_likelihood,
+            45.067341,
+            [0.274069, 0.451863, 0.274069],
+        ),
         (lambda s, q: heads.matching(s, q, 3, temperature=5), log_likelihood, 3.076920, None),
-        (lambda s, q: heads.MetaBaseline()(s, q, 3), cross_entropy, 13.936638, [0, 0.385952, 0.614048]),
+        (
+            lambda s, q: heads.MetaBaseline()(s, q, 3),
+            cross_entropy,
+            13.936638,
+            [0, 0.385952, 0.614048],
+        ),
     ],
     ids=["prototype", "matching", "matching T=5", "meta_baseline"],
 )
@@ -114,7 +141,9 @@ def test_metric_heads_equal_the_specification(head, loss_of, loss, first):
     logits = head(support[None], query[None])
     assert loss_of(logits, torch.tensor([0, 2, 1])).item() == pytest.approx(loss, rel=1e-5)
     if first:
-        logits = logits.exp() if loss_of is log_likelihood else logits  # the reference's second softmax
+        logits = (
+            logits.exp() if loss_of is log_likelihood else logits
+        )  # the reference's second softmax
         assert logits[0, 0].softmax(0).tolist() == pytest.approx(first, abs=2e-6)
 
 
@@ -133,22 +162,44 @@ def test_relation_head_equals_the_specification():
     assert heads.relation_mse(scores, target).item() == pytest.approx(0.223166, abs=2e-6)
     assert head.norm1.running_mean[:2].tolist() == pytest.approx([0.172691, 0.007089], abs=2e-6)
     assert head.norm1.running_var[:2].tolist() == pytest.approx([0.311142, 0.950142], abs=2e-6)
-    expected = [[0.405866, 0.399095, 0.195039], [0.386362, 0.319455, 0.294183], [0.316844, 0.349463, 0.333693]]
-    assert torch.allclose(head.eval()(support, query, 3)[0].softmax(1), torch.tensor(expected), atol=2e-6)
+    expected = [
+        [0.405866, 0.399095, 0.195039],
+        [0.386362, 0.319455, 0.294183],
+        [0.316844, 0.349463, 0.333693],
+    ]
+    assert torch.allclose(
+        head.eval()(support, query, 3)[0].softmax(1), torch.tensor(expected), atol=2e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "loss", "first"),
     [
-        (lambda: heads.CosineLinear(8, 5), 1.486199, (0.310816, 0.123903, 0.240085, 0.185767, 0.139429)),
+        (
+            lambda: heads.CosineLinear(8, 5),
+            1.486199,
+            (0.310816, 0.123903, 0.240085, 0.185767, 0.139429),
+        ),
         (
             lambda: heads.CosineLinear(8, 5, temperature=10),
             2.589172,
             (0.724907, 0.007297, 0.199341, 0.055286, 0.013168),
         ),
-        (lambda: heads.NegMargin(8, 5, -0.02), 3.611336, (0.957183, 0.000193, 0.035688, 0.005759, 0.001177)),
-        (lambda: heads.NegMargin(8, 5, -0.01), 3.661189, (0.957183, 0.000193, 0.035688, 0.005759, 0.001177)),
-        (lambda: heads.NegMargin(8, 5, 0, 5), 2.092206, (0.757613, 0.010769, 0.146289, 0.058764, 0.026565)),
+        (
+            lambda: heads.NegMargin(8, 5, -0.02),
+            3.611336,
+            (0.957183, 0.000193, 0.035688, 0.005759, 0.001177),
+        ),
+        (
+            lambda: heads.NegMargin(8, 5, -0.01),
+            3.661189,
+            (0.957183, 0.000193, 0.035688, 0.005759, 0.001177),
+        ),
+        (
+            lambda: heads.NegMargin(8, 5, 0, 5),
+            2.092206,
+            (0.757613, 0.010769, 0.146289, 0.058764, 0.026565),
+        ),
     ],
     ids=["cosine T=2", "cosine T=10", "margin -0.02", "margin -0.01", "margin 0 T=5"],
 )
@@ -169,12 +220,18 @@ def test_trained_classifiers_equal_the_specification(make, loss, first):
 def test_torchs_losses_are_the_references():
     """What the recipes call where the reference has losses of its own."""
     stored = golden("cls_losses")
-    predicted, target = (torch.from_numpy(array(f"loss/{name}", (4, 3))) for name in ("pred", "target"))
+    predicted, target = (
+        torch.from_numpy(array(f"loss/{name}", (4, 3))) for name in ("pred", "target")
+    )
     close(F.mse_loss(predicted, target), stored["mse_mean_1"], 1e-5)
-    close(F.nll_loss(predicted.log_softmax(1), torch.tensor([0, 2, 1, 2])), stored["nll_mean_1"], 1e-5)
+    close(
+        F.nll_loss(predicted.log_softmax(1), torch.tensor([0, 2, 1, 2])), stored["nll_mean_1"], 1e-5
+    )
 
 
-def tasks(count: int = 4, shots: int = 3, queries: int = 7, d: tuple[int, ...] = (32,)) -> tuple[Tensor, Tensor]:
+def tasks(
+    count: int = 4, shots: int = 3, queries: int = 7, d: tuple[int, ...] = (32,)
+) -> tuple[Tensor, Tensor]:
     r = torch.Generator().manual_seed(0)
     return (torch.randn(count, n, *d, generator=r) for n in (WAYS * shots, queries))
 
@@ -186,31 +243,45 @@ def test_a_batch_of_tasks_equals_the_tasks_one_by_one(head):
     batch = head(support, query, WAYS)
     assert batch.shape == (4, 7, WAYS)
     for i in range(4):
-        assert torch.allclose(batch[i], head(support[i : i + 1], query[i : i + 1], WAYS)[0], atol=1e-5)
+        assert torch.allclose(
+            batch[i], head(support[i : i + 1], query[i : i + 1], WAYS)[0], atol=1e-5
+        )
 
 
 @torch.no_grad()
 def test_the_scaled_distance_is_the_papers_in_another_unit():
-    """|f/c - p/c|² = |f - p|² / c²: features divided by the fourth root of their number give the same logits."""
+    """|f/c - p/c|² = |f - p|² / c²: features divided by the fourth root of their number give the
+    same logits.
+    """
     torch.manual_seed(0)
     support, query = torch.randn(2, WAYS * 3, 81), torch.randn(2, 7, 81)
     scaled = heads.prototype(support, query, WAYS, "scaled")
-    assert torch.allclose(scaled, heads.prototype(support / 3, query / 3, WAYS, "squared"), rtol=1e-5)
+    assert torch.allclose(
+        scaled, heads.prototype(support / 3, query / 3, WAYS, "squared"), rtol=1e-5
+    )
 
 
 def test_squared_distances_in_float32_are_accurate():
     r = torch.Generator().manual_seed(0)
-    common = 5 + torch.rand(1, 1, 1600, generator=r)  # what all features share, many times what tells them apart
+    common = 5 + torch.rand(
+        1, 1, 1600, generator=r
+    )  # what all features share, many times what tells them apart
     a, b = (common + 0.1 * torch.randn(3, n, 1600, generator=r) for n in (75, 5))
-    exact = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    exact = torch.cdist(
+        a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
     assert ((heads.squared_distances(a, b) - exact).abs() / exact).max() < 1e-5
-    assert torch.allclose(-heads.prototype(b, a, WAYS, "euclidean"), exact.sqrt().float(), rtol=1e-5)
+    assert torch.allclose(
+        -heads.prototype(b, a, WAYS, "euclidean"), exact.sqrt().float(), rtol=1e-5
+    )
 
 
 def test_prototype_has_a_gradient_where_a_query_is_a_prototype():
     for distance in ("scaled", "squared", "euclidean"):
         support = torch.randn(1, WAYS, 8, requires_grad=True)
-        F.cross_entropy(heads.prototype(support, support, WAYS, distance)[0], torch.arange(WAYS)).backward()
+        F.cross_entropy(
+            heads.prototype(support, support, WAYS, distance)[0], torch.arange(WAYS)
+        ).backward()
         assert support.grad.isfinite().all() and support.grad.abs().max() > 0
 
 
@@ -254,7 +325,9 @@ def test_relation_head_equals_convolving_concatenated_pairs():
         x = torch.cat([query[t, q], means[t, c]])[None]
         x = F.max_pool2d(F.relu(head.norm1(head.conv1(x))), 2)
         x = F.max_pool2d(F.relu(head.norm2(head.conv2(x))), 2)
-        assert torch.allclose(scores[t, q, c], head.fc2(F.relu(head.fc1(x.flatten(1))))[0, 0], atol=1e-6)
+        assert torch.allclose(
+            scores[t, q, c], head.fc2(F.relu(head.fc1(x.flatten(1))))[0, 0], atol=1e-6
+        )
 
 
 def test_initial_weights():
@@ -273,7 +346,9 @@ def test_initial_weights():
 def test_softmax_metric_of_neg_margin():
     head, x = heads.NegMargin(4, 3, margin=-0.5, temperature=2, metric="softmax"), torch.randn(5, 4)
     product = x @ head.weight.T
-    expected = 2 * (product - product.amin(1, keepdim=True) + 0.5 * F.one_hot(torch.tensor([0, 1, 2, 0, 1]), 3))
+    expected = 2 * (
+        product - product.amin(1, keepdim=True) + 0.5 * F.one_hot(torch.tensor([0, 1, 2, 0, 1]), 3)
+    )
     assert torch.allclose(head(x, torch.tensor([0, 1, 2, 0, 1])), expected, atol=1e-6)
 
 

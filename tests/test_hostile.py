@@ -1,8 +1,9 @@
-"""Files from strangers: each reader gives its result or one line that names the file, whatever is in it.
+"""Files from strangers: each reader gives its result or one line that names the file, whatever is
+in it.
 
-Every reader has a small sound sample, of which many mutated ones are made: bytes are flipped, cut, put in and moved, or
-values of the parsed file are taken out, doubled, nested and exchanged for odd ones. A failure is told by its number,
-which makes it again.
+Every reader has a small sound sample, of which many mutated ones are made: bytes are flipped, cut,
+put in and moved, or values of the parsed file are taken out, doubled, nested and exchanged for odd
+ones. A failure is told by its number, which makes it again.
 """
 
 import importlib
@@ -107,7 +108,9 @@ Mutate = Callable[[bytes, random.Random], bytes]
 
 
 def bytewise(data: bytes, rng: random.Random) -> bytes:
-    """Up to eight places of a file flipped, cut out, filled in, overwritten or moved, or its end cut off."""
+    """Up to eight places of a file flipped, cut out, filled in, overwritten or moved, or its end
+    cut off.
+    """
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8))):
         at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 16, 200))
@@ -129,13 +132,17 @@ def bytewise(data: bytes, rng: random.Random) -> bytes:
 
 
 def exchanged(tree: Any, rng: random.Random, odd: list = ODD) -> Any:
-    """A copy of nested dicts and lists where one value is odd, missing, double, nested or another one of them."""
+    """A copy of nested dicts and lists where one value is odd, missing, double, nested or another
+    one of them.
+    """
     places = []  # (container, key)
 
     def copied(node: Any) -> Any:
         if isinstance(node, dict):
             new = {}
-            new.update((key, (copied(value), places.append((new, key)))[0]) for key, value in node.items())
+            new.update(
+                (key, (copied(value), places.append((new, key)))[0]) for key, value in node.items()
+            )
             return new
         if isinstance(node, (list, tuple)):
             new = [copied(value) for value in node]
@@ -160,11 +167,17 @@ def exchanged(tree: Any, rng: random.Random, odd: list = ODD) -> Any:
             case 3 if container is not whole:
                 other, place = rng.choice(places)
                 if place in (other if isinstance(other, dict) else range(len(other))):
-                    container[key] = json.loads(json.dumps(other[place])) if is_json(other[place]) else other[place]
+                    container[key] = (
+                        json.loads(json.dumps(other[place]))
+                        if is_json(other[place])
+                        else other[place]
+                    )
             case 4 if isinstance(container[key], str):
                 container[key] += rng.choice(TEXTS)
             case 5 if isinstance(container[key], (int, float)):
-                container[key] = rng.choice((-container[key], str(container[key]), float(container[key])))
+                container[key] = rng.choice(
+                    (-container[key], str(container[key]), float(container[key]))
+                )
             case _:
                 container[key] = rng.choice(odd)
     return whole[0]
@@ -238,7 +251,8 @@ YAML += [
     "names: !!omap [a: b]",
 ]
 YAML += [
-    f"a: &{n} [{', '.join([f'*{m}'] * 9)}]" if m else f"a: &{n} [x]" for m, n in zip(" abcdefgh".strip(), "bcdefghi")
+    f"a: &{n} [{', '.join([f'*{m}'] * 9)}]" if m else f"a: &{n} [x]"
+    for m, n in zip(" abcdefgh".strip(), "bcdefghi")
 ]
 YAML += ["train: &a [x,x,x,x,x,x,x,x,x]\nval: &b [" + "*a," * 9 + "]\ntest: [" + "*b," * 9 + "]"]
 
@@ -265,7 +279,11 @@ def as_xml(data: bytes, rng: random.Random) -> bytes:
             break
     text = ElementTree.tostring(tree, "unicode").replace(DEEP, "<a>" * 50_000 + "</a>" * 50_000)
     declared = rng.choice(
-        [""] * 6 + [f'<?xml version="1.0" encoding="{e}"?>' for e in ("utf-16", "latin-1", "cp037", "?", "euc-jp")]
+        [""] * 6
+        + [
+            f'<?xml version="1.0" encoding="{e}"?>'
+            for e in ("utf-16", "latin-1", "cp037", "?", "euc-jp")
+        ]
     )
     return encoded(declared + text, rng)
 
@@ -321,7 +339,9 @@ def as_zip(data: bytes, rng: random.Random) -> bytes:
             chance = rng.random()
             if chance > 0.1:
                 name = (
-                    rng.choice([f"../../{name}", "/abs.png", ".png", "a" * 5000 + ".png", name + "/"])
+                    rng.choice(
+                        [f"../../{name}", "/abs.png", ".png", "a" * 5000 + ".png", name + "/"]
+                    )
                     if chance < 0.15
                     else name
                 )
@@ -337,34 +357,48 @@ def as_npy(data: bytes, rng: random.Random) -> bytes:
         header = bytewise(data[10 : start - 1], rng).replace(b"\n", b"")
     else:
         header = repr(
-            exchanged({"descr": [("pixels", "u1", (3, 8, 8))], "fortran_order": False, "shape": (3,)}, rng)
+            exchanged(
+                {"descr": [("pixels", "u1", (3, 8, 8))], "fortran_order": False, "shape": (3,)}, rng
+            )
         ).encode("utf-8", "replace")
     return data[:8] + struct.pack("<H", len(header) + 1) + header + b"\n" + data[start:]
 
 
 def as_safetensors(data: bytes, rng: random.Random) -> bytes:
-    """Mostly of what the file says of itself, which is json in json; also of the tensors' types, shapes and places."""
+    """Mostly of what the file says of itself, which is json in json; also of the tensors' types,
+    shapes and places.
+    """
     if rng.random() < 0.1:
         return bytewise(data, rng)
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    said = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items() if key != "format"}
+    said = {
+        key: json.loads(value)
+        for key, value in header.get("__metadata__", {}).items()
+        if key != "format"
+    }
     if said and rng.random() < 0.8:
         about = exchanged(said, rng)
         if not isinstance(about, dict):
             about = {"method": about}
         header["__metadata__"] = {
-            key: json.dumps(value).replace(f'"{DEEP}"', "[" * 100_000) for key, value in about.items()
+            key: json.dumps(value).replace(f'"{DEEP}"', "[" * 100_000)
+            for key, value in about.items()
         }
     else:
-        header = exchanged(header, rng, [*ODD, "F64", "BF16", "I8", "BOOL", "F8_E4M3", "F4", "C64", "U64"])
+        header = exchanged(
+            header, rng, [*ODD, "F64", "BF16", "I8", "BOOL", "F8_E4M3", "F4", "C64", "U64"]
+        )
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def as_pth(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
-        start, end = data[:40_000], data[40_000:]  # what says what the bytes of tensors are is at the start
+        start, end = (
+            data[:40_000],
+            data[40_000:],
+        )  # what says what the bytes of tensors are is at the start
         return bytewise(start, rng) + end if rng.random() < 0.8 else start + bytewise(end, rng)
     tree = torch.load(io.BytesIO(data), weights_only=True)
     huge = [
@@ -375,7 +409,11 @@ def as_pth(data: bytes, rng: random.Random) -> bytes:
         torch.zeros(2, 3, dtype=torch.bool),
     ]
     huge += [torch.zeros(3, 3).to_sparse(), torch.zeros(2, 2, device="meta"), torch.zeros(10**9, 0)]
-    huge += [torch.zeros(10**9, 0, 3, 3), torch.zeros(1, dtype=torch.complex64), torch.full((4,), float("nan"))]
+    huge += [
+        torch.zeros(10**9, 0, 3, 3),
+        torch.zeros(1, dtype=torch.complex64),
+        torch.full((4,), float("nan")),
+    ]
     made = io.BytesIO()
     torch.save(exchanged(tree, rng, [*ODD, *huge]), made)
     return made.getvalue()
@@ -385,14 +423,18 @@ def as_pth(data: bytes, rng: random.Random) -> bytes:
 
 
 class Reader(NamedTuple):
-    make: Callable[[Path], Path]  # writes a sound sample into a folder; the file of it that is to be mutated
+    make: Callable[
+        [Path], Path
+    ]  # writes a sound sample into a folder; the file of it that is to be mutated
     read: Callable[[Path], Any]  # reads all of the sample, given the folder
     mutate: Mutate
 
 
 def picture(path: Path, side: int = 40, **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(side).integers(0, 255, (side, side, 3), np.uint8)).save(path, **options)
+    Image.fromarray(np.random.default_rng(side).integers(0, 255, (side, side, 3), np.uint8)).save(
+        path, **options
+    )
 
 
 def written(path: Path, text: str) -> Path:
@@ -403,7 +445,9 @@ def written(path: Path, text: str) -> Path:
 
 def xml(name: str) -> str:
     box = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>30</xmax><ymax>35</ymax></bndbox>"
-    objects = "".join(f"<object><name>{n}</name><difficult>0</difficult>{box}</object>" for n in (name, "cat"))
+    objects = "".join(
+        f"<object><name>{n}</name><difficult>0</difficult>{box}</object>" for n in (name, "cat")
+    )
     return f"<annotation><size><width>40</width><height>40</height></size>{objects}</annotation>"
 
 
@@ -413,7 +457,8 @@ def voc(folder: Path) -> Path:
         written(folder / "VOCdevkit" / "VOC2007" / "Annotations" / f"00000{n}.xml", xml("dog"))
     for name in ("trainval", "test"):
         listed = written(
-            folder / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{name}.txt", "000000\n000001\n000002\n"
+            folder / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{name}.txt",
+            "000000\n000001\n000002\n",
         )
     return listed.with_name("trainval.txt")
 
@@ -456,12 +501,17 @@ def coco(file: str, folder: Path) -> Path:
         for i, (n, c) in enumerate((n, c) for n in range(5) for c in (1, 2))
     ]
     categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
-    return written(folder / file, json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    return written(
+        folder / file,
+        json.dumps({"images": images, "annotations": objects, "categories": categories}),
+    )
 
 
 def read_published_coco(folder: Path) -> None:
     names, records, _ = annotations.read_coco(folder, "train")
-    dataset = detection.DetectionSet("coco", "train", list(names), [], records, "coco").restrict(list(names))
+    dataset = detection.DetectionSet("coco", "train", list(names), [], records, "coco").restrict(
+        list(names)
+    )
     k_shot.select_shots(dataset, 1, 0)
     annotations.read_coco_json(folder / "annotations" / "instances_train2017.json", "take")
 
@@ -498,7 +548,10 @@ def read_shots(given: str, folder: Path) -> None:
     chosen = k_shot.choose_shots(train, 1, 0, folder / given)
     json.dumps(k_shot.files(chosen))
     for record in chosen.records:
-        assert np.isfinite(record.boxes).all() and (record.boxes[:, :2] < (record.width, record.height)).all()
+        assert (
+            np.isfinite(record.boxes).all()
+            and (record.boxes[:, :2] < (record.width, record.height)).all()
+        )
 
 
 def mini_imagenet(folder: Path) -> Path:
@@ -563,7 +616,9 @@ def omniglot(folder: Path) -> Path:
             for n in range(3):
                 for drawing in range(2):
                     content = encoded_picture(105, format="PNG")
-                    archive.writestr(f"{part}/Script_{part}/character{n:02d}/{drawing}.png", content)
+                    archive.writestr(
+                        f"{part}/Script_{part}/character{n:02d}/{drawing}.png", content
+                    )
     return folder / "images_background.zip"
 
 
@@ -618,8 +673,15 @@ def detector(folder: Path) -> Path:
         "base": ["a", "b"],
         "novel": [],
     }
-    about |= {"pictures": {"short": 64, "long": 96, "multiple": 32, "enlarge": True}, **model.describe()}
-    weights.save(folder / "model.safetensors", model, about | {"results": {"AP50": {"base": 12.5, "all": 12.5}}})
+    about |= {
+        "pictures": {"short": 64, "long": 96, "multiple": 32, "enlarge": True},
+        **model.describe(),
+    }
+    weights.save(
+        folder / "model.safetensors",
+        model,
+        about | {"results": {"AP50": {"base": 12.5, "all": 12.5}}},
+    )
     return folder / "model.safetensors"
 
 
@@ -646,7 +708,8 @@ def mm_classifier(folder: Path) -> Path:
         state[f"backbone.layers.{n}.layers.1.num_batches_tracked"] = torch.tensor(0)
     state |= {"head.fc.weight": torch.zeros(5, 1600), "head.fc.bias": torch.zeros(5)}
     torch.save(
-        {"meta": {"CLASSES": ["a", "b"], "config": "type='MAML'"}, "state_dict": state}, folder / "maml_conv4.pth"
+        {"meta": {"CLASSES": ["a", "b"], "config": "type='MAML'"}, "state_dict": state},
+        folder / "maml_conv4.pth",
     )
     return folder / "maml_conv4.pth"
 
@@ -664,8 +727,14 @@ def cd_fsod(file: str, folder: Path) -> Path:
             picture(folder / "ArTaxOr" / part / f"{n}.png")
     images = [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 40} for n in range(3)]
     box = {"bbox": [2, 3, 20, 30], "area": 600, "iscrowd": 0}
-    objects = [{"id": 2 * n + c, "image_id": n, "category_id": c, **box} for n in range(3) for c in (1, 2)]
-    content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}
+    objects = [
+        {"id": 2 * n + c, "image_id": n, "category_id": c, **box} for n in range(3) for c in (1, 2)
+    ]
+    content = {
+        "images": images,
+        "annotations": objects,
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }
     for name in ("train", "test", "1_shot"):
         shot = {"images": images[:1], "annotations": objects[:2]} if name == "1_shot" else {}
         written(folder / "ArTaxOr" / "annotations" / f"{name}.json", json.dumps(content | shot))
@@ -692,10 +761,20 @@ def checkpoint(state: dict[str, torch.Tensor], path: Path, **more: Any) -> Path:
 
 def defrcn(folder: Path) -> Path:
     """As detectron2 saves DeFRCN's model."""
-    ours = {"trunk.layer": "backbone.res", "trunk.stage4.": "roi_heads.res5.", "trunk.": "backbone.stem."}
+    ours = {
+        "trunk.layer": "backbone.res",
+        "trunk.stage4.": "roi_heads.res5.",
+        "trunk.": "backbone.stem.",
+    }
     ours |= {"rpn.cls.": "proposal_generator.rpn_head.objectness_logits."}
-    ours |= {"rpn.reg.": "proposal_generator.rpn_head.anchor_deltas.", "rpn.": "proposal_generator.rpn_head."}
-    ours |= {"cls.": "roi_heads.box_predictor.cls_score.", "reg.": "roi_heads.box_predictor.bbox_pred."}
+    ours |= {
+        "rpn.reg.": "proposal_generator.rpn_head.anchor_deltas.",
+        "rpn.": "proposal_generator.rpn_head.",
+    }
+    ours |= {
+        "cls.": "roi_heads.box_predictor.cls_score.",
+        "reg.": "roi_heads.box_predictor.bbox_pred.",
+    }
     with torch.device("meta"):
         model = DeFRCN(c4("resnet50", style="caffe", norm="frozen"), 5, rpn_channels=8)
     state = {}
@@ -709,7 +788,9 @@ def defrcn(folder: Path) -> Path:
         for number in "123":
             name = name.replace(f".bn{number}.", f".conv{number}.norm.")
         state[name] = tensor
-    return checkpoint(slim(state), folder / "defrcn.pth", iteration=9, scheduler={"milestones": [10, 20]})
+    return checkpoint(
+        slim(state), folder / "defrcn.pth", iteration=9, scheduler={"milestones": [10, 20]}
+    )
 
 
 def read_defrcn(folder: Path) -> None:
@@ -721,7 +802,9 @@ def read_defrcn(folder: Path) -> None:
 
 @lru_cache
 def torchvisions() -> dict[str, torch.Tensor]:
-    model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=3)
+    model = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=3
+    )
     return slim(model.state_dict())
 
 
@@ -731,7 +814,9 @@ def torchvisions_detector(folder: Path) -> Path:
 
 
 def read_torchvisions(folder: Path) -> None:
-    args = convert_torchvision.Args(folder / "mine.pth", folder / "out" / "a.safetensors", classes=folder / "names.txt")
+    args = convert_torchvision.Args(
+        folder / "mine.pth", folder / "out" / "a.safetensors", classes=folder / "names.txt"
+    )
     with redirect_stdout(None):
         convert_torchvision.main(args)
     json.dumps(weights.describe_file(args.out))
@@ -744,14 +829,25 @@ def read_names(folder: Path) -> None:
 
 
 def supports(file: str, folder: Path) -> Path:
-    """Class folders of scripts/predict.py's --support: of two classes, with annotated pictures and without."""
+    """Class folders of scripts/predict.py's --support: of two classes, with annotated pictures and
+    without.
+    """
     for n in range(2):
         picture(folder / "cat" / f"{n}.png")
         picture(folder / "dog" / f"d{n}.png")
     written(folder / "cat" / "0.xml", xml("cat"))
     picture(folder / "cow" / "only.png", 20)
     images = [{"id": 1, "file_name": "d0.png", "width": 40, "height": 40}]
-    objects = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 3, 20, 30], "area": 600, "iscrowd": 0}]
+    objects = [
+        {
+            "id": 1,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [2, 3, 20, 30],
+            "area": 600,
+            "iscrowd": 0,
+        }
+    ]
     content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "dog"}]}
     written(folder / "objects.json", json.dumps(content))
     return folder / file
@@ -761,10 +857,25 @@ def supports(file: str, folder: Path) -> Path:
 def prototypes() -> fewshot.inference.Detector:
     """A detector that learns from supports alone."""
     base = TFA(fpn("small", channels=16), 2, width=32, rpn_channels=16)
-    said = {"method": "tfa", "classes": ["a", "b"], "pictures": {"short": 64, "long": 96}, **base.describe()}
+    said = {
+        "method": "tfa",
+        "classes": ["a", "b"],
+        "pictures": {"short": 64, "long": 96},
+        **base.describe(),
+    }
     model = PrototypeDetector(base, said, 3, clusters=2)
-    about = {"method": "prototype_detector", "stage": "supports", "args": {}, "classes": ["a", "b", "c"]}
-    about |= {"base": [], "novel": ["a", "b", "c"], "pictures": said["pictures"], **model.describe()}
+    about = {
+        "method": "prototype_detector",
+        "stage": "supports",
+        "args": {},
+        "classes": ["a", "b", "c"],
+    }
+    about |= {
+        "base": [],
+        "novel": ["a", "b", "c"],
+        "pictures": said["pictures"],
+        **model.describe(),
+    }
     return fewshot.inference.Detector(model, model.state_dict(), about, "cpu")
 
 
@@ -802,7 +913,9 @@ def keep(folder: Path) -> None:
     accelerator, model, args = Accelerator(), Features(), Keeping(str(folder / "kept"))
     found = frozen.features(accelerator, model, dataset, args)
     mean = frozen.base_mean(accelerator, model, dataset, args)
-    assert found.shape == (3, 3) and mean.shape == (3,) and found.dtype == mean.dtype == torch.float32
+    assert (
+        found.shape == (3, 3) and mean.shape == (3,) and found.dtype == mean.dtype == torch.float32
+    )
     assert found.isfinite().all() and mean.isfinite().all()
 
 
@@ -842,7 +955,9 @@ def calibrating_weights(folder: Path) -> Path:
 def calibrated(folder: Path) -> Path:
     """A detector's file with prototypes of its classes."""
     state, about = weights.load(detector(folder))
-    made = calibrate.Calibration(regions(), {"a": torch.ones(3), "b": torch.arange(3.0)}).describe("resnet18")
+    made = calibrate.Calibration(regions(), {"a": torch.ones(3), "b": torch.arange(3.0)}).describe(
+        "resnet18"
+    )
     weights.save_state(folder / "model.safetensors", state, {**about, "calibration": made})
     return folder / "model.safetensors"
 
@@ -876,11 +991,28 @@ def read_calibrated(folder: Path) -> None:
 def detectors_result(folder: Path) -> Path:
     """metrics.json of two runs, of which the second is to be mutated."""
     for seed in (0, 1):
-        protocol = {"dataset": "glyphs", "split": 1, "stage": "finetune", "shots": "5", "test_pictures": 50}
-        trained, run = {"dataset": "glyphs", "lr": None}, {"seconds": 3.5, "base": "01234567", "precision": "no"}
-        settings = {"method": "tfa", "seed": seed, "trained": trained, "tested": {"shots": 5}, "id": f"a{seed}"}
+        protocol = {
+            "dataset": "glyphs",
+            "split": 1,
+            "stage": "finetune",
+            "shots": "5",
+            "test_pictures": 50,
+        }
+        trained, run = (
+            {"dataset": "glyphs", "lr": None},
+            {"seconds": 3.5, "base": "01234567", "precision": "no"},
+        )
+        settings = {
+            "method": "tfa",
+            "seed": seed,
+            "trained": trained,
+            "tested": {"shots": 5},
+            "id": f"a{seed}",
+        }
         content = {"AP50": {"base": 80.0, "novel": 30.5, "all": 70.0}, "protocol": protocol}
-        content["settings"] = settings | {"run": run | {"command": "recipes/tfa.py", "commit": "0123"}}
+        content["settings"] = settings | {
+            "run": run | {"command": "recipes/tfa.py", "commit": "0123"}
+        }
         path = written(folder / f"seed{seed}" / "metrics.json", json.dumps(content))
     return path
 
@@ -888,11 +1020,20 @@ def detectors_result(folder: Path) -> Path:
 def classifiers_result(file: str, folder: Path) -> Path:
     for seed in (0, 1):
         tested = {"ways": 5, "shots": [1, 5], "queries": 15, "tasks": None}
-        settings = {"method": "tim", "seed": seed, "trained": {"dataset": "cub"}, "tested": tested, "id": f"a{seed}"}
+        settings = {
+            "method": "tim",
+            "seed": seed,
+            "trained": {"dataset": "cub"},
+            "tested": tested,
+            "id": f"a{seed}",
+        }
         shots = {"1": {"accuracy": 50.25, "ci95": 0.5}, "5": {"accuracy": 70.0, "ci95": 0.25}}
         content = {"ways": 5, "tasks": 3, "shots": shots, "settings": settings}
         written(folder / f"seed{seed}" / "metrics.json", json.dumps(content))
-        written(folder / f"seed{seed}" / "tasks.json", json.dumps({"1": [50.0, 50.5, 50.25], "5": [70.0, 75.0, 65.0]}))
+        written(
+            folder / f"seed{seed}" / "tasks.json",
+            json.dumps({"1": [50.0, 50.5, 50.25], "5": [70.0, 75.0, 65.0]}),
+        )
     return folder / "seed1" / file
 
 
@@ -921,31 +1062,47 @@ READERS: dict[str, Reader] = {
     "shot lists, json": Reader(partial(shots, "coco"), partial(read_shots, "lists"), as_json),
     "novel classes, json": Reader(
         partial(novel_classes, "novel.json"),
-        lambda folder: looked_at(open_dataset("folder", folder / "data", "val", novel=folder / "novel.json")),
+        lambda folder: looked_at(
+            open_dataset("folder", folder / "data", "val", novel=folder / "novel.json")
+        ),
         as_json,
     ),
     "novel classes, txt": Reader(
         partial(novel_classes, "novel.txt"),
-        lambda folder: looked_at(open_dataset("folder", folder / "data", "val", novel=folder / "novel.txt")),
+        lambda folder: looked_at(
+            open_dataset("folder", folder / "data", "val", novel=folder / "novel.txt")
+        ),
         as_words,
     ),
     "mini-ImageNet csv": Reader(
-        mini_imagenet, lambda folder: looked_at(open_dataset("mini_imagenet", folder, "val")), as_words
+        mini_imagenet,
+        lambda folder: looked_at(open_dataset("mini_imagenet", folder, "val")),
+        as_words,
     ),
     "tiered-ImageNet labels": Reader(
-        partial(tiered, "val_labels.pkl"), lambda f: looked_at(open_dataset("tiered_imagenet", f, "val")), as_pickle
+        partial(tiered, "val_labels.pkl"),
+        lambda f: looked_at(open_dataset("tiered_imagenet", f, "val")),
+        as_pickle,
     ),
     "tiered-ImageNet pictures": Reader(
-        partial(tiered, "val_images_png.pkl"), lambda f: looked_at(open_dataset("tiered_imagenet", f, "val")), as_pickle
+        partial(tiered, "val_images_png.pkl"),
+        lambda f: looked_at(open_dataset("tiered_imagenet", f, "val")),
+        as_pickle,
     ),
     "CIFAR pickle": Reader(partial(cifar, "train"), read_cifar, as_pickle),
     "CIFAR names": Reader(partial(cifar, "meta"), read_cifar, as_pickle),
-    "Omniglot zip": Reader(omniglot, lambda folder: looked_at(open_dataset("omniglot", folder, "train")), as_zip),
+    "Omniglot zip": Reader(
+        omniglot, lambda folder: looked_at(open_dataset("omniglot", folder, "train")), as_zip
+    ),
     **{
         f"picture {suffix[1:]}": Reader(partial(picture_file, suffix), read_picture, bytewise)
         for suffix in (".png", ".jpg", ".bmp", ".gif", ".tif", ".webp", ".ppm")
     },
-    "cache npy": Reader(squares, lambda folder: looked_at(open_dataset("folder", folder, "train", cache=True)), as_npy),
+    "cache npy": Reader(
+        squares,
+        lambda folder: looked_at(open_dataset("folder", folder, "train", cache=True)),
+        as_npy,
+    ),
     "classifier": Reader(partial(classifier, "proto_net"), read_model, as_safetensors),
     "MAML": Reader(partial(classifier, "maml"), read_model, as_safetensors),
     "detector": Reader(detector, read_model, as_safetensors),
@@ -959,7 +1116,9 @@ READERS: dict[str, Reader] = {
     "backbone weights safetensors": Reader(backbone_safetensors, read_backbone, as_safetensors),
     "timm weights": Reader(timm_weights, read_timm, as_pth),
     "calibration weights": Reader(
-        calibrating_weights, lambda f: calibrate.backbone(f"squeezenet1_1={f / 'weights.pth'}"), as_pth
+        calibrating_weights,
+        lambda f: calibrate.backbone(f"squeezenet1_1={f / 'weights.pth'}"),
+        as_pth,
     ),
     "calibration of a model": Reader(calibrated, read_calibrated, as_calibrated),
     "CD-FSOD train json": Reader(partial(cd_fsod, "train.json"), read_cd_fsod, as_json),
@@ -971,7 +1130,9 @@ READERS: dict[str, Reader] = {
     "kept features": Reader(partial(kept_features, "features"), keep, as_safetensors),
     "kept mean": Reader(partial(kept_features, "mean"), keep, as_safetensors),
     "detector's result": Reader(detectors_result, read_results, as_json),
-    "classifier's result": Reader(partial(classifiers_result, "metrics.json"), read_results, as_json),
+    "classifier's result": Reader(
+        partial(classifiers_result, "metrics.json"), read_results, as_json
+    ),
     "classifier's tasks": Reader(partial(classifiers_result, "tasks.json"), read_results, as_json),
 }
 
@@ -1085,8 +1246,12 @@ def test_code_in_files_is_not_run(tmp_path):
     for read in (mmfewshot.read, weights.read_state):
         refusal(lambda read=read: read(tmp_path / "a.pth"), tmp_path / "a.pth")
     cifar("meta", tmp_path)
-    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": planted}))
-    assert "posix.system" in refusal(lambda: read_cifar(tmp_path), tmp_path / "cifar-100-python" / "meta")
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(
+        pickle.dumps({"fine_label_names": planted})
+    )
+    assert "posix.system" in refusal(
+        lambda: read_cifar(tmp_path), tmp_path / "cifar-100-python" / "meta"
+    )
     (tmp_path / "cifar-100-python" / "meta").write_bytes(
         b"\x80\x02]r\xff\xff\xff\x7f."
     )  # object number 2^31 of its memo
@@ -1097,11 +1262,16 @@ def test_code_in_files_is_not_run(tmp_path):
 def test_bombs_are_refused(tmp_path, monkeypatch):
     for name, content in XML.items():
         written(tmp_path / f"{name}.xml", content)
-        refusal(lambda name=name: annotations.read_xml(tmp_path / f"{name}.xml"), tmp_path / f"{name}.xml")
+        refusal(
+            lambda name=name: annotations.read_xml(tmp_path / f"{name}.xml"),
+            tmp_path / f"{name}.xml",
+        )
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(10**6))), (b"IEND", b"")]
-    parts = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    parts = (
+        struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks
+    )
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     refusal(lambda: pictures.tensor(tmp_path / "a.png"), tmp_path / "a.png")
 
@@ -1120,9 +1290,13 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
             new.writestr(name, old.read(name))
     for read in (mmfewshot.read, weights.read_state):
         assert "unpack" in refusal(lambda read=read: read(tmp_path / "b.pth"), tmp_path / "b.pth")
-    torch.save({"rpn_head.rpn_conv.weight": torch.zeros(1).expand(10**9, 10**3)}, tmp_path / "c.pth")
+    torch.save(
+        {"rpn_head.rpn_conv.weight": torch.zeros(1).expand(10**9, 10**3)}, tmp_path / "c.pth"
+    )
     for read in (mmfewshot.read, weights.read_state):
-        assert "no plain tensor" in refusal(lambda read=read: read(tmp_path / "c.pth"), tmp_path / "c.pth")
+        assert "no plain tensor" in refusal(
+            lambda read=read: read(tmp_path / "c.pth"), tmp_path / "c.pth"
+        )
 
 
 @pytest.mark.parametrize(
@@ -1144,7 +1318,9 @@ def test_a_detectors_file_does_not_steer_load(field, value, words, tmp_path):
     state, about = weights.load(detector(tmp_path))
     about = dict(about) | {field: about[field] | value if isinstance(value, dict) else value}
     weights.save_state(tmp_path / "model.safetensors", state, about)
-    assert words in refusal(lambda: fewshot.load(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    assert words in refusal(
+        lambda: fewshot.load(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1162,7 +1338,9 @@ def test_a_classifiers_file_does_not_steer_load(field, value, words, tmp_path):
     state, about = weights.load(classifier("maml", tmp_path))
     about = dict(about) | {field: about[field] | value if isinstance(value, dict) else value}
     weights.save_state(tmp_path / "model.safetensors", state, about)
-    assert words in refusal(lambda: fewshot.load(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    assert words in refusal(
+        lambda: fewshot.load(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    )
 
 
 def test_lying_headers_of_model_files(tmp_path):

@@ -1,4 +1,6 @@
-"""Trained models in use: supports, predictions, pictures of any kind, the hub's files, exports, and bad input."""
+"""Trained models in use: supports, predictions, pictures of any kind, the hub's files, exports, and
+bad input.
+"""
 
 import json
 import subprocess
@@ -30,7 +32,13 @@ from fewshot.heads.maml import MAML
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["house", "tree", "star"]  # of classes that no recipe trains on
-ARGS = {"dataset": "glyphs", "backbone": "conv4", "distance": "squared", "temperature": 20.0, "test_temperature": 2.0}
+ARGS = {
+    "dataset": "glyphs",
+    "backbone": "conv4",
+    "distance": "squared",
+    "temperature": 20.0,
+    "test_temperature": 2.0,
+}
 ARGS |= {"ways": 3, "test_steps": 2, "inner_lr": 0.1}
 WORKED_OUT = {"feat": {"temperature": 64.0}}  # what a recipe adds to its file
 RECIPES = {  # a model of every classifier's recipe, from its module and a backbone
@@ -50,7 +58,12 @@ RECIPES = {  # a model of every classifier's recipe, from its module and a backb
 def save_classifier(folder: Path, method: str, model: nn.Module) -> Path:
     """A model as a recipe saves it on the glyphs, with results."""
     results = {"ways": 5, "tasks": 10, "shots": {"5": {"accuracy": 71.25, "ci95": 1.5}}}
-    about = {"method": method, "args": ARGS, **open_dataset("glyphs", "", "train").describe(), "results": results}
+    about = {
+        "method": method,
+        "args": ARGS,
+        **open_dataset("glyphs", "", "train").describe(),
+        "results": results,
+    }
     about |= WORKED_OUT.get(method, {})
     folder.mkdir()
     weights.save(folder / "model.safetensors", model, about)
@@ -62,17 +75,32 @@ def save_classifiers(folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     places = {}
     for method, build in RECIPES.items():
-        model = build(load(method), backbone(pooled=False) if method == "relation_net" else backbone())
+        model = build(
+            load(method), backbone(pooled=False) if method == "relation_net" else backbone()
+        )
         places[method] = save_classifier(folder / method, method, model)
     return places
 
 
 def save_detector(folder: Path, method: str, model: nn.Module, **more) -> Path:
     dataset = detection.open_detection("glyphs", "", part="test")
-    about = {"method": method, "args": ARGS | {"split": 1, "shots": 5}, "stage": "base", **model.describe()}
-    about |= dataset.restrict(dataset.base).describe() | {"pictures": Pipeline().describe(), "support_size": 96, **more}
+    about = {
+        "method": method,
+        "args": ARGS | {"split": 1, "shots": 5},
+        "stage": "base",
+        **model.describe(),
+    }
+    about |= dataset.restrict(dataset.base).describe() | {
+        "pictures": Pipeline().describe(),
+        "support_size": 96,
+        **more,
+    }
     folder.mkdir()
-    weights.save(folder / "model.safetensors", model, about | {"results": {"AP50": {"base": 12.5, "all": 12.5}}})
+    weights.save(
+        folder / "model.safetensors",
+        model,
+        about | {"results": {"AP50": {"base": 12.5, "all": 12.5}}},
+    )
     return folder
 
 
@@ -93,10 +121,14 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     """An untrained model of every classifier, and of a detector of each sort, as recipes save them."""
     folder = tmp_path_factory.mktemp("runs")
     places = save_classifiers(folder)
-    places["tfa"] = save_detector(folder / "tfa", "tfa", TFA(fpn("small"), 15, test_proposals=(300, 30)))
+    places["tfa"] = save_detector(
+        folder / "tfa", "tfa", TFA(fpn("small"), 15, test_proposals=(300, 30))
+    )
     places["meta_rcnn"] = save_detector(folder / "meta_rcnn", "meta_rcnn", meta_rcnn())
     attention = AttentionRPN(c4("small"), 15, test_proposals=(300, 30))
-    places["attention_rpn"] = save_detector(folder / "attention_rpn", "attention_rpn", attention, context=4)
+    places["attention_rpn"] = save_detector(
+        folder / "attention_rpn", "attention_rpn", attention, context=4
+    )
     return places
 
 
@@ -127,12 +159,21 @@ def test_classifiers_learn_classes_from_supports(method, runs):
     assert model.classes == NAMES and len(guesses) == 12
     for guess in guesses:
         assert sum(guess.probabilities.values()) == pytest.approx(1, abs=1e-5)
-        assert guess.probability == max(guess.probabilities.values()) == guess.probabilities[guess.name]
+        assert (
+            guess.probability
+            == max(guess.probabilities.values())
+            == guess.probabilities[guess.name]
+        )
     # as the recipe's model classifies
-    recipe = RECIPES[method](load(method), backbone(pooled=False) if method == "relation_net" else backbone())
+    recipe = RECIPES[method](
+        load(method), backbone(pooled=False) if method == "relation_net" else backbone()
+    )
     recipe.load_state_dict(load_file(runs[method] / "model.safetensors"))
     recipe.eval()
-    x = [model.transformed([inference.decoded(p) for p in pictures(*a)], None)[None] for a in ((3,), (4, 3))]
+    x = [
+        model.transformed([inference.decoded(p) for p in pictures(*a)], None)[None]
+        for a in ((3,), (4, 3))
+    ]
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         if method == "maml":
@@ -141,7 +182,9 @@ def test_classifiers_learn_classes_from_supports(method, runs):
             logits = recipe.classify(*(recipe.features(part[0])[None] for part in x), 3)
     assert torch.allclose(table(guesses), logits[0].softmax(1), atol=1e-5)
     if method != "maml":  # to which it matters what else is asked
-        assert torch.allclose(table(model.predict(pictures(1, first=3))), table([guesses[0], guesses[4], guesses[8]]))
+        assert torch.allclose(
+            table(model.predict(pictures(1, first=3))), table([guesses[0], guesses[4], guesses[8]])
+        )
 
 
 def test_pictures_come_in_any_form(runs, tmp_path):
@@ -153,7 +196,9 @@ def test_pictures_come_in_any_form(runs, tmp_path):
     forms.append(torch.from_numpy(array).permute(2, 0, 1))
     one = model.predict(forms[0])
     assert isinstance(one, inference.Guess)
-    assert [model.predict(form) for form in forms] == [one] * 5 and model.predict(forms)[4].name == one.name
+    assert [model.predict(form) for form in forms] == [one] * 5 and model.predict(forms)[
+        4
+    ].name == one.name
     assert model.predict([]) == []
     dataset = open_dataset("glyphs", "", "test")  # and as the recipe's test sees them
     (x,) = model.transformed([dataset.pixels(7)], None)
@@ -170,7 +215,15 @@ def test_classes_may_have_different_numbers_of_supports(runs):
     prototypes = torch.stack([means[0].mean(0), means[1].mean(0), means[2, 0]])
     expected = (-torch.cdist(extracted(model, query), prototypes).square()).softmax(1)
     assert torch.allclose(table(model.predict(query)), expected, atol=1e-4)
-    for method in ("matching_net", "relation_net", "meta_baseline", "feat", "frn", "baseline", "maml"):
+    for method in (
+        "matching_net",
+        "relation_net",
+        "meta_baseline",
+        "feat",
+        "frn",
+        "baseline",
+        "maml",
+    ):
         model = fewshot.load(runs[method])
         model.support(unequal, labels)
         guesses = model.predict(query)
@@ -181,7 +234,9 @@ def test_classes_may_have_different_numbers_of_supports(runs):
 
 
 class Angles(nn.Module):
-    """A recipe of one's own: the cosine to class means, times a learnt temperature, and whatever `draws` adds."""
+    """A recipe of one's own: the cosine to class means, times a learnt temperature, and whatever
+    `draws` adds.
+    """
 
     def __init__(self, features: nn.Module, draws: float = 0.0):
         super().__init__()
@@ -197,27 +252,40 @@ def test_a_classifier_of_ones_own(tmp_path):
     trained = Angles(backbone()).eval()
     trained.sharpness.data += 4.5
     place = save_classifier(tmp_path / "mine", "my_angles", trained)
-    with pytest.raises(InputError, match=r"'my_angles', which is none of baseline, .*model=MyModel"):
+    with pytest.raises(
+        InputError, match=r"'my_angles', which is none of baseline, .*model=MyModel"
+    ):
         fewshot.load(place)
     model = fewshot.load(place, model=Angles(backbone()))
     assert isinstance(model, inference.Classifier) and model.method == "my_angles"
     model.support(pictures(2), [name for name in NAMES for _ in range(2)])
     given = table(model.predict(pictures(3, first=2)))
-    x = [model.transformed([inference.decoded(p) for p in pictures(*a)], None) for a in ((2,), (3, 2))]
+    x = [
+        model.transformed([inference.decoded(p) for p in pictures(*a)], None)
+        for a in ((2,), (3, 2))
+    ]
     with torch.no_grad():
         logits = trained.classify(trained.features(x[0])[None], trained.features(x[1])[None], 3)[0]
     assert torch.allclose(given, logits.softmax(1), atol=1e-5)
-    model = fewshot.load(place, model=Angles(backbone(), draws=1.0))  # as one that trains a head for every task
+    model = fewshot.load(
+        place, model=Angles(backbone(), draws=1.0)
+    )  # as one that trains a head for every task
     model.support(pictures(2)[:-1], ["a", "a", "b", "b", "c"])
     before, once = torch.get_rng_state(), model.predict(pictures(1, first=2))
-    assert once == model.predict(pictures(1, first=2)) and torch.equal(torch.get_rng_state(), before)
+    assert once == model.predict(pictures(1, first=2)) and torch.equal(
+        torch.get_rng_state(), before
+    )
 
     with pytest.raises(InputError, match=r"was it made with another backbone or recipe\?"):
         fewshot.load(place, model=Angles(backbones.build("resnet12", 32)))
     with pytest.raises(InputError, match=r"sharpness is missing from .*proto"):
-        place = save_classifier(tmp_path / "proto", "proto_net", methods.ByMeans(backbone(), heads.prototype))
+        place = save_classifier(
+            tmp_path / "proto", "proto_net", methods.ByMeans(backbone(), heads.prototype)
+        )
         fewshot.load(place, model=trained)
-    with pytest.raises(InputError, match="Linear has neither features and classify, nor predict, nor detect"):
+    with pytest.raises(
+        InputError, match="Linear has neither features and classify, nor predict, nor detect"
+    ):
         fewshot.load(place, model=nn.Linear(1, 1))
     with pytest.raises(InputError, match="is a classifier, and MetaRCNN is a detector"):
         fewshot.load(place, model=meta_rcnn())
@@ -253,7 +321,9 @@ def test_a_detector_of_ones_own(tmp_path, runs):
     one, other = ((10, 10, 60, 70), (0, 0, 160, 160))
     model.support([image, image], [one, other], ["glyph-03", "glyph-05"])
     assert model.network.known.nonzero()[:, 0].tolist() == [3, 5]
-    vectors = torch.cat([model._support_vectors(image, torch.tensor(box).float(), None) for box in (one, other)])
+    vectors = torch.cat(
+        [model._support_vectors(image, torch.tensor(box).float(), None) for box in (one, other)]
+    )
     trained.set_prototypes(vectors, torch.tensor([3, 5]))
     assert torch.equal(model.predict(image).scores, trained.detect(x, [(160, 160)])[0].scores)
     with pytest.raises(InputError, match="Sum has no box head that prototypes fold into"):
@@ -261,7 +331,9 @@ def test_a_detector_of_ones_own(tmp_path, runs):
     with pytest.raises(InputError, match="is a detector, and Angles is a classifier"):
         fewshot.load(place, model=Angles(backbone()))
 
-    model = fewshot.load(runs["attention_rpn"], model=Wider(c4("small"), 15, test_proposals=(300, 30)))
+    model = fewshot.load(
+        runs["attention_rpn"], model=Wider(c4("small"), 15, test_proposals=(300, 30))
+    )
     model.support([image], [one], ["house"])
     expected = fewshot.load(runs["attention_rpn"])
     expected.support([image], [one], ["house"])
@@ -299,13 +371,23 @@ def test_attention_rpn_takes_classes_that_nobody_trained(runs):
     images = scenes(3)
     model.support(images[:2], [(10, 10, 60, 70), (20, 20, 90, 80)], ["house", "tree"])
     found = model.predict(images, score_above=0.3)
-    assert model.classes == ["house", "tree"] and {name for f in found for name in f.names} <= {"house", "tree"}
+    assert model.classes == ["house", "tree"] and {name for f in found for name in f.names} <= {
+        "house",
+        "tree",
+    }
     shared = model.predict(images[0], share_proposals=True)
     assert shared.boxes.shape[1] == 4
-    large = torch.nn.functional.interpolate(images[2][None].float(), scale_factor=2).to(torch.uint8)[0]
-    model.pipeline = Pipeline(short=160)  # resized back to what it was, boxes are those of the larger picture
+    large = torch.nn.functional.interpolate(images[2][None].float(), scale_factor=2).to(
+        torch.uint8
+    )[0]
+    model.pipeline = Pipeline(
+        short=160
+    )  # resized back to what it was, boxes are those of the larger picture
     again = model.predict(large)
-    assert torch.allclose(again.boxes, 2 * model.predict(images[2]).boxes, atol=3.0) or len(again.boxes) == 0
+    assert (
+        torch.allclose(again.boxes, 2 * model.predict(images[2]).boxes, atol=3.0)
+        or len(again.boxes) == 0
+    )
     assert model.show(images[:2]).axes and model.show(images[0]).axes
 
 
@@ -314,12 +396,16 @@ def test_saved_and_loaded_again(runs, tmp_path, monkeypatch):
     model = fewshot.load(runs["proto_net"])
     model.save_pretrained(tmp_path / "m")
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "| 5-way 5-shot, 10 tasks | 71.25 ± 1.50 % |" in card and "# proto_net on glyphs\n" in card
+    assert (
+        "| 5-way 5-shot, 10 tasks | 71.25 ± 1.50 % |" in card and "# proto_net on glyphs\n" in card
+    )
     again = inference.Classifier.from_pretrained(tmp_path / "m")
     assert again.method == "proto_net" and again.about == model.about
     uploaded = {}
     api = "huggingface_hub.hub_mixin.HfApi"
-    monkeypatch.setattr(f"{api}.create_repo", lambda self, repo_id, **more: type("Url", (), {"repo_id": repo_id}))
+    monkeypatch.setattr(
+        f"{api}.create_repo", lambda self, repo_id, **more: type("Url", (), {"repo_id": repo_id})
+    )
     monkeypatch.setattr(
         f"{api}.upload_folder",
         lambda self, **more: uploaded.update(
@@ -328,7 +414,10 @@ def test_saved_and_loaded_again(runs, tmp_path, monkeypatch):
     )
     fewshot.load(runs["tfa"]).push_to_hub("me/glyph-detector")
     assert set(uploaded) >= {"model.safetensors", "README.md"}
-    assert 'fewshot.load("me/glyph-detector")' in uploaded["README.md"] and "| AP50 | base" in uploaded["README.md"]
+    assert (
+        'fewshot.load("me/glyph-detector")' in uploaded["README.md"]
+        and "| AP50 | base" in uploaded["README.md"]
+    )
 
 
 def test_exports_equal_the_model(runs, tmp_path):
@@ -379,7 +468,9 @@ def test_bad_input_is_named(runs, tmp_path, monkeypatch):
     before = model.predict(pictures(1, first=4))
     with pytest.raises(InputError):
         model.support(pictures(1), ["a", "b"])
-    assert model.classes == NAMES and model.predict(pictures(1, first=4)) == before  # what was known stays
+    assert (
+        model.classes == NAMES and model.predict(pictures(1, first=4)) == before
+    )  # what was known stays
     detector = fewshot.load(runs["attention_rpn"])
     for box in ((10, 10, 200, 50), (-1, 0, 5, 5), (30, 30, 20, 40)):
         with pytest.raises(InputError, match="of support 0 is not inside its picture of 160 x 160"):
@@ -395,7 +486,9 @@ def test_bad_input_is_named(runs, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"x\.safetensors: not a model file"):
         fewshot.load(tmp_path / "x.safetensors")
     weights.save(tmp_path / "x.safetensors", torch.nn.Linear(1, 1), {"method": "mine"})
-    with pytest.raises(InputError, match=r"a model of 'mine', which is none of .*: give the model of its recipe"):
+    with pytest.raises(
+        InputError, match=r"a model of 'mine', which is none of .*: give the model of its recipe"
+    ):
         fewshot.load(tmp_path / "x.safetensors")
     monkeypatch.setattr(weights, "FORMAT", 2)
     weights.save(tmp_path / "x.safetensors", torch.nn.Linear(1, 1), {"method": "proto_net"})
@@ -404,7 +497,9 @@ def test_bad_input_is_named(runs, tmp_path, monkeypatch):
         fewshot.load(tmp_path / "x.safetensors")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"someone/something: no such local file.*works without network"):
+    with pytest.raises(
+        InputError, match=r"someone/something: no such local file.*works without network"
+    ):
         fewshot.load("someone/something")
 
 
@@ -436,7 +531,9 @@ def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
             fewshot.load(source)
     assert asked == ["user/resnet-1.5.x", "user/model"]
     (tmp_path / "models" / "args.json").write_text("{}")
-    with pytest.raises(InputError, match=r"models holds no model\.safetensors: its run has saved no model yet"):
+    with pytest.raises(
+        InputError, match=r"models holds no model\.safetensors: its run has saved no model yet"
+    ):
         fewshot.load(tmp_path / "models")
 
 
@@ -462,7 +559,9 @@ def test_what_importing_costs():
     needed = {"fewshot": "", "fewshot.inference": "torch torchvision pycocotools huggingface_hub"}
     for module, allowed in needed.items():
         code = f"import sys, {module}; from fewshot import InputError, load; print(*sys.modules.keys() & set({heavy}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         assert set(done.stdout.split()) <= set(allowed.split())
 
 
@@ -480,11 +579,20 @@ def test_predict_script_classifies(runs, tmp_path):
     for i, array in enumerate(pictures(1, first=5)):
         Image.fromarray(array).save(tmp_path / "new" / f"{i}.png")
     (tmp_path / "support" / "tree" / "broken.jpg").write_text("no picture")
-    flags = ("--support", tmp_path / "support", "--query", tmp_path / "new", "--out", tmp_path / "out")
+    flags = (
+        "--support",
+        tmp_path / "support",
+        "--query",
+        tmp_path / "new",
+        "--out",
+        tmp_path / "out",
+    )
     done = predict(runs["proto_net"], *flags)
     assert done.returncode == 0, done.stderr
     assert (
-        "warning: left out" in done.stderr and "broken.jpg" in done.stderr and "house 2, star 2, tree 2" in done.stdout
+        "warning: left out" in done.stderr
+        and "broken.jpg" in done.stderr
+        and "house 2, star 2, tree 2" in done.stdout
     )
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [Path(r["picture"]).name for r in results] == ["0.png", "1.png", "2.png"]
@@ -497,7 +605,11 @@ def test_predict_script_classifies(runs, tmp_path):
     assert done.returncode == 1 and "error: no picture of class tree can be read" in done.stderr
     (tmp_path / "support" / "tree" / "broken.jpg").unlink()
     done = predict(runs["proto_net"], *flags[:4], "--out", tmp_path / "none")
-    assert done.returncode == 1 and "tree holds no picture" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "tree holds no picture" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "none").exists()
 
 
@@ -505,7 +617,9 @@ def test_predict_script_detects(runs, tmp_path):
     images = scenes(3)
     for name, image in zip(("house", "tree"), images):
         (tmp_path / "support" / name).mkdir(parents=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "support" / name / f"{name}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(
+            tmp_path / "support" / name / f"{name}.png"
+        )
     xml = "<annotation><object><name>house</name><bndbox>{}</bndbox></object></annotation>"
     corners = "<xmin>11</xmin><ymin>21</ymin><xmax>60</xmax><ymax>80</ymax>"
     (tmp_path / "support" / "house" / "house.xml").write_text(xml.format(corners))
@@ -514,7 +628,14 @@ def test_predict_script_detects(runs, tmp_path):
     listed |= {"annotations": [{"id": 1, "image_id": 1, "category_id": 4, "bbox": [5, 6, 50, 60]}]}
     (tmp_path / "support" / "boxes.json").write_text(json.dumps(listed))
     Image.fromarray(images[2].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
-    flags = ("--support", tmp_path / "support", "--query", tmp_path / "photo.png", "--out", tmp_path / "out")
+    flags = (
+        "--support",
+        tmp_path / "support",
+        "--query",
+        tmp_path / "photo.png",
+        "--out",
+        tmp_path / "out",
+    )
     done = predict(runs["attention_rpn"], *flags, "--score-above", "0.06")
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -522,7 +643,9 @@ def test_predict_script_detects(runs, tmp_path):
     model.support(images[:2], [(10, 20, 60, 80), (5, 6, 55, 66)], ["house", "tree"])
     expected = model.predict(images[2], score_above=0.06)
     assert [o["class"] for o in result["objects"]] == expected.names
-    assert np.allclose([o["box"] for o in result["objects"]], expected.boxes.numpy().reshape(-1, 4), atol=0.01)
+    assert np.allclose(
+        [o["box"] for o in result["objects"]], expected.boxes.numpy().reshape(-1, 4), atol=0.01
+    )
     assert (tmp_path / "out" / "photo.png").exists()
     done = predict(runs["attention_rpn"], "--query", tmp_path / "nowhere")
     assert done.returncode == 1 and "nowhere: no such picture or folder" in done.stderr
@@ -533,11 +656,18 @@ def test_what_recipes_save_is_loaded(tmp_path):
         stage = "--stage base" if recipe == "meta_rcnn" else ""
         run_here(recipe, f"{QUICK[recipe]} {stage} --out {tmp_path / recipe}")
     about = weights.load(tmp_path / "meta_rcnn" / "base" / "model.safetensors")[1]
-    assert about["results"]["AP50"].keys() == {"base", "all"} and "per_class" not in about["results"]
-    assert about["pictures"] == {"short": None, "long": None, "multiple": 1, "enlarge": True} and about["step"] == 6
+    assert (
+        about["results"]["AP50"].keys() == {"base", "all"} and "per_class" not in about["results"]
+    )
+    assert (
+        about["pictures"] == {"short": None, "long": None, "multiple": 1, "enlarge": True}
+        and about["step"] == 6
+    )
     assert load_file(tmp_path / "meta_rcnn" / "base" / "model.safetensors")["known"].all()
     assert fewshot.load(tmp_path / "meta_rcnn" / "base").predict(scenes(1)[0]).boxes.shape[1] == 4
-    with pytest.raises(InputError, match=r"meta_rcnn holds no model\.safetensors: give one of base in it"):
+    with pytest.raises(
+        InputError, match=r"meta_rcnn holds no model\.safetensors: give one of base in it"
+    ):
         fewshot.load(tmp_path / "meta_rcnn")
     model = fewshot.load(tmp_path / "proto_net")
     model.support(pictures(1), NAMES)

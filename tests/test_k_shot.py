@@ -1,4 +1,6 @@
-"""K shots of every class: what is drawn, what lists and files hold, which mistakes in them are named."""
+"""K shots of every class: what is drawn, what lists and files hold, which mistakes in them are
+named.
+"""
 
 import itertools
 import json
@@ -17,11 +19,15 @@ from fewshot.data.detection import DetectionSet
 from fewshot.training.folders import write_json
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
-needs_lists = pytest.mark.skipif(not (REAL / "splits" / "vocsplit").is_dir(), reason="published lists are not here")
+needs_lists = pytest.mark.skipif(
+    not (REAL / "splits" / "vocsplit").is_dir(), reason="published lists are not here"
+)
 
 
 def toy(counts: dict[str, int], novel=(), per_picture: int = 2) -> DetectionSet:
-    """A set with so many objects of each class, dealt in turn to pictures of two; every fifth object is difficult."""
+    """A set with so many objects of each class, dealt in turn to pictures of two; every fifth
+    object is difficult.
+    """
     left, objects = dict(counts), []
     while any(left.values()):
         for label, name in enumerate(counts):
@@ -32,13 +38,18 @@ def toy(counts: dict[str, int], novel=(), per_picture: int = 2) -> DetectionSet:
                 if n % 5 == 0:
                     objects.append(((n, n, n + 9, n + 9), label, True))
     records = [
-        make_record(f"p{i}", "", 200, 200, objects[i : i + per_picture]) for i in range(0, len(objects), per_picture)
+        make_record(f"p{i}", "", 200, 200, objects[i : i + per_picture])
+        for i in range(0, len(objects), per_picture)
     ]
     return DetectionSet("toy", "train", list(counts), list(novel), records, "voc")
 
 
-def pictures(classes: str, objects: dict[str, list[tuple]], folder: str = "", **about) -> DetectionSet:
-    """A set of 100 x 80 pictures by id, with (class, x1, y1, x2, y2, difficult) objects; paths are folder and id."""
+def pictures(
+    classes: str, objects: dict[str, list[tuple]], folder: str = "", **about
+) -> DetectionSet:
+    """A set of 100 x 80 pictures by id, with (class, x1, y1, x2, y2, difficult) objects; paths are
+    folder and id.
+    """
     names, records = classes.split(), []
     for id, on in objects.items():
         rows = [(box, names.index(name), bool(difficult)) for name, *box, difficult in on]
@@ -76,7 +87,10 @@ def test_every_class_gets_k_shots_or_what_it_has():
         assert objects_of(chosen) <= objects_of(dataset)
     assert sum(k_shot.counts(dataset)) > 46  # the set itself is left as it was
     many = k_shot.select_shots(replace(dataset, notes=["of old"]), 9, seed=0)
-    assert k_shot.counts(many) == [9, 7, 9] and many.notes == ["of old", "class b has only 7 of 9 shots"]
+    assert k_shot.counts(many) == [9, 7, 9] and many.notes == [
+        "of old",
+        "class b has only 7 of 9 shots",
+    ]
     every = k_shot.select_shots(dataset, 1000, seed=0)
     assert k_shot.counts(every) == [9, 7, 30] and len(every.notes) == 3
     assert objects_of(every) == objects_of(k_shot.select_shots(dataset, "all", seed=0))
@@ -86,7 +100,9 @@ def test_all_is_whatever_may_be_trained_on():
     dataset = toy({"a": 9, "b": 7, "c": 30})
     chosen = k_shot.choose_shots(dataset, "all", seed=0)
     assert k_shot.counts(chosen) == [9, 7, 30] and chosen.cut_to_shots and not chosen.notes
-    assert not any(r.difficult.any() for r in chosen.records) and all(len(r.labels) for r in chosen.records)
+    assert not any(r.difficult.any() for r in chosen.records) and all(
+        len(r.labels) for r in chosen.records
+    )
     kept = k_shot.choose_shots(replace(dataset, train_difficult=True), "all", seed=0)
     assert objects_of(kept) == objects_of(dataset) > objects_of(chosen)
 
@@ -114,7 +130,10 @@ def test_shots_of_a_class_depend_on_seed_and_name_alone():
     few = k_shot.select_shots(twins, 5, seed=0)
     places = detection.objects_by_class(twins)
     a, b = (
-        [(twins.records[p].id, *twins.records[p].boxes[i].tolist()) in boxes_of(few, name) for p, i in places[label]]
+        [
+            (twins.records[p].id, *twins.records[p].boxes[i].tolist()) in boxes_of(few, name)
+            for p, i in places[label]
+        ]
         for label, name in enumerate("ab")
     )
     assert sum(a) == sum(b) == 5 and a != b  # classes of one size do not draw the same numbers
@@ -127,7 +146,9 @@ def test_draws_are_nested_and_independent_of_other_classes(case):
     """Of sets of any make: more shots contain fewer, and a class alone is drawn as among others."""
     dice = np.random.default_rng(case)
     names = [f"class {i}" for i in range(dice.integers(2, 6))]
-    dataset = toy({n: int(dice.integers(1, 25)) for n in names}, per_picture=int(dice.integers(1, 5)))
+    dataset = toy(
+        {n: int(dice.integers(1, 25)) for n in names}, per_picture=int(dice.integers(1, 5))
+    )
     seed = int(dice.integers(1000))
     draws = [k_shot.select_shots(dataset, k, seed) for k in (1, 2, 3, 5, 10, 30)]
     for fewer, more in itertools.pairwise(draws):
@@ -152,15 +173,20 @@ def test_glyphs_are_drawn_as_ever():
 def test_reference_draw_is_the_global_legacy_generators():
     dataset = toy({"a": 12, "b": 2, "n": 5, "m": 7}, novel=["n", "m"])
     chosen = k_shot.reference_shots(dataset, 3)
-    np.random.seed(42)  # as the reference does: one choice per class with too many, novel classes first
+    np.random.seed(
+        42
+    )  # as the reference does: one choice per class with too many, novel classes first
     for name, count in (("n", 5), ("m", 7), ("a", 12)):
         label = dataset.classes.index(name)
         ordinary = [r.select((r.labels == label) & ~r.difficult) for r in dataset.records]
         every = [(r.id, *box) for r in ordinary for box in r.boxes.tolist()]
         assert len(every) == count
-        assert boxes_of(chosen, name) == {every[i] for i in np.random.choice(count, 3, replace=False)}
+        assert boxes_of(chosen, name) == {
+            every[i] for i in np.random.choice(count, 3, replace=False)
+        }
     assert len(boxes_of(chosen, "b")) == 2 and chosen.notes == ["class b has only 2 of 3 shots"]
-    # a golden number: seed 42 draws number 1 of five first, which in a toy is the box that starts at 2
+    # a golden number: seed 42 draws number 1 of five first, which in a toy is the box that starts
+    # at 2
     first = k_shot.reference_shots(toy({"n": 5}, novel=["n"], per_picture=1), 1)
     assert first.records[0].boxes[0, 0] == 2
 
@@ -169,8 +195,14 @@ def test_reference_draw_is_the_global_legacy_generators():
 
 
 def voc_like() -> DetectionSet:
-    dogs = {f"VOC2007/00000{i}": [("dog", i, i, 50, 50, 0), ("dog", 20 + i, 1, 60, 60, 0)] for i in range(1, 4)}
-    cats = {"VOC2007/000009": [("cat", 1, 1, 30, 30, 0)], "VOC2012/2008_000001": [("cat", 5, 5, 40, 40, 0)]}
+    dogs = {
+        f"VOC2007/00000{i}": [("dog", i, i, 50, 50, 0), ("dog", 20 + i, 1, 60, 60, 0)]
+        for i in range(1, 4)
+    }
+    cats = {
+        "VOC2007/000009": [("cat", 1, 1, 30, 30, 0)],
+        "VOC2012/2008_000001": [("cat", 5, 5, 40, 40, 0)],
+    }
     # difficult objects alone: never trained on, but listed
     return pictures("cat dog", dogs | cats, skipped=frozenset({"VOC2007/000008"}))
 
@@ -186,7 +218,9 @@ def test_published_voc_lists(tmp_path):
     # pictures by class, then line; of four dogs two as the reference draws them
     drawn = sorted(np.random.RandomState(42).choice(4, 2, replace=False))
     listed = [
-        (f"VOC2007/{id}", *box) for id in ("000003", "000001") for box in dataset.records[int(id) - 1].boxes.tolist()
+        (f"VOC2007/{id}", *box)
+        for id in ("000003", "000001")
+        for box in dataset.records[int(id) - 1].boxes.tolist()
     ]
     assert boxes_of(chosen, "dog") == {listed[i] for i in drawn}
     assert chosen.records[0].id == "VOC2012/2008_000001"
@@ -216,7 +250,10 @@ def test_published_coco_lists(tmp_path):
     records = {"139": [("bottle", 1, 1, 9, 9, 0)], "42": [("bottle", 1, 1, 9, 9, 0)]}
     dataset = pictures("bottle plant", records)
     for record in dataset.records:
-        record.path, record.image_id = f"data/coco/train2014/COCO_train2014_{int(record.id):012}.jpg", int(record.id)
+        record.path, record.image_id = (
+            f"data/coco/train2014/COCO_train2014_{int(record.id):012}.jpg",
+            int(record.id),
+        )
     image = {"id": 42, "file_name": "COCO_train2014_000000000042.jpg", "width": 100, "height": 80}
     for name in dataset.classes:
         box = {"id": 1, "image_id": 42, "category_id": 5, "bbox": [1, 2, 30, 40], "area": 5}
@@ -224,13 +261,23 @@ def test_published_coco_lists(tmp_path):
         content["categories"] = [{"id": 5, "name": name}, {"id": 6, "name": "tv"}]
         (tmp_path / f"full_box_10shot_{name}_trainval.json").write_text(json.dumps(content))
     chosen = k_shot.read_shot_lists(dataset, tmp_path, 10)
-    assert len(chosen) == 1 and chosen.records[0].path == dataset.records[1].path and chosen.records[0].id == "42"
-    assert chosen.records[0].labels.tolist() == [0, 1] and chosen.records[0].boxes.tolist() == [[1, 2, 31, 42]] * 2
+    assert (
+        len(chosen) == 1
+        and chosen.records[0].path == dataset.records[1].path
+        and chosen.records[0].id == "42"
+    )
+    assert (
+        chosen.records[0].labels.tolist() == [0, 1]
+        and chosen.records[0].boxes.tolist() == [[1, 2, 31, 42]] * 2
+    )
 
 
 def own_pictures() -> DetectionSet:
     """As one's own are known: by their path in their folder. One of a name is in two folders."""
-    objects = {f"shelf {i}/cup.jpg": [("cup", i, 1.25, 40, 30.7, 0), ("pot", 50, i, 90, 60, 0)] for i in range(4)}
+    objects = {
+        f"shelf {i}/cup.jpg": [("cup", i, 1.25, 40, 30.7, 0), ("pot", 50, i, 90, 60, 0)]
+        for i in range(4)
+    }
     objects["cup.jpg"] = [("cup", 3, 3, 9, 9, 0), ("cup", 1, 1, 9, 9, 1)]
     dataset = pictures("cup pot", objects, "in/x")
     return replace(dataset, classes=["cup", "tea pot"])
@@ -241,7 +288,9 @@ def own_pictures() -> DetectionSet:
 @pytest.mark.parametrize("kind", ["own", "own numbered", "voc", "coco", "glyphs"])
 def test_lists_are_read_as_written(tmp_path, kind, shots, layout):
     dataset = own_pictures()
-    if kind == "own numbered":  # as from a json of one's own, which another export numbers otherwise
+    if (
+        kind == "own numbered"
+    ):  # as from a json of one's own, which another export numbers otherwise
         numbered = [replace(r, image_id=7 + i) for i, r in enumerate(dataset.records)]
         dataset = replace(dataset, category_ids={"cup": 3, "tea pot": 1}).with_records(numbered)
     if kind == "voc":
@@ -250,18 +299,25 @@ def test_lists_are_read_as_written(tmp_path, kind, shots, layout):
         for record in dataset.records:
             record.path = "data/VOCdevkit/{}/JPEGImages/{}.jpg".format(*record.id.split("/"))
     if kind == "coco":
-        dataset = dataset.with_records([replace(r, id=str(i), image_id=i) for i, r in enumerate(dataset.records, 138)])
+        dataset = dataset.with_records(
+            [replace(r, id=str(i), image_id=i) for i, r in enumerate(dataset.records, 138)]
+        )
         for record in dataset.records:
             record.path = f"data/coco/train2014/COCO_train2014_{record.image_id:012}.jpg"
     if kind == "glyphs":
         dataset = dataset.with_records(
-            [replace(r, id=f"glyphs/000{i}", path="", scene=i) for i, r in enumerate(dataset.records)]
+            [
+                replace(r, id=f"glyphs/000{i}", path="", scene=i)
+                for i, r in enumerate(dataset.records)
+            ]
         )
     chosen = k_shot.choose_shots(dataset, shots, seed=0)
     for name, content in k_shot.lists_of(chosen, shots, layout).items():
         (tmp_path / name).write_text(content)
     if kind == "own numbered":
-        dataset = dataset.with_records([replace(r, image_id=50 - i) for i, r in enumerate(dataset.records)])
+        dataset = dataset.with_records(
+            [replace(r, image_id=50 - i) for i, r in enumerate(dataset.records)]
+        )
     read = k_shot.choose_shots(dataset, shots, 5, tmp_path)
     assert objects_of(read) == objects_of(chosen) and read.notes == chosen.notes
     paths = {r.id: (r.path, r.scene) for r in dataset.records}
@@ -280,7 +336,10 @@ def test_lists_look_as_published(tmp_path):
     assert lists["box_30shot_dog_train.txt"].count("\n") == 3  # pictures of two dogs are named once
     coco = json.loads(k_shot.lists_of(dataset, 7, "coco")["full_box_7shot_cat_trainval.json"])
     assert [image["file_name"] for image in coco["images"]] == ["000009.jpg", "2008_000001.jpg"]
-    assert coco["annotations"][1]["bbox"] == [5, 5, 35, 35] and coco["categories"][1] == {"id": 2, "name": "dog"}
+    assert coco["annotations"][1]["bbox"] == [5, 5, 35, 35] and coco["categories"][1] == {
+        "id": 2,
+        "name": "dog",
+    }
     for layout in ("txt", "coco"):
         with pytest.raises(InputError) as error:
             k_shot.lists_of(replace(dataset, classes=["cat", "../dog"]), 7, layout)
@@ -293,7 +352,11 @@ def test_txt_lists_do_not_tell_the_objects_of_a_picture(tmp_path):
     for name, content in k_shot.lists_of(chosen, 1, "txt").items():
         (tmp_path / name).write_text(content)
     [(picture, *_)] = boxes_of(chosen, "dog")
-    read = [box for seed in range(9) for box in boxes_of(k_shot.choose_shots(dataset, 1, seed, tmp_path), "dog")]
+    read = [
+        box
+        for seed in range(9)
+        for box in boxes_of(k_shot.choose_shots(dataset, 1, seed, tmp_path), "dog")
+    ]
     assert {id for id, *_ in read} == {picture} and len(set(read)) == 2
 
 
@@ -303,7 +366,9 @@ def listed_everywhere(split: Path) -> tuple[DetectionSet, int]:
     for path in sorted(split.glob("box_3shot_*_train.txt")):
         for year, stem in re.findall(r"(VOC20\d\d)/JPEGImages/(\S+)\.jpg", path.read_text()):
             name = path.name.split("_")[2]
-            objects.setdefault(f"{year}/{stem}", []).extend((name, n, 1, 40 + n, 40, 0) for n in range(3))
+            objects.setdefault(f"{year}/{stem}", []).extend(
+                (name, n, 1, 40 + n, 40, 0) for n in range(3)
+            )
     classes = {name: None for on in objects.values() for name, *_ in on}
     return pictures(" ".join(classes), objects), len(classes)
 
@@ -330,10 +395,19 @@ def test_shots_survive_saving(tmp_path):
     loaded = k_shot.load_shots(tmp_path / "shots.json", dataset.restrict(["c", "a", "b"]))
     assert objects_of(loaded) == objects_of(chosen) and not loaded.notes
     assert [r.id for r in loaded.records] == [r.id for r in chosen.records]
-    assert k_shot.files(chosen) == {"shots.json": k_shot.shots_of(chosen)} and k_shot.files(dataset) == {}
+    assert (
+        k_shot.files(chosen) == {"shots.json": k_shot.shots_of(chosen)}
+        and k_shot.files(dataset) == {}
+    )
     assert k_shot.files(loaded)  # what was read is kept too
-    moved = k_shot.load_shots(tmp_path / "shots.json", replace(dataset, name="zoo"))  # the same in another folder
-    assert objects_of(moved) == objects_of(chosen) and "toy" in moved.notes[0] and "zoo" in moved.notes[0]
+    moved = k_shot.load_shots(
+        tmp_path / "shots.json", replace(dataset, name="zoo")
+    )  # the same in another folder
+    assert (
+        objects_of(moved) == objects_of(chosen)
+        and "toy" in moved.notes[0]
+        and "zoo" in moved.notes[0]
+    )
     for other, words in [
         (dataset.restrict(["a", "b"]), ["shots.json", "'c'"]),
         (dataset.with_records(dataset.records[:1]), ["shots.json", "picture p"]),
@@ -368,7 +442,9 @@ def test_shots_are_drawn_or_given(tmp_path):
     most = k_shot.choose_shots(dataset, 99, seed=1)
     write_json(path, k_shot.shots_of(most))
     again = k_shot.choose_shots(dataset, 99, 1, path)
-    assert objects_of(again) == objects_of(most) and again.notes == most.notes and len(most.notes) == 3
+    assert (
+        objects_of(again) == objects_of(most) and again.notes == most.notes and len(most.notes) == 3
+    )
 
 
 DOG = {"id": "1.jpg", "boxes": [[1, 2, 30, 40]], "classes": ["dog"]}
@@ -377,7 +453,9 @@ CAT = {"id": "2.jpg", "boxes": [[1, 2, 30, 40], [5, 5, 9.5, 9]], "classes": ["ca
 
 def test_a_shots_json_by_hand(tmp_path):
     dataset = pictures("cat dog", {f"{i}.jpg": [] for i in (1, 2)})
-    write_json(tmp_path / "s.json", {"dataset": "ours", "classes": ["dog", "cat"], "pictures": [DOG, CAT]})
+    write_json(
+        tmp_path / "s.json", {"dataset": "ours", "classes": ["dog", "cat"], "pictures": [DOG, CAT]}
+    )
     assert objects_of(k_shot.load_shots(tmp_path / "s.json", dataset)) == {
         ("dog", "1.jpg", 1, 2, 30, 40),
         ("cat", "2.jpg", 1, 2, 30, 40),
@@ -402,7 +480,10 @@ def test_a_shots_json_by_hand(tmp_path):
         ({"pictures": [DOG, CAT | {"id": 2}]}, ["entry 1", "id"]),
         ({"pictures": [DOG, CAT | {"id": "3.jpg"}]}, ["3.jpg", "not in the train part of ours"]),
         ({"pictures": [DOG, CAT, DOG]}, ["entry 2", "1.jpg", "twice"]),
-        ({"pictures": [DOG, CAT | {"classes": ["cat"]}]}, ["entry 1", "2.jpg", "class for each box"]),
+        (
+            {"pictures": [DOG, CAT | {"classes": ["cat"]}]},
+            ["entry 1", "2.jpg", "class for each box"],
+        ),
         ({"pictures": [DOG, CAT | {"classes": "ca"}]}, ["entry 1", "classes"]),
         ({"pictures": [DOG, CAT | {"classes": [0, 1]}]}, ["entry 1", "classes"]),
         ({"pictures": [DOG, CAT | {"classes": ["cat", "cow"]}]}, ["entry 1", "'cow'"]),
@@ -413,8 +494,20 @@ def test_a_shots_json_by_hand(tmp_path):
             ({"pictures": [DOG | {"boxes": [box]}, CAT]}, ["entry 0", "[x1, y1, x2, y2]", "1.jpg"])
             for box in (
                 *(5, None, "1234", {}, [], [1, 2, 3], [1, 2, 3, 4, 5], [[1, 2, 3, 4]]),
-                *([1, 2, "30", 40], [1, 2, None, 40], [True, 2, 30, 40], [1, 2, math.nan, 40], [1, 2, math.inf, 40]),
-                *([30, 2, 1, 40], [1, 2, 1, 40], [100, 2, 130, 40], [1, -9, 30, -2], [1, 2, 10**400, 40]),
+                *(
+                    [1, 2, "30", 40],
+                    [1, 2, None, 40],
+                    [True, 2, 30, 40],
+                    [1, 2, math.nan, 40],
+                    [1, 2, math.inf, 40],
+                ),
+                *(
+                    [30, 2, 1, 40],
+                    [1, 2, 1, 40],
+                    [100, 2, 130, 40],
+                    [1, -9, 30, -2],
+                    [1, 2, 10**400, 40],
+                ),
             )
         ),
     ],
@@ -422,7 +515,9 @@ def test_a_shots_json_by_hand(tmp_path):
 def test_mistakes_in_a_shots_json_are_named(tmp_path, change, words):
     dataset = pictures("cat dog", {f"{i}.jpg": [] for i in (1, 2)})
     content = {"dataset": "ours", "classes": ["dog", "cat"], "pictures": [DOG, CAT]}
-    (tmp_path / "s.json").write_text(json.dumps(content | change if isinstance(change, dict) else change))
+    (tmp_path / "s.json").write_text(
+        json.dumps(content | change if isinstance(change, dict) else change)
+    )
     with pytest.raises(InputError) as error:
         k_shot.choose_shots(dataset, "all", 0, tmp_path / "s.json")
     one_line(error, "s.json", *words)

@@ -1,4 +1,6 @@
-"""One's own data: every layout is recognised and gives the same records; what is odd is said, what is wrong named."""
+"""One's own data: every layout is recognised and gives the same records; what is odd is said, what
+is wrong named.
+"""
 
 import json
 import shutil
@@ -17,7 +19,11 @@ from fewshot.data import layouts
 from fewshot.data.detection import DetectionSplit, open_detection, open_split
 
 NEU_DET = Path(__file__).parents[1] / ".." / "shared" / "data" / "neu_det"
-NAMES = ["cup", "air plane", "bee"]  # as numbered by the tool: neither in alphabetical order nor in that of use
+NAMES = [
+    "cup",
+    "air plane",
+    "bee",
+]  # as numbered by the tool: neither in alphabetical order nor in that of use
 Objects = list[tuple[str, float, float, float, float]]  # class, x1, y1, x2, y2
 Parts = dict[str, list[str]]  # part -> names of its pictures
 
@@ -35,7 +41,10 @@ def make_pictures(number: int = 15, seed: int = 0) -> dict[str, Picture]:
         width, height = rng.integers(40, 90, 2)
         name = f"img {n:02d}{'.jpg' if n % 3 else '.PNG'}"
         boxes = rng.uniform((0, 0, 5, 5), (20, 20, 20, 20), (3, 4)).round(1)
-        objects = [(NAMES[rng.integers(3)], x, y, round(x + w, 1), round(y + h, 1)) for x, y, w, h in boxes.tolist()]
+        objects = [
+            (NAMES[rng.integers(3)], x, y, round(x + w, 1), round(y + h, 1))
+            for x, y, w, h in boxes.tolist()
+        ]
         objects = objects if n % 5 else []
         pixels = rng.integers(0, 255, (height, width, 3), np.uint8)
         found[name] = Picture(name, Image.fromarray(pixels), objects)
@@ -55,10 +64,16 @@ def write_json(pictures: dict[str, Picture], names: list[str], path: Path) -> No
         width, height = pictures[name].image.size
         images.append({"id": id, "file_name": name, "width": width, "height": height})
         for label, x1, y1, x2, y2 in pictures[name].objects:
-            item = {"image_id": id, "category_id": NAMES.index(label), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            item = {
+                "image_id": id,
+                "category_id": NAMES.index(label),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+            }
             objects.append({"id": len(objects), **item})
     categories = [{"id": n, "name": name} for n, name in enumerate(NAMES)]
-    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    path.write_text(
+        json.dumps({"images": images, "annotations": objects, "categories": categories})
+    )
 
 
 def write_xml(picture: Picture, path: Path) -> None:
@@ -69,7 +84,9 @@ def write_xml(picture: Picture, path: Path) -> None:
         for name, x1, y1, x2, y2 in picture.objects
     )
     width, height = picture.image.size
-    path.write_text(f"<annotation><size><width>{width}</width><height>{height}</height></size>{items}</annotation>")
+    path.write_text(
+        f"<annotation><size><width>{width}</width><height>{height}</height></size>{items}</annotation>"
+    )
 
 
 def write_txt(picture: Picture, path: Path) -> None:
@@ -111,7 +128,9 @@ def voc(pictures: dict[str, Picture], parts: Parts, folder: Path) -> None:
         for name in names:
             if pictures[name].objects:
                 write_xml(pictures[name], folder / "Annotations" / f"{name[:-4]}.xml")
-        (folder / "ImageSets" / "Main" / f"{part}.txt").write_text("".join(f"{name[:-4]}\n" for name in names))
+        (folder / "ImageSets" / "Main" / f"{part}.txt").write_text(
+            "".join(f"{name[:-4]}\n" for name in names)
+        )
 
 
 def voc_beside(pictures: dict[str, Picture], parts: Parts, folder: Path) -> None:
@@ -127,7 +146,9 @@ def yolo(pictures: dict[str, Picture], parts: Parts, folder: Path) -> None:
         for name in names:
             if pictures[name].objects:
                 write_txt(pictures[name], folder / "labels" / part / f"{name[:-4]}.txt")
-    (folder / "data.yaml").write_text(yaml.safe_dump({"names": dict(enumerate(NAMES)), "nc": len(NAMES)}))
+    (folder / "data.yaml").write_text(
+        yaml.safe_dump({"names": dict(enumerate(NAMES)), "nc": len(NAMES)})
+    )
 
 
 def yolo_service(pictures: dict[str, Picture], parts: Parts, folder: Path) -> None:
@@ -135,7 +156,9 @@ def yolo_service(pictures: dict[str, Picture], parts: Parts, folder: Path) -> No
         save(pictures, names, folder / part / "images")
         for name in names:
             write_txt(pictures[name], folder / part / "labels" / f"{name[:-4]}.txt")
-    paths = {part: f"../{part}/images" for part in ("train", "val", "test")}  # also of parts that are not there
+    paths = {
+        part: f"../{part}/images" for part in ("train", "val", "test")
+    }  # also of parts that are not there
     (folder / "data.yaml").write_text(yaml.safe_dump({"names": NAMES, **paths}))
 
 
@@ -143,7 +166,9 @@ def yolo_lists(pictures: dict[str, Picture], parts: Parts, folder: Path) -> None
     yolo(pictures, parts, folder)
     for part, names in parts.items():
         (folder / f"{part}.txt").write_text("".join(f"./images/{part}/{name}\n" for name in names))
-    (folder / "data.yaml").write_text(yaml.safe_dump({"path": ".", "names": NAMES} | {p: f"{p}.txt" for p in parts}))
+    (folder / "data.yaml").write_text(
+        yaml.safe_dump({"path": ".", "names": NAMES} | {p: f"{p}.txt" for p in parts})
+    )
 
 
 WRITERS = [coco, coco_annotations, service, voc, voc_beside, yolo, yolo_service, yolo_lists]
@@ -170,10 +195,17 @@ def expect(split: DetectionSplit, pictures: dict[str, Picture], parts: Parts) ->
         assert [record.id for record in dataset.records] == kept
         for i, record in enumerate(dataset.records):
             objects = pictures[record.id].objects
-            assert [dataset.classes[label] for label in record.labels] == [name for name, *_ in objects]
-            assert np.allclose(record.boxes, np.array([box for _, *box in objects]).reshape(-1, 4), atol=1e-3)
+            assert [dataset.classes[label] for label in record.labels] == [
+                name for name, *_ in objects
+            ]
+            assert np.allclose(
+                record.boxes, np.array([box for _, *box in objects]).reshape(-1, 4), atol=1e-3
+            )
             assert (record.width, record.height) == pictures[record.id].image.size
-            assert dataset.image(i).shape == (3, record.height, record.width) and not record.difficult.any()
+            assert (
+                dataset.image(i).shape == (3, record.height, record.width)
+                and not record.difficult.any()
+            )
 
 
 def divided(pictures: dict[str, Picture], *parts: str) -> Parts:
@@ -186,28 +218,44 @@ def test_every_layout_gives_the_same_records(write, tmp_path):
     parts = divided(pictures, "train", "test")
     write(pictures, parts, tmp_path / "own")
     split = open_split("own", tmp_path, novel=["cup"])
-    assert split.train.classes == ["air plane", "bee", "cup"] and split.test.classes == split.train.classes
+    assert (
+        split.train.classes == ["air plane", "bee", "cup"]
+        and split.test.classes == split.train.classes
+    )
     assert split.novel == ["cup"] and split.train.name == "own" and split.train.metric == "coco"
     expect(split, pictures, parts)
     kind = write.__name__.split("_")[0].replace("service", "coco")
     assert (
-        f"laid out as {kind.upper()}" in split.train.notes[0] and "8 to train on, 7 to test on" in split.train.notes[0]
+        f"laid out as {kind.upper()}" in split.train.notes[0]
+        and "8 to train on, 7 to test on" in split.train.notes[0]
     )
     totals = {name: [0, 0] for name in NAMES}
     for i, part in enumerate(("train", "test")):
         for name, *_ in (o for picture in parts[part] for o in pictures[picture].objects):
             totals[name][i] += 1
-    assert all(f"{name} {train} + {test}" in split.train.notes[1] for name, (train, test) in totals.items())
+    assert all(
+        f"{name} {train} + {test}" in split.train.notes[1] for name, (train, test) in totals.items()
+    )
     empty = [sum(not pictures[name].objects for name in parts[part]) for part in ("train", "test")]
     assert (
-        f"{empty[0]} to train on (passed" in split.train.notes[2] and f"{empty[1]} to test on" in split.train.notes[2]
+        f"{empty[0]} to train on (passed" in split.train.notes[2]
+        and f"{empty[1]} to test on" in split.train.notes[2]
     )
     alone = open_detection("own", tmp_path, part="test")
-    assert [r.id for r in alone.records] == [r.id for r in split.test.records] and alone.classes == sorted(NAMES)
+    assert [r.id for r in alone.records] == [
+        r.id for r in split.test.records
+    ] and alone.classes == sorted(NAMES)
     # a user's own numbers, and ids where there are any
-    numbers = {"air plane": 1, "bee": 2, "cup": 3} if kind == "voc" else {n: i for i, n in enumerate(NAMES)}
+    numbers = (
+        {"air plane": 1, "bee": 2, "cup": 3}
+        if kind == "voc"
+        else {n: i for i, n in enumerate(NAMES)}
+    )
     assert split.test.category_ids == numbers
-    assert all(isinstance(r.image_id, int) if kind == "coco" else r.image_id == r.id for r in split.test.records)
+    assert all(
+        isinstance(r.image_id, int) if kind == "coco" else r.image_id == r.id
+        for r in split.test.records
+    )
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
@@ -233,14 +281,24 @@ def test_a_fifth_is_held_out_where_there_is_no_other_part(tmp_path):
         write_whole(kind, pictures, tmp_path / kind)
         split = open_split(str(tmp_path / kind), "")
         tests[kind] = [record.id for record in split.test.records]
-        expect(split, pictures, {"train": sorted(set(pictures) - set(tests[kind])), "test": tests[kind]})
-        assert any("no test part: a fifth of the pictures, 4," in note for note in split.train.notes)
+        expect(
+            split,
+            pictures,
+            {"train": sorted(set(pictures) - set(tests[kind])), "test": tests[kind]},
+        )
+        assert any(
+            "no test part: a fifth of the pictures, 4," in note for note in split.train.notes
+        )
     assert tests["coco"] == tests["voc"] == tests["yolo"] and len(tests["coco"]) == 4
     for write in WRITERS:
         write(pictures, {"train": list(pictures)}, tmp_path / write.__name__ / "own")
-        assert [r.id for r in open_split("own", tmp_path / write.__name__).test.records] == tests["coco"]
+        assert [r.id for r in open_split("own", tmp_path / write.__name__).test.records] == tests[
+            "coco"
+        ]
     # it is a matter of names alone
-    others = {name: replace_objects(p, p.objects[:1]) for name, p in make_pictures(21, seed=1).items()}
+    others = {
+        name: replace_objects(p, p.objects[:1]) for name, p in make_pictures(21, seed=1).items()
+    }
     write_whole("voc", others, tmp_path / "others")
     assert [record.id for record in open_split("others", tmp_path).test.records] == tests["coco"]
 
@@ -261,8 +319,12 @@ def test_vocs_lists(tmp_path):
     (lists / "train.txt").unlink()
     split = open_split("own", tmp_path)
     assert len(split.test) == 2 and {r.id for r in split.test.records} < set(names[:8])
-    (lists / "trainval.txt").write_text("".join(f"{name}  -1\n" for name in names[:8]))  # as in lists of one class
-    assert [r.id for r in open_split("own", tmp_path).test.records] == [r.id for r in split.test.records]
+    (lists / "trainval.txt").write_text(
+        "".join(f"{name}  -1\n" for name in names[:8])
+    )  # as in lists of one class
+    assert [r.id for r in open_split("own", tmp_path).test.records] == [
+        r.id for r in split.test.records
+    ]
     (tmp_path / "own" / "JPEGImages").rename(tmp_path / "own" / "images")
     (tmp_path / "own" / "Annotations").rename(tmp_path / "own" / "annotations")
     assert len(open_split("own", tmp_path).test) == 2
@@ -285,8 +347,12 @@ def test_a_turned_picture_in_yolo_is_measured_upright(tmp_path):
     Image.new("RGB", (80, 50)).save(tmp_path / "images" / "img 01.jpg", exif=exif)
     (tmp_path / "labels" / "img 01.txt").write_text("0 0.5 0.5 0.2 0.1")
     split = open_split(str(tmp_path), "")
-    dataset, i = next((d, i) for d in split[:2] for i, r in enumerate(d.records) if r.id == "img 01.jpg")
-    assert dataset.image(i).shape == (3, 80, 50) and np.allclose(dataset.records[i].boxes, [[20, 36, 30, 44]])
+    dataset, i = next(
+        (d, i) for d in split[:2] for i, r in enumerate(d.records) if r.id == "img 01.jpg"
+    )
+    assert dataset.image(i).shape == (3, 80, 50) and np.allclose(
+        dataset.records[i].boxes, [[20, 36, 30, 44]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,8 +372,12 @@ def test_a_picture_of_another_size_names_the_file_that_has_its_size(write, says,
     Image.new("RGB", (33, 99)).save(record.path, "PNG")
     with pytest.raises(InputError) as error:
         train.image(0)
-    before, after = str(error.value).split(f"{says.format(Path(record.path).stem)} {record.width} x {record.height}, ")
-    assert before.startswith(f"{record.path} is 33 x 99 pixels,") and "correct the annotation" in after
+    before, after = str(error.value).split(
+        f"{says.format(Path(record.path).stem)} {record.width} x {record.height}, "
+    )
+    assert (
+        before.startswith(f"{record.path} is 33 x 99 pixels,") and "correct the annotation" in after
+    )
 
 
 def test_what_is_left_out_or_altered_is_noted(tmp_path):
@@ -322,7 +392,9 @@ def test_what_is_left_out_or_altered_is_noted(tmp_path):
     split = open_split(str(tmp_path), "")
     record = next(r for r in split.train.records if r.id == "img 02.jpg")
     width, height = record.width, record.height
-    assert np.allclose(record.boxes[1], [0.1 * width, 0.2 * height, 0.9 * width, 0.8 * height], atol=1e-3)
+    assert np.allclose(
+        record.boxes[1], [0.1 * width, 0.2 * height, 0.9 * width, 0.8 * height], atol=1e-3
+    )
     assert len(record.boxes) == 3 and split.train.classes == sorted(NAMES)
     notes = "\n".join(split.train.notes)
     for text in (
@@ -396,7 +468,9 @@ def scale_boxes(factor: float, offset: float = 0) -> Callable[[Path], None]:
             path.write_text(json.dumps(content))
         for path in folder.glob("labels/*/*.txt"):
             lines = [line.split() for line in path.read_text().splitlines()]
-            path.write_text("\n".join(" ".join([c, *(str(float(v) * factor) for v in vs)]) for c, *vs in lines))
+            path.write_text(
+                "\n".join(" ".join([c, *(str(float(v) * factor) for v in vs)]) for c, *vs in lines)
+            )
 
     return change
 
@@ -405,49 +479,135 @@ def shrink_xml(folder: Path) -> None:
     pictures = make_pictures()
     for picture in pictures.values():
         boxes = [(name, *(v / 100 for v in box)) for name, *box in picture.objects]
-        write_xml(replace_objects(picture, boxes), folder / "Annotations" / f"{picture.name[:-4]}.xml")
+        write_xml(
+            replace_objects(picture, boxes), folder / "Annotations" / f"{picture.name[:-4]}.xml"
+        )
 
 
 @pytest.mark.parametrize(
     ("write", "change", "words"),
     [
-        (coco, lambda f: [(f / n).unlink() for n in ("train.json", "test.json")], ["COCO", "VOC", "YOLO", "images"]),
+        (
+            coco,
+            lambda f: [(f / n).unlink() for n in ("train.json", "test.json")],
+            ["COCO", "VOC", "YOLO", "images"],
+        ),
         (coco, scale_boxes(0.01), ["train.json", "all of its", "pixels, [x, y, width, height]"]),
         (coco, scale_boxes(1, 500), ["train.json", "all of its", "pixels"]),
         (voc, shrink_xml, ["all of its", "pixels"]),
         (yolo, scale_boxes(60), ["images/train", "all of its", "fractions", "from 0 to 1"]),
         (coco, put("images/img 02.jpg", None), ["img 02.jpg", "annotated, but missing", "1 of 8"]),
-        (voc, put("JPEGImages/img 02.jpg", None), ["Annotations/img 02.xml", "no picture 'img 02'"]),
-        (voc, edit("ImageSets/Main/test.txt", "img 03", "img 33"), ["test.txt", "no picture 'img 33'"]),
-        (voc, put("Annotations/img 02.xml", "<annotation/>"), ["img 02.xml", "not a VOC annotation with a size"]),
+        (
+            voc,
+            put("JPEGImages/img 02.jpg", None),
+            ["Annotations/img 02.xml", "no picture 'img 02'"],
+        ),
+        (
+            voc,
+            edit("ImageSets/Main/test.txt", "img 03", "img 33"),
+            ["test.txt", "no picture 'img 33'"],
+        ),
+        (
+            voc,
+            put("Annotations/img 02.xml", "<annotation/>"),
+            ["img 02.xml", "not a VOC annotation with a size"],
+        ),
         (voc, edit("Annotations/img 02.xml", "cup", " "), ["img 02.xml", "no class name"]),
-        (voc, edit("Annotations/img 02.xml", "<bndbox>", "<box>"), ["img 02.xml", "not a VOC annotation"]),
-        (voc, edit("Annotations/img 02.xml", "bndbox>", "robndbox>"), ["img 02.xml", "without a whole bndbox"]),
-        (yolo, put("images/train/img 02.jpg", None), ["labels/train/img 02.txt", "no picture 'img 02'"]),
-        (yolo, put("images/train/img 02.png", "x"), ["img 02.png", "img 02.jpg", "share its annotation"]),
+        (
+            voc,
+            edit("Annotations/img 02.xml", "<bndbox>", "<box>"),
+            ["img 02.xml", "not a VOC annotation"],
+        ),
+        (
+            voc,
+            edit("Annotations/img 02.xml", "bndbox>", "robndbox>"),
+            ["img 02.xml", "without a whole bndbox"],
+        ),
+        (
+            yolo,
+            put("images/train/img 02.jpg", None),
+            ["labels/train/img 02.txt", "no picture 'img 02'"],
+        ),
+        (
+            yolo,
+            put("images/train/img 02.png", "x"),
+            ["img 02.png", "img 02.jpg", "share its annotation"],
+        ),
         (yolo, put("images/train/img 02.jpg", "x"), ["img 02.jpg", "not readable"]),
-        (yolo, put("labels/train/img 02.txt", "3 .5 .5 .1 .1"), ["img 02.txt: line 1", "class 3", "last is 2"]),
-        (yolo, put("labels/train/img 02.txt", "0.5 .5 .5 .1 .1"), ["img 02.txt: line 1", "class 0.5"]),
-        (yolo, put("labels/train/img 02.txt", "0 .5 .5 .1 .1\n0 .5 .5 .1"), ["img 02.txt: line 2", "neither"]),
-        (yolo, put("labels/train/img 02.txt", "0 .5 .5 .1 .1 .9"), ["img 02.txt: line 1", "neither"]),
-        (yolo, put("labels/train/img 02.txt", "cup .5 .5 .1 .1"), ["img 02.txt: line 1", "neither"]),
+        (
+            yolo,
+            put("labels/train/img 02.txt", "3 .5 .5 .1 .1"),
+            ["img 02.txt: line 1", "class 3", "last is 2"],
+        ),
+        (
+            yolo,
+            put("labels/train/img 02.txt", "0.5 .5 .5 .1 .1"),
+            ["img 02.txt: line 1", "class 0.5"],
+        ),
+        (
+            yolo,
+            put("labels/train/img 02.txt", "0 .5 .5 .1 .1\n0 .5 .5 .1"),
+            ["img 02.txt: line 2", "neither"],
+        ),
+        (
+            yolo,
+            put("labels/train/img 02.txt", "0 .5 .5 .1 .1 .9"),
+            ["img 02.txt: line 1", "neither"],
+        ),
+        (
+            yolo,
+            put("labels/train/img 02.txt", "cup .5 .5 .1 .1"),
+            ["img 02.txt: line 1", "neither"],
+        ),
         (yolo, put("labels/train/img 02.txt", "0 .5 .5 .1 nan"), ["img 02.txt: line 1", "neither"]),
         (yolo, put("labels/train/img 02.txt", "0 .5 .5 0 .1"), ["img 02.txt: line 1", "no area"]),
         (yolo, put("data.yaml", "names: ["), ["data.yaml", "not yaml"]),
         (yolo, put("data.yaml", {"nc": 3}), ["data.yaml", "no 'names'"]),
         (yolo, put("data.yaml", "names: [cup, no, bee]"), ["data.yaml", "False", "quotes"]),
-        (yolo, put("data.yaml", {"names": ["cup", "cup", "bee"]}), ["data.yaml", "'cup' is named twice"]),
+        (
+            yolo,
+            put("data.yaml", {"names": ["cup", "cup", "bee"]}),
+            ["data.yaml", "'cup' is named twice"],
+        ),
         (yolo, put("data.yaml", {"names": NAMES, "nc": 4}), ["data.yaml", "nc says 4", "has 3"]),
-        (yolo, put("data.yaml", {"names": NAMES, "train": "nowhere"}), ["data.yaml", "nowhere", "not there"]),
-        (yolo, put("data.yaml", {"names": NAMES, "train": "/content/images"}), ["data.yaml", "'/content/images'"]),
-        (yolo, put("data.yaml", {"names": NAMES, "train": "images/../../x"}), ["data.yaml", "leads out"]),
+        (
+            yolo,
+            put("data.yaml", {"names": NAMES, "train": "nowhere"}),
+            ["data.yaml", "nowhere", "not there"],
+        ),
+        (
+            yolo,
+            put("data.yaml", {"names": NAMES, "train": "/content/images"}),
+            ["data.yaml", "'/content/images'"],
+        ),
+        (
+            yolo,
+            put("data.yaml", {"names": NAMES, "train": "images/../../x"}),
+            ["data.yaml", "leads out"],
+        ),
         (yolo, lambda f: shutil.rmtree(f / "images"), ["data.yaml", "no folder images", "labels"]),
-        (yolo, lambda f: shutil.rmtree(f / "labels"), ["images/train", "not one object", "8 pictures"]),
+        (
+            yolo,
+            lambda f: shutil.rmtree(f / "labels"),
+            ["images/train", "not one object", "8 pictures"],
+        ),
         (yolo_lists, put("images/train/img 02.jpg", None), ["img 02.jpg", "listed, but missing"]),
-        (yolo, put("data.yaml", {"names": ["cup", "Cup ", "bee"]}), ["'Cup '", "'cup'", "case or blanks"]),
-        (yolo, put("data.yaml", {"names": ["airplane", "air plane", "bee"]}), ["'air plane'", "case or blanks"]),
+        (
+            yolo,
+            put("data.yaml", {"names": ["cup", "Cup ", "bee"]}),
+            ["'Cup '", "'cup'", "case or blanks"],
+        ),
+        (
+            yolo,
+            put("data.yaml", {"names": ["airplane", "air plane", "bee"]}),
+            ["'air plane'", "case or blanks"],
+        ),
         (coco_annotations, put("annotations/train_more.json", "{}"), None),
-        (coco_annotations, put("annotations/instances_train2.json", "{}"), ["instances_train2.json", "more than one"]),
+        (
+            coco_annotations,
+            put("annotations/instances_train2.json", "{}"),
+            ["instances_train2.json", "more than one"],
+        ),
     ],
 )
 def test_mistakes_are_named(write, change, words, tmp_path):
@@ -469,9 +629,13 @@ def test_yaml_may_name_train_twice_or_a_folder_elsewhere_in_the_data(tmp_path):
     pictures = make_pictures()
     parts = divided(pictures, "train", "test")
     yolo(pictures, parts, tmp_path)
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"names": NAMES, "train": "images", "val": "images"}))
+    (tmp_path / "data.yaml").write_text(
+        yaml.safe_dump({"names": NAMES, "train": "images", "val": "images"})
+    )
     split = open_split(str(tmp_path), "")
-    assert len(split.test) == 3 and any("val is train once more" in note for note in split.train.notes)
+    assert len(split.test) == 3 and any(
+        "val is train once more" in note for note in split.train.notes
+    )
     assert all(record.id.startswith(("train/", "test/")) for record in split.test.records)
     folders = {"train": [str((tmp_path / "images" / "train").resolve())], "test": "./images/test"}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"names": NAMES, **folders}))
@@ -489,7 +653,10 @@ def test_a_test_part_alone_can_be_tested_on(tmp_path):
     pictures = make_pictures()
     coco(pictures, {"test": list(pictures)}, tmp_path)
     assert len(open_detection(str(tmp_path), "", part="test")) == 15
-    for open_it in (lambda: open_split(str(tmp_path), ""), lambda: layouts.read_own(tmp_path, "train")):
+    for open_it in (
+        lambda: open_split(str(tmp_path), ""),
+        lambda: layouts.read_own(tmp_path, "train"),
+    ):
         with pytest.raises(InputError, match="no train part, only test"):
             open_it()
 
@@ -513,12 +680,19 @@ def test_novel_classes(tmp_path):
     coco(pictures, {"train": names[:8], "test": names[8:]}, tmp_path)
     whole = open_split(str(tmp_path), "")
     assert whole.novel == [] and whole.base == sorted(NAMES)
-    again, given = whole.train.with_novel(["bee"]), open_split(str(tmp_path), "", novel=["bee"]).train
+    again, given = (
+        whole.train.with_novel(["bee"]),
+        open_split(str(tmp_path), "", novel=["bee"]).train,
+    )
     assert again.classes == given.classes == ["air plane", "cup", "bee"] and again.novel == ["bee"]
-    assert all((a.labels == b.labels).all() and a.id == b.id for a, b in zip(again.records, given.records, strict=True))
+    assert all(
+        (a.labels == b.labels).all() and a.id == b.id
+        for a, b in zip(again.records, given.records, strict=True)
+    )
     assert again.with_novel(NAMES).base == [] and again.category_ids == whole.train.category_ids
     with pytest.raises(
-        InputError, match=r"no object of a class 'wasp' to be novel; its classes are air plane, bee, cup"
+        InputError,
+        match=r"no object of a class 'wasp' to be novel; its classes are air plane, bee, cup",
     ):
         whole.train.with_novel(["wasp"])
     for name in names[8:]:
@@ -547,7 +721,9 @@ def test_a_part_of_neu_det_in_every_layout(tmp_path, monkeypatch):
     for dataset in parts:
         names[dataset.part] = [record.id for record in dataset.records]
         for record in dataset.records:
-            objects = [(dataset.classes[n], *box) for n, box in zip(record.labels, record.boxes.tolist())]
+            objects = [
+                (dataset.classes[n], *box) for n, box in zip(record.labels, record.boxes.tolist())
+            ]
             pictures[record.id] = Picture(record.id, Image.open(record.path), objects)
     monkeypatch.setattr(sys.modules[__name__], "NAMES", split.train.classes)
     for write in (coco, voc, yolo):

@@ -1,4 +1,6 @@
-"""Logistic regression in Gram space against scikit-learn's optimum, LBFGS, and the conditions that make an optimum."""
+"""Logistic regression in Gram space against scikit-learn's optimum, LBFGS, and the conditions that
+make an optimum.
+"""
 
 import math
 
@@ -23,7 +25,9 @@ def test_equals_scikit_learns_optimum(name, dtype):
     tag, d, n = case["tag"], case["dim"], case["queries_per_class"]
     centres = np.float32(case["separation"]) * array(f"{tag}/centre", (WAYS, d))[:, None]
     features = [
-        torch.from_numpy(np.maximum(centres + array(f"{tag}/{part}", (WAYS, many, d)), 0).reshape(1, -1, d))
+        torch.from_numpy(
+            np.maximum(centres + array(f"{tag}/{part}", (WAYS, many, d)), 0).reshape(1, -1, d)
+        )
         for part, many in (("support", case["shots"]), ("query", n))
     ]
     close(features[0][0], case["support"], 1e-6)
@@ -40,26 +44,39 @@ def test_equals_scikit_learns_optimum(name, dtype):
         assert weight.norm().item() == pytest.approx(stored["weight_norm"], rel=1e-6)
 
 
-def episodes(ways: int, shots: int, d: int = 48, tasks: int = 6, separation: float = 0.5) -> tuple[Tensor, Tensor]:
+def episodes(
+    ways: int, shots: int, d: int = 48, tasks: int = 6, separation: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """Supports (tasks, ways * shots, d) and queries (tasks, ways * 3, d), float64, cut at 0."""
     r = torch.Generator().manual_seed(shots)
     centres = separation * torch.randn(tasks, ways, 1, d, generator=r, dtype=torch.float64)
-    parts = (centres + torch.randn(tasks, ways, n, d, generator=r, dtype=torch.float64) for n in (shots, 3))
+    parts = (
+        centres + torch.randn(tasks, ways, n, d, generator=r, dtype=torch.float64)
+        for n in (shots, 3)
+    )
     return tuple(x.relu().flatten(1, 2) for x in parts)
 
 
 def by_lbfgs(support: Tensor, query: Tensor, ways: int, C: float) -> Tensor:
-    """Probabilities (queries, ways) of one task by torch's LBFGS in feature space, until it stops by itself."""
+    """Probabilities (queries, ways) of one task by torch's LBFGS in feature space, until it stops
+    by itself.
+    """
     labels = torch.arange(ways).repeat_interleave(len(support) // ways)
     weight = torch.zeros(ways, support.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(ways, dtype=torch.float64, requires_grad=True)
     lbfgs = torch.optim.LBFGS(
-        [weight, bias], max_iter=3000, tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=3000,
+        tolerance_grad=1e-11,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:
         lbfgs.zero_grad()
-        value = F.cross_entropy(support @ weight.T + bias, labels, reduction="sum") + weight.square().sum() / (2 * C)
+        value = F.cross_entropy(
+            support @ weight.T + bias, labels, reduction="sum"
+        ) + weight.square().sum() / (2 * C)
         value.backward()
         return value
 
@@ -80,7 +97,9 @@ def test_equals_lbfgs_in_feature_space(ways, shots, C):
 @pytest.mark.parametrize("scale", [None, 1.0, 20.0])
 @pytest.mark.parametrize("C", [0.01, 1.0, 1e4])
 def test_is_the_optimum(C, scale):
-    """Where the gradient is 0, the loss being strictly convex: w = C sum_i (y - p)_i x_i, and sum_i (y - p)_i = 0."""
+    """Where the gradient is 0, the loss being strictly convex: w = C sum_i (y - p)_i x_i, and sum_i
+    (y - p)_i = 0.
+    """
     support, _ = episodes(WAYS, 5)
     support = F.normalize(support, dim=2) if scale is None else scale * support
     weight, bias = fit_logistic(support, WAYS, C=C)
@@ -110,7 +129,9 @@ def test_tasks_do_not_depend_on_each_other():
     alone = torch.cat([logistic(s[None], q[None], WAYS) for s, q in zip(support, query)])
     assert torch.allclose(together, alone, rtol=0, atol=1e-9)
     order = torch.randperm(len(support), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(logistic(support[order], query[order], WAYS), together[order], rtol=0, atol=1e-9)
+    assert torch.allclose(
+        logistic(support[order], query[order], WAYS), together[order], rtol=0, atol=1e-9
+    )
 
 
 def test_stays_in_float32_and_out_of_autograd():

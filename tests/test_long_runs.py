@@ -1,4 +1,6 @@
-"""A run of many steps keeps to the memory and the open files that it began with, and so do its loading processes."""
+"""A run of many steps keeps to the memory and the open files that it began with, and so do its
+loading processes.
+"""
 
 import os
 import re
@@ -44,7 +46,9 @@ module.main(tyro.cli(module.Args, args=flags))
 """
 
 
-def watched(recipe: str, steps: int, every: int, folder: Path) -> tuple[list[list[float]], list[list[int]]]:
+def watched(
+    recipe: str, steps: int, every: int, folder: Path
+) -> tuple[list[list[float]], list[list[int]]]:
     """Resident MB and open files, of the run and its workers, every so many steps."""
     save = "--eval-every" if recipe == "proto_net" else "--save-every"
     flags = f"{FLAGS[recipe]} --iters {steps} {save} {every} --workers 2 --out {folder}"
@@ -60,23 +64,35 @@ def watched(recipe: str, steps: int, every: int, folder: Path) -> tuple[list[lis
 
 
 def check(recipe: str, steps: int, every: int, room: float, folder: Path) -> None:
-    """From the second third to the last nothing grows by more than `room` MB, and no file stays open.
+    """From the second third to the last nothing grows by more than `room` MB, and no file stays
+    open.
 
-    What a process keeps is the least that it has in that time: batches on their way come and go, by megabytes.
+    What a process keeps is the least that it has in that time: batches on their way come and go, by
+    megabytes.
     """
     memory, files = watched(recipe, steps, every, folder)
     first = len(memory) // 3
     assert all(len(sizes) == 3 for sizes in memory), "the run and its two workers"
-    second, last = ([min(sizes) for sizes in zip(*part)] for part in (memory[first : 2 * first], memory[2 * first :]))
-    print(f"{recipe}, {steps} steps: {second} MB, then {last} MB; files {files[first]}, then {files[-1]}")
+    second, last = (
+        [min(sizes) for sizes in zip(*part)]
+        for part in (memory[first : 2 * first], memory[2 * first :])
+    )
+    print(
+        f"{recipe}, {steps} steps: {second} MB, then {last} MB; files {files[first]}, then {files[-1]}"
+    )
     assert max(end - begun for begun, end in zip(second, last)) < room, memory
     late = files[2 * len(files) // 3 :]
     assert late[-1][0] <= files[first][0] + 1, files
     # batches on their way are open files too, now more, now fewer
-    assert max(max(counts[1:]) for counts in late) <= max(max(counts[1:]) for counts in files[: first + 1]) + 16, files
+    assert (
+        max(max(counts[1:]) for counts in late)
+        <= max(max(counts[1:]) for counts in files[: first + 1]) + 16
+    ), files
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell a process's memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="the system does not tell a process's memory"
+)
 @pytest.mark.parametrize(
     ("recipe", "steps", "every", "room"),
     [

@@ -30,19 +30,31 @@ CASES = golden("cls_maml")
 
 def our_name(key: str) -> str:
     """The reference's name of a tensor -> ours."""
-    return re.sub(r"^backbone\.layers\.(\d)\.layers", r"features.blocks.\1", key.replace("head.fc", "head"))
+    return re.sub(
+        r"^backbone\.layers\.(\d)\.layers", r"features.blocks.\1", key.replace("head.fc", "head")
+    )
 
 
 def reference(case: str, **options) -> tuple[MAML, dict[str, Tensor]]:
-    """The model of a golden case and the arguments of its forward: one 5-way 1-shot task with 10 queries."""
+    """The model of a golden case and the arguments of its forward: one 5-way 1-shot task with 10
+    queries.
+    """
     side = int(case.split("_")[0])
-    model = MAML(backbones.build("conv4", side), 5, first_order=case.endswith("first_order"), **options)
+    model = MAML(
+        backbones.build("conv4", side), 5, first_order=case.endswith("first_order"), **options
+    )
     fill(model, CASES[case]["state"], our_name)
     support, query = (
-        rgb_input(*(image(f"maml_{part}{k}", side, side) for k in range(n)))[None] for part, n in (("s", 5), ("q", 10))
+        rgb_input(*(image(f"maml_{part}{k}", side, side) for k in range(n)))[None]
+        for part, n in (("s", 5), ("q", 10))
     )
     labels = torch.arange(5)[None]
-    return model, {"support": support, "labels": labels, "query": query, "query_labels": labels.repeat_interleave(2, 1)}
+    return model, {
+        "support": support,
+        "labels": labels,
+        "query": query,
+        "query_labels": labels.repeat_interleave(2, 1),
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,7 +63,10 @@ def test_meta_gradient_equals_the_reference(case):
     expected = CASES[case]
     model, task = reference(case)
     model = model.double()
-    task = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in task.items()}
+    task = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in task.items()
+    }
     loss = model(**task)
     assert loss.item() == pytest.approx(expected["query_loss"], rel=1e-5)
     loss.backward()
@@ -71,7 +86,10 @@ def test_meta_gradient_equals_the_reference(case):
 def test_adaptation_equals_the_reference(case):
     expected = CASES[case]
     model, task = reference(case)
-    network, theta = nn.Sequential(OrderedDict(model.named_children())), dict(model.named_parameters())
+    network, theta = (
+        nn.Sequential(OrderedDict(model.named_children())),
+        dict(model.named_parameters()),
+    )
     support, labels, query, target = (x[0] for x in task.values())
     for steps, loss in enumerate(expected["inner_losses"]):
         adapted = inner_loop(network, theta, support, labels, steps=steps, lr=0.01)
@@ -91,8 +109,14 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-SECOND = [30.412032, 14.138350, 23.303923, 0.594631], [0.024631, 0.384726, -0.035571, -0.05328, -0.320507]
-FIRST = [17.136421, 9.531695, 10.896046, 0.360854], [-0.006987, 0.145091, 0.012691, -0.025338, -0.125457]
+SECOND = (
+    [30.412032, 14.138350, 23.303923, 0.594631],
+    [0.024631, 0.384726, -0.035571, -0.05328, -0.320507],
+)
+FIRST = (
+    [17.136421, 9.531695, 10.896046, 0.360854],
+    [-0.006987, 0.145091, 0.012691, -0.025338, -0.125457],
+)
 
 
 @pytest.mark.parametrize("first_order", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -106,23 +130,35 @@ def test_equals_the_specification_in_double_precision(first_order):
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
             else:
                 p.fill_(float(name.endswith("1.weight")))
-    support, query, labels = noise(5, 3, 84, 84, seed=2)[None], noise(10, 3, 84, 84, seed=3)[None], torch.arange(5)
+    support, query, labels = (
+        noise(5, 3, 84, 84, seed=2)[None],
+        noise(10, 3, 84, 84, seed=3)[None],
+        torch.arange(5),
+    )
     loss = model(support, labels[None], query, torch.cat([labels, labels.flip(0)])[None])
     assert loss.item() == pytest.approx(1.735606, abs=1e-6)
     loss.backward()
     norms, bias = FIRST if first_order else SECOND
     gradients = {name: p.grad for name, p in model.named_parameters()}
     every = torch.cat([g.flatten() for g in gradients.values()])
-    some = [gradients[f"{name}.weight"] for name in ("features.blocks.0.0", "head", "features.blocks.0.1")]
+    some = [
+        gradients[f"{name}.weight"]
+        for name in ("features.blocks.0.0", "head", "features.blocks.0.1")
+    ]
     assert [g.norm().item() for g in (every, *some)] == pytest.approx(norms, abs=2e-6)
     assert gradients["head.bias"].tolist() == pytest.approx(bias, abs=1e-6)
-    rows = [0.23816, 0.326533, 0.102491, 0.16376, 0.169056], [0.269235, 0.275525, 0.175948, 0.169148, 0.110144]
+    rows = (
+        [0.23816, 0.326533, 0.102491, 0.16376, 0.169056],
+        [0.269235, 0.275525, 0.175948, 0.169148, 0.110144],
+    )
     for row, logits in zip(rows, model.predict(support, query, 5)[0]):
         assert logits.softmax(0).tolist() == pytest.approx(row, abs=1e-6)
 
 
 def small(tasks: int, **options) -> tuple[MAML, list[Tensor]]:
-    """A 3-way model in double precision and `tasks` tasks of 2 shots and 3 queries, as arguments of forward."""
+    """A 3-way model in double precision and `tasks` tasks of 2 shots and 3 queries, as arguments of
+    forward.
+    """
     torch.manual_seed(0)
     model = MAML(backbones.build("conv4", 16), 3, lr=0.05, **options).double()
     support, query = noise(tasks, 6, 3, 16, 16, seed=1), noise(tasks, 9, 3, 16, 16, seed=2)
@@ -133,7 +169,11 @@ def small(tasks: int, **options) -> tuple[MAML, list[Tensor]]:
 def plain() -> nn.Module:
     """The network of the small model with PyTorch's own batch norms."""
     backbone = backbones.build("conv4", 16)
-    return nn.Sequential(OrderedDict(features=backbone, head=nn.Linear(backbone.out_features, 3))).double().train()
+    return (
+        nn.Sequential(OrderedDict(features=backbone, head=nn.Linear(backbone.out_features, 3)))
+        .double()
+        .train()
+    )
 
 
 def gradient(loss: Tensor, model: MAML) -> Tensor:
@@ -142,7 +182,9 @@ def gradient(loss: Tensor, model: MAML) -> Tensor:
 
 @pytest.mark.parametrize("first_order", [False, True])
 def test_tasks_at_once_equal_a_plain_loop(first_order):
-    """The plain loop takes one task after another, with torch.autograd alone and PyTorch's batch norms."""
+    """The plain loop takes one task after another, with torch.autograd alone and PyTorch's batch
+    norms.
+    """
     model, (support, labels, query, targets) = small(3, first_order=first_order)
     losses, logits = [], []
     for s, y, q, t in zip(support, labels, query, targets):
@@ -202,7 +244,9 @@ class Brightness(nn.Module):
 
     def predict(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         assert support.dim() == query.dim() == 5 and not self.training
-        return self.classify(support.mean((2, 3, 4))[..., None], query.mean((2, 3, 4))[..., None], ways)
+        return self.classify(
+            support.mean((2, 3, 4))[..., None], query.mean((2, 3, 4))[..., None], ways
+        )
 
 
 @dataclass(frozen=True)
@@ -218,7 +262,9 @@ class Grey:
 
 @dataclass(frozen=True)
 class Process:
-    """What meta-test uses of an Accelerator, in one of several processes; the sum is left to the test."""
+    """What meta-test uses of an Accelerator, in one of several processes; the sum is left to the
+    test.
+    """
 
     process_index: int
     num_processes: int
@@ -245,7 +291,10 @@ def test_images_are_tested_on_the_tasks_that_features_are(held, monkeypatch):
     expected = meta_test.meta_test(Process(0, 1), model, grey, **options)
     assert expected[1].ci95 > 0 and expected[1].accuracy < 100
     for world in (1, 2, 5):
-        parts = [meta_test.meta_test_images(Process(r, world), model, grey, **options) for r in range(world)]
+        parts = [
+            meta_test.meta_test_images(Process(r, world), model, grey, **options)
+            for r in range(world)
+        ]
         for k in (1, 4):
             assert np.array_equal(sum(part[k].per_task for part in parts), expected[k].per_task)
     assert model.training
@@ -266,7 +315,14 @@ def descend() -> MAML:
 
 
 def test_two_processes_average_their_meta_gradients(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     command += [__file__, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,8 +1,9 @@
 """What users are told: a table of faults in files and commands, each with its one line.
 
-Every line names the file or flag, says what is wrong and what to do; the program ends with status 1 and no traceback,
-and in the folder is what was there before. Faults of single layouts are in tests/test_layouts.py and
-tests/test_check_data.py, those of own objects in tests/test_own_objects.py, mutated files in tests/test_hostile.py.
+Every line names the file or flag, says what is wrong and what to do; the program ends with status 1
+and no traceback, and in the folder is what was there before. Faults of single layouts are in
+tests/test_layouts.py and tests/test_check_data.py, those of own objects in
+tests/test_own_objects.py, mutated files in tests/test_hostile.py.
 """
 
 import json
@@ -49,7 +50,9 @@ def nothing(folder: Path) -> None:
 
 
 def classes(folder: Path, novel: str | None = None, pictures: int = 20) -> None:
-    """A folder of pictures in class folders, of 5 classes in each part; or undivided, with a file of novel classes."""
+    """A folder of pictures in class folders, of 5 classes in each part; or undivided, with a file
+    of novel classes.
+    """
     for part in ("train", "val", "test"):
         for n in range(5):
             for i in range(pictures):
@@ -58,7 +61,9 @@ def classes(folder: Path, novel: str | None = None, pictures: int = 20) -> None:
         write(folder / "novel.txt", novel)
 
 
-def spoilt(name: str, content: str | bytes, make: Callable[[Path], object]) -> Callable[[Path], object]:
+def spoilt(
+    name: str, content: str | bytes, make: Callable[[Path], object]
+) -> Callable[[Path], object]:
     """Of a sound folder, one file with other content."""
     return lambda folder: (make(folder), write(folder / name, content))
 
@@ -67,7 +72,9 @@ def without(name: str, make: Callable[[Path], object]) -> Callable[[Path], objec
     return lambda folder: (make(folder), (folder / name).unlink())
 
 
-def changed(name: str, old: str, new: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+def changed(
+    name: str, old: str, new: str, make: Callable[[Path], object]
+) -> Callable[[Path], object]:
     def prepare(folder: Path) -> None:
         make(folder)
         text = (folder / name).read_text()
@@ -83,7 +90,9 @@ def coco(folder: Path) -> None:
         picture(folder / "things" / "images" / f"{n}.png")
     images = [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 40} for n in range(5)]
     box = {"bbox": [2, 3, 20, 30], "area": 600, "iscrowd": 0}
-    objects = [{"id": 2 * n + c, "image_id": n, "category_id": c, **box} for n in range(5) for c in (1, 2)]
+    objects = [
+        {"id": 2 * n + c, "image_id": n, "category_id": c, **box} for n in range(5) for c in (1, 2)
+    ]
     names = [{"id": 1, "name": "cup"}, {"id": 2, "name": "jug"}]
     content = {"images": images, "annotations": objects, "categories": names}
     write(folder / "things" / "train.json", json.dumps(content))
@@ -114,7 +123,11 @@ def supports(folder: Path) -> None:
 
 
 def model(folder: Path) -> None:
-    about = {"method": "proto_net", "args": {"backbone": "conv4", "distance": "squared"}, "classes": ["a", "b"]}
+    about = {
+        "method": "proto_net",
+        "args": {"backbone": "conv4", "distance": "squared"},
+        "classes": ["a", "b"],
+    }
     about |= {"size": 32, "stored": 32, "augment": True, "dataset": "glyphs", "temperature": 64.0}
     about |= {"normalisation": {"mean": [120.0] * 3, "std": [60.0] * 3, "bgr": False}}
     weights.save(folder / "model.safetensors", methods.built(about), about)
@@ -124,7 +137,10 @@ def run(folder: Path) -> None:
     """What a finished run of proto_net leaves, but for the model."""
     args = {"method": "proto_net", "id": "0"}
     write(folder / "out" / "args.json", json.dumps(args))
-    write(folder / "out" / "metrics.json", json.dumps({"ways": 5, "shots": {"5": {"accuracy": 50.0, "ci95": 1.0}}}))
+    write(
+        folder / "out" / "metrics.json",
+        json.dumps({"ways": 5, "shots": {"5": {"accuracy": 50.0, "ci95": 1.0}}}),
+    )
 
 
 def tensors(folder: Path) -> None:
@@ -263,7 +279,11 @@ FAULTS = [
 
 def contents(folder: Path) -> dict[Path, bytes]:
     """Every file but the locks of a run's folder, which tell other processes that somebody looks."""
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("lock", "lock.json")}
+    return {
+        p: p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name not in ("lock", "lock.json")
+    }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

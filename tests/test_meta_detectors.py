@@ -1,4 +1,6 @@
-"""Meta R-CNN and FSDetView against the reference's outputs, losses and gradients, weights given by the naming rule."""
+"""Meta R-CNN and FSDetView against the reference's outputs, losses and gradients, weights given by
+the naming rule.
+"""
 
 from functools import partial
 
@@ -27,10 +29,13 @@ DETECTORS = {"meta_rcnn": MetaRCNN, "meta_rcnn_r101_15": MetaRCNN, "fsdetview": 
 
 
 @pytest.fixture(
-    scope="module", params=["meta_rcnn", pytest.param("meta_rcnn_r101_15", marks=pytest.mark.slow), "fsdetview"]
+    scope="module",
+    params=["meta_rcnn", pytest.param("meta_rcnn_r101_15", marks=pytest.mark.slow), "fsdetview"],
 )
 def case(request) -> tuple[MetaRCNN, dict]:
-    """A detector with the reference's weights, and its results: ResNet-50 and 20 classes, or ResNet-101 and 15."""
+    """A detector with the reference's weights, and its results: ResNet-50 and 20 classes, or
+    ResNet-101 and 15.
+    """
     expected = golden(request.param)
     trunk = trunks.c4(f"resnet{expected['depth']}", meta=True, style="caffe")
     model = DETECTORS[request.param](trunk, expected["num_classes"])
@@ -40,7 +45,9 @@ def case(request) -> tuple[MetaRCNN, dict]:
 
 def named_by(model: MetaRCNN) -> partial:
     """What turns the reference's names of tensors into ours."""
-    return partial(detector_name, method="fsdetview" if isinstance(model, FSDetView) else "meta_rcnn")
+    return partial(
+        detector_name, method="fsdetview" if isinstance(model, FSDetView) else "meta_rcnn"
+    )
 
 
 @torch.no_grad()
@@ -63,7 +70,9 @@ def test_support_path_and_detections(case):
 
     query, fixed = normalised("query0")[None], torch.tensor(expected["fixed_proposals"])
     queries = model.roi_vectors(model.trunk(query), [fixed])
-    for c, wanted in expected["per_support_class"].items():  # the head as in training, a class at a time
+    for c, wanted in expected[
+        "per_support_class"
+    ].items():  # the head as in training, a class at a time
         aggregated = model.aggregate(queries, model.prototypes[int(c)])
         close(model.cls(aggregated), wanted["cls_score"])
         close(model.reg(aggregated), wanted["bbox_pred"])
@@ -81,7 +90,9 @@ def test_training_losses_and_gradients(case):
     rois = faster_rcnn.sample_rois(proposals, truth, labels, classes=classes, number=EVERY)
     counts = [[len(r.deltas), len(r.boxes) - len(r.deltas)] for r in rois]
     assert counts == train["fixed"]["samples_pos_neg"]
-    queries = model.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
+    queries = model.roi_vectors(features, [r.boxes for r in rois]).split(
+        [len(r.boxes) for r in rois]
+    )
     drawn = torch.stack([label[0] for label in labels])
     losses = model.head_losses(queries, rois, drawn, model.support_vectors(stack), support_labels)
     for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls")):

@@ -1,4 +1,6 @@
-"""What is Meta R-CNN's own: prototypes that fold into the classifier, and supports that must be large enough."""
+"""What is Meta R-CNN's own: prototypes that fold into the classifier, and supports that must be
+large enough.
+"""
 
 import pytest
 import torch

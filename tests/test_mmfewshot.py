@@ -1,4 +1,6 @@
-"""Checkpoints of mmfewshot, built by the naming rule under its names: converted, loaded, and equal to its results."""
+"""Checkpoints of mmfewshot, built by the naming rule under its names: converted, loaded, and equal
+to its results.
+"""
 
 import importlib.util
 import sys
@@ -34,28 +36,40 @@ def script(monkeypatch):
 
 
 def detector_checkpoint(case: str, path: Path) -> dict:
-    """A detector's checkpoint as the reference would save it, with its second names of tensors; the golden file."""
+    """A detector's checkpoint as the reference would save it, with its second names of tensors; the
+    golden file.
+    """
     stored = golden(case)
     gains = stored.get("gains", GAINS)
-    state = {key: torch.from_numpy(weight(key, shape, gains)) for key, shape in stored["state"].items()}
+    state = {
+        key: torch.from_numpy(weight(key, shape, gains)) for key, shape in stored["state"].items()
+    }
     supports = ("attention_rpn", "meta_rcnn", "meta_rcnn_r101_15", "fsdetview", "vfa")
     for key in list(state):
         if key.startswith("backbone.") and case in supports:
             state[f"support_{key}"] = state[key]
     names = VOC[: stored["num_classes"]]
-    meta = {"CLASSES": names, "iter": 100, "model_init_ann_cfg": [{"boxes": np.zeros((2, 4), np.float32)}]}
+    meta = {
+        "CLASSES": names,
+        "iter": 100,
+        "model_init_ann_cfg": [{"boxes": np.zeros((2, 4), np.float32)}],
+    }
     torch.save({"meta": meta, "state_dict": state}, path)
     return stored
 
 
 def as_reference(found: Found, classes: list[str]) -> Detections:
-    return Detections(found.boxes, found.scores, torch.tensor([classes.index(name) for name in found.names]))
+    return Detections(
+        found.boxes, found.scores, torch.tensor([classes.index(name) for name in found.names])
+    )
 
 
 R101 = pytest.param("meta_rcnn_r101_15", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("case", ["tfa", "fsce", "mpsr", "attention_rpn", "meta_rcnn", R101, "fsdetview", "vfa"])
+@pytest.mark.parametrize(
+    "case", ["tfa", "fsce", "mpsr", "attention_rpn", "meta_rcnn", R101, "fsdetview", "vfa"]
+)
 def test_detectors(case, tmp_path, script, capsys):
     stored = detector_checkpoint(case, tmp_path / "model.pth")
     script.main(script.Args(tmp_path / "model.pth"))
@@ -87,7 +101,12 @@ def test_detectors(case, tmp_path, script, capsys):
         check_detections(found, wanted)
 
 
-BACKBONES = {"conv4": "conv4", "conv4_nopool": "conv4", "resnet12": "resnet12", "resnet12_map": "resnet12"}
+BACKBONES = {
+    "conv4": "conv4",
+    "conv4_nopool": "conv4",
+    "resnet12": "resnet12",
+    "resnet12_map": "resnet12",
+}
 BACKBONES |= {"wrn28x10": "wrn28_10"}
 
 
@@ -103,14 +122,22 @@ def classifier_checkpoint(path: Path, backbone: str, head: dict[str, list[int]],
 
 
 HEADS = {  # method -> (backbone, head, meta)
-    "baseline": ("resnet12", {"fc.weight": [64, 640], "fc.bias": [64]}, {"config": "model = dict(type='Baseline')"}),
+    "baseline": (
+        "resnet12",
+        {"fc.weight": [64, 640], "fc.bias": [64]},
+        {"config": "model = dict(type='Baseline')"},
+    ),
     "baseline_plus": ("conv4", {"fc.weight_g": [100, 1], "fc.weight_v": [100, 1600]}, {}),
     "neg_margin": ("wrn28x10", {"weight": [100, 640]}, {}),
     "proto_net": ("conv4", {}, {"config": "model = dict(type='ProtoNet')"}),
     "matching_net": ("resnet12", {}, {"config": "model = dict(type='MatchingNet')"}),
     "relation_net": ("conv4_nopool", None, {}),
     "meta_baseline": ("resnet12", {"temperature": []}, {}),
-    "maml": ("conv4", {"fc.weight": [5, 1600], "fc.bias": [5]}, {"config": "model = dict(type='MAML')"}),
+    "maml": (
+        "conv4",
+        {"fc.weight": [5, 1600], "fc.bias": [5]},
+        {"config": "model = dict(type='MAML')"},
+    ),
 }
 
 
@@ -121,7 +148,9 @@ def test_classifiers(method, tmp_path, script):
     cases = golden("cls_metric_heads")
     if head is None:
         head = cases["relation_net_5way_1shot"]["state"]
-    stored = classifier_checkpoint(tmp_path / "model.pth", backbone, head, CLASSES=("a", "b"), **meta)
+    stored = classifier_checkpoint(
+        tmp_path / "model.pth", backbone, head, CLASSES=("a", "b"), **meta
+    )
     script.main(script.Args(tmp_path / "model.pth"))
     model = fewshot.load(tmp_path / "model.safetensors")
     assert model.method == method and model.about["args"]["backbone"] == BACKBONES[backbone]
@@ -141,20 +170,27 @@ def test_classifiers(method, tmp_path, script):
             shots = support.shape[1] // WAYS
             model.adapt(support[0], [range(w * shots, (w + 1) * shots) for w in range(WAYS)])
             logits = model.classify(query[0])
-            probabilities = logits.exp() if method == "matching_net" else logits  # the reference's second softmax
+            probabilities = (
+                logits.exp() if method == "matching_net" else logits
+            )  # the reference's second softmax
             close(probabilities.softmax(1), case["query_prob_eval"], 1e-5)
 
 
 def test_maml_adapts(tmp_path):
     stored = golden("cls_maml")["84_second_order"]
     state = {key: torch.from_numpy(weight(key, shape)) for key, shape in stored["state"].items()}
-    torch.save({"state_dict": state, "meta": {"config": "model = dict(type='MAML', backbone=...)"}}, tmp_path / "m.pth")
+    torch.save(
+        {"state_dict": state, "meta": {"config": "model = dict(type='MAML', backbone=...)"}},
+        tmp_path / "m.pth",
+    )
     converted = mmfewshot.convert(*mmfewshot.read(tmp_path / "m.pth"))
     weights.save_state(tmp_path / "m.safetensors", converted.state, converted.about)
     model = fewshot.load(tmp_path / "m.safetensors")
     model.support([image(f"maml_s{k}", 84, 84) for k in range(5)], list("abcde"), size="keep")
     expected = stored["meta_test_query_prob_5_steps"]
-    guesses = model.predict([image(f"maml_q{k}", 84, 84) for k in range(len(expected))], size="keep")
+    guesses = model.predict(
+        [image(f"maml_q{k}", 84, 84) for k in range(len(expected))], size="keep"
+    )
     close([list(guess.probabilities.values()) for guess in guesses], expected, 1e-4)
 
 
@@ -177,10 +213,16 @@ def test_what_a_checkpoint_may_say_and_lack(tmp_path, script):
         script.main(script.Args(path))
     with pytest.raises(InputError, match="is a classifier, and 'tfa' is none of"):
         script.main(script.Args(path, method="tfa"))
-    with pytest.raises(InputError, match="is a classifier, and 'feat' is none of"):  # ours, but not mmfewshot's
+    with pytest.raises(
+        InputError, match="is a classifier, and 'feat' is none of"
+    ):  # ours, but not mmfewshot's
         script.main(script.Args(path, method="feat"))
     assert not (tmp_path / "unknown.safetensors").exists()
-    for content, message in (([1, 2], "holds a list"), ({"state_dict": {}}, "no state dict"), (Path("x"), "would run")):
+    for content, message in (
+        ([1, 2], "holds a list"),
+        ({"state_dict": {}}, "no state dict"),
+        (Path("x"), "would run"),
+    ):
         torch.save(content, path)
         with pytest.raises(InputError, match=message):
             mmfewshot.read(path)
@@ -200,7 +242,9 @@ def test_a_vfa_checkpoint_has_all_its_tensors_and_no_others(tmp_path):
     assert converted.about["pictures"] == {"short": 800, "long": 1333, "multiple": 32}
     # five linear layers and two norms, whose statistics count
     assert len([key for key in converted.state if key.startswith("vae.")]) == 5 * 2 + 2 * 5
-    with pytest.raises(InputError, match=r"roi_head\.vae\.prior\.weight in checkpoint is no part of vfa"):
+    with pytest.raises(
+        InputError, match=r"roi_head\.vae\.prior\.weight in checkpoint is no part of vfa"
+    ):
         mmfewshot.convert(state | {"roi_head.vae.prior.weight": torch.zeros(1)}, meta)
     del state["roi_head.vae.fc_var.bias"]
     with pytest.raises(InputError, match=r"vae\.log_variance\.bias"):
@@ -210,10 +254,15 @@ def test_a_vfa_checkpoint_has_all_its_tensors_and_no_others(tmp_path):
 def test_class_names_of_detectors(tmp_path):
     detector_checkpoint("tfa", tmp_path / "m.pth")
     state, _ = mmfewshot.read(tmp_path / "m.pth")
-    with pytest.raises(InputError, match="names of its 20 classes are not in the file: give --split"):
+    with pytest.raises(
+        InputError, match="names of its 20 classes are not in the file: give --split"
+    ):
         mmfewshot.convert(state, {})
     about = mmfewshot.convert(state, {}, split=2).about
-    assert about["novel"] == about["classes"][15:] == VOC_NOVEL[2].split() and about["base"] == about["classes"][:15]
+    assert (
+        about["novel"] == about["classes"][15:] == VOC_NOVEL[2].split()
+        and about["base"] == about["classes"][:15]
+    )
     with pytest.raises(InputError, match="2 class names for a model of 20"):
         mmfewshot.convert(state, {}, classes=["a", "b"])
     assert mmfewshot.convert(state, {"CLASSES": VOC}, "fsce_r101_fpn_voc").about["method"] == "fsce"

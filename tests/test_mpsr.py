@@ -32,7 +32,13 @@ our_key = partial(detector_name, method="mpsr")
 
 @pytest.fixture(scope="module")
 def model() -> MPSR:
-    model = MPSR(fpn.fpn("resnet50", style="caffe"), 20, rois=EVERY, aligned=False, train_proposals=(2000, 100))
+    model = MPSR(
+        fpn.fpn("resnet50", style="caffe"),
+        20,
+        rois=EVERY,
+        aligned=False,
+        train_proposals=(2000, 100),
+    )
     fill(model, GOLDEN["state"], our_key)
     model.rpn.number = EVERY
     return model.eval()
@@ -53,13 +59,18 @@ def test_outputs_and_detections(model):
     logits, deltas = model.classify(maps), model.regress(maps)
     close(logits, TEST["cls_score"])
     close(deltas[:, 0], TEST["bbox_pred"])
-    check_detections(faster_rcnn.detections(logits, deltas, fixed, SIZE, nms_offset=1), TEST["det_fixed"])
+    check_detections(
+        faster_rcnn.detections(logits, deltas, fixed, SIZE, nms_offset=1), TEST["det_fixed"]
+    )
     (found,) = model.detect(query, [SIZE])
     check_detections(found, TEST["det_e2e"])
 
 
 def crops() -> list[Tensor]:
-    return [torch.stack([normalised(f"aux{k}_{s}", s, s, by=CAFFE_MPSR) for k in range(2)]) for s in PUBLISHED.scales]
+    return [
+        torch.stack([normalised(f"aux{k}_{s}", s, s, by=CAFFE_MPSR) for k in range(2)])
+        for s in PUBLISHED.scales
+    ]
 
 
 def test_losses_and_gradients(model):
@@ -73,14 +84,20 @@ def test_losses_and_gradients(model):
     for ours, theirs in ((rpn_maps, "aux_rpn_feats"), (roi_maps, "aux_roi_feats")):
         for level, expected in zip(ours, TRAIN[theirs], strict=True):
             close(level, expected)
-    for ours, expected in zip(model.rpn.crop_scores(rpn_maps, PUBLISHED.border), TRAIN["aux_rpn_cls"], strict=True):
+    for ours, expected in zip(
+        model.rpn.crop_scores(rpn_maps, PUBLISHED.border), TRAIN["aux_rpn_cls"], strict=True
+    ):
         close(ours, expected)
     close(model.classify_crops(roi_maps), TRAIN["aux_cls_score"])
 
     proposals = [torch.tensor(p) for p in TRAIN["fixed_proposals"]]
     rois = faster_rcnn.sample_rois(proposals, boxes, labels, classes=20, number=EVERY)
     losses = model.head_losses(model.trunk(images), rois, roi_maps, crop_labels)
-    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("crops", "loss_cls_auxiliary")):
+    for ours, theirs in (
+        ("cls", "loss_cls"),
+        ("box", "loss_bbox"),
+        ("crops", "loss_cls_auxiliary"),
+    ):
         assert losses[ours].item() == pytest.approx(TRAIN["fixed"]["losses"][theirs], rel=1e-4)
     sum(losses.values()).backward()
     check_gradients(model, TRAIN["fixed"]["grad_norms"], our_key)
@@ -91,12 +108,22 @@ def test_whole_training_step(model):
     model.train()
     model.zero_grad()
     losses = model(images, [SIZE] * 2, boxes, labels, crops(), torch.tensor(TRAIN["aux_labels"]))
-    expected = {name: sum(v) if isinstance(v, list) else v for name, v in TRAIN["e2e"]["losses"].items()}
-    names = {"rpn_cls": "loss_rpn_cls", "rpn_crops": "loss_rpn_cls_auxiliary", "rpn_box": "loss_rpn_bbox"}
+    expected = {
+        name: sum(v) if isinstance(v, list) else v for name, v in TRAIN["e2e"]["losses"].items()
+    }
+    names = {
+        "rpn_cls": "loss_rpn_cls",
+        "rpn_crops": "loss_rpn_cls_auxiliary",
+        "rpn_box": "loss_rpn_bbox",
+    }
     for ours, theirs in names.items():
         assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-4), ours
     # the order of equally good proposals differs between implementations of NMS
-    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("crops", "loss_cls_auxiliary")):
+    for ours, theirs in (
+        ("cls", "loss_cls"),
+        ("box", "loss_bbox"),
+        ("crops", "loss_cls_auxiliary"),
+    ):
         assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-3), ours
     sum(losses[name] for name in names).backward()
     check_gradients(model, TRAIN["e2e"]["rpn_loss_grad_norms"], our_key)

@@ -20,10 +20,18 @@ def test_cut_is_black_outside_the_picture():
     image = torch.full((3, 100, 150), 7, dtype=torch.uint8)
     square = cut(image, torch.tensor([10.0, 20, 110, 70]))
     assert square.shape == (3, 114, 114)  # rows -12 to 102, columns 3 to 117
-    assert square[:, :12].eq(0).all() and square[:, 12:112].eq(7).all() and square[:, 112:].eq(0).all()
-    square = cut(image, torch.tensor([120.0, 60, 149, 99]))  # side 44: rows 57 to 101, columns 112 to 156
+    assert (
+        square[:, :12].eq(0).all() and square[:, 12:112].eq(7).all() and square[:, 112:].eq(0).all()
+    )
+    square = cut(
+        image, torch.tensor([120.0, 60, 149, 99])
+    )  # side 44: rows 57 to 101, columns 112 to 156
     assert square.shape == (3, 44, 44)
-    assert square[:, :43, :38].eq(7).all() and square[:, 43:].eq(0).all() and square[:, :, 38:].eq(0).all()
+    assert (
+        square[:, :43, :38].eq(7).all()
+        and square[:, 43:].eq(0).all()
+        and square[:, :, 38:].eq(0).all()
+    )
 
 
 def test_steps_follow_from_the_seed():
@@ -39,7 +47,10 @@ def test_steps_follow_from_the_seed():
     objects = sorted(label for record in scenes.records for label in record.labels.tolist())
     single = ObjectCrops(scenes, (24,), 1, Feed(), flip=False)
     assert sorted(single.draw(0, i).labels.item() for i in range(len(objects))) == objects
-    halves = [ObjectCrops(scenes, (24, 48), 4, Feed(rank=r, world=2), flip=False).draw(0, 5) for r in range(2)]
+    halves = [
+        ObjectCrops(scenes, (24, 48), 4, Feed(rank=r, world=2), flip=False).draw(0, 5)
+        for r in range(2)
+    ]
     assert torch.equal(torch.stack([h.images[1] for h in halves], 1).flatten(0, 1), batch.images[1])
 
 

@@ -1,4 +1,6 @@
-"""Detectors of one's own objects: other data's base models, any number of shots, several seeds, fewer proposals."""
+"""Detectors of one's own objects: other data's base models, any number of shots, several seeds,
+fewer proposals.
+"""
 
 import json
 import subprocess
@@ -25,10 +27,14 @@ OWN = ("jug", "kettle", "tea pot")  # what the glyphs of three novel classes are
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
-    """A folder in COCO's format: a dozen pictures to train on, six to test on, of objects that no base model knows."""
+    """A folder in COCO's format: a dozen pictures to train on, six to test on, of objects that no
+    base model knows.
+    """
     folder = tmp_path_factory.mktemp("data") / "my_objects"
     for part, most in (("train", 12), ("test", 6)):
-        glyphs = detection.open_detection("glyphs", "", part=part).restrict([f"glyph-{i}" for i in (15, 16, 17)])
+        glyphs = detection.open_detection("glyphs", "", part=part).restrict(
+            [f"glyph-{i}" for i in (15, 16, 17)]
+        )
         records = [record for record in glyphs.records if len(record.labels)][:most]
         coco_format.write(replace(glyphs, classes=list(OWN), novel=[], records=records), folder)
     return folder
@@ -52,7 +58,11 @@ def test_a_foreign_base_learns_own_objects(recipe, own, bases, tmp_path, capsys)
     flags = f"--dataset {own} --base {base_of(recipe, bases)} --iters 2 --shots 3 --rois 16"
     run_here(recipe, f"{flags} --seeds 0 1 --out {tmp_path}")
     said = capsys.readouterr().out
-    assert "AP50 novel: " in said and "over 2 seeds" in said and "objects of 3 classes; 2 steps" in said
+    assert (
+        "AP50 novel: " in said
+        and "over 2 seeds" in said
+        and "objects of 3 classes; 2 steps" in said
+    )
     for seed in (0, 1):
         folder = tmp_path / f"3shot-seed{seed}"
         assert set(metrics(folder)["AP50"]) == {"novel", "all"}
@@ -75,7 +85,9 @@ def test_a_foreign_base_learns_own_objects(recipe, own, bases, tmp_path, capsys)
 @pytest.mark.parametrize("recipe", ["tfa", "fsce"])
 def test_torchvisions_detector_is_a_base(recipe, own, tmp_path, monkeypatch):
     """`--base coco_mobile` with random weights in place of the download."""
-    model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=91)
+    model = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=91
+    )
     base = torchvision_base.converted(model.state_dict(), torchvision_base.categories())
     monkeypatch.setattr(torchvision_base, "coco", {"mobilenet_v3_large": base}.get)
     flags = f"--dataset {own} --base coco_mobile --shots 2 --iters 1 --batch-size 2 --rois 16 --test-images 2"
@@ -84,7 +96,10 @@ def test_torchvisions_detector_is_a_base(recipe, own, tmp_path, monkeypatch):
     assert about["classes"] == list(OWN) and about["sizes"]["convention"] == "torchvision"
     assert metrics(tmp_path / "2shot-seed0")["settings"]["run"]["base"] == "coco_mobile"
     fewshot.load(tmp_path / "2shot-seed0").predict(sorted((own / "images").glob("*.png"))[0])
-    for other, reason in (("meta_rcnn", "with which meta_rcnn cannot go on"), ("mpsr", "needs a pyramid of strides")):
+    for other, reason in (
+        ("meta_rcnn", "with which meta_rcnn cannot go on"),
+        ("mpsr", "needs a pyramid of strides"),
+    ):
         with pytest.raises(SystemExit, match=reason):
             run_here(other, f"{flags} --out {tmp_path / other}")
 
@@ -92,7 +107,10 @@ def test_torchvisions_detector_is_a_base(recipe, own, tmp_path, monkeypatch):
 def test_mpsr_goes_on_with_tfas_base(own, bases, tmp_path):
     flags = f"--dataset {own} --base {bases / 'tfa' / 'base'} --shots 2 --iters 1 --batch-size 2 --test-images 2"
     run_here("mpsr", f"{flags} --out {tmp_path}")
-    tuned, base = (load_file(f / "model.safetensors") for f in (tmp_path / "2shot-seed0", bases / "tfa" / "base"))
+    tuned, base = (
+        load_file(f / "model.safetensors")
+        for f in (tmp_path / "2shot-seed0", bases / "tfa" / "base")
+    )
     assert tuned.keys() >= {name for name in base if name.startswith("trunk.")}
 
 
@@ -104,7 +122,10 @@ def test_any_number_of_shots(own, bases, tmp_path, capsys):
     assert sum(len(p["boxes"]) for p in every["pictures"]) == len(train["annotations"])
     run_here("tfa", f"{flags} --shots 400")
     assert "400" in capsys.readouterr().out  # says that there are fewer
-    assert json.loads((tmp_path / "400shot-seed0" / "shots.json").read_text())["pictures"] == every["pictures"]
+    assert (
+        json.loads((tmp_path / "400shot-seed0" / "shots.json").read_text())["pictures"]
+        == every["pictures"]
+    )
     with pytest.raises(SystemExit, match="--shots"):
         run_here("tfa", f"{flags} --shots 0")
 
@@ -124,10 +145,15 @@ def test_any_number_of_shots(own, bases, tmp_path, capsys):
 def test_what_does_not_fit_is_refused_in_a_line(recipe, flags, message, own, bases, tmp_path):
     places = {name: bases / name / "base" for name in ("tfa", "meta_rcnn")}
     with pytest.raises(SystemExit, match=message) as error:
-        run_here(recipe, f"--dataset {own} --iters 1 --shots 1 --out {tmp_path / 'out'} {flags.format(**places)}")
+        run_here(
+            recipe,
+            f"--dataset {own} --iters 1 --shots 1 --out {tmp_path / 'out'} {flags.format(**places)}",
+        )
     assert str(error.value).count("\n") == 0
     if "proposals" not in flags:
-        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
+        assert not (tmp_path / "out").exists() or not list(
+            (tmp_path / "out").rglob("*.safetensors")
+        )
 
 
 def test_a_base_that_has_seen_the_novel_classes_is_refused(bases, tmp_path):
@@ -141,16 +167,27 @@ def test_fewer_proposals_for_a_test(bases, tmp_path):
     subprocess.run(["cp", "-r", str(bases / "tfa" / "base"), str(folder)], check=True)
     before = (folder / "model.safetensors").read_bytes()
     for number in (5, 50):
-        command = f"--stage base --test-only --test-images 4 --test-proposals {number} --out {tmp_path}"
+        command = (
+            f"--stage base --test-only --test-images 4 --test-proposals {number} --out {tmp_path}"
+        )
         (tmp_path / "base").exists() or folder.rename(tmp_path / "base")
         run_here("tfa", command)
-    numbers = {r["protocol"]["test_proposals"]: r["settings"]["run"] for r in results_of_tests(tmp_path / "base")}
-    assert set(numbers) == {5, 50} and all(took["pictures_per_second"] > 0 for took in numbers.values())
+    numbers = {
+        r["protocol"]["test_proposals"]: r["settings"]["run"]
+        for r in results_of_tests(tmp_path / "base")
+    }
+    assert set(numbers) == {5, 50} and all(
+        took["pictures_per_second"] > 0 for took in numbers.values()
+    )
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
     model = fewshot.load(tmp_path / "base")
-    picture = np.asarray(detection.open_detection("glyphs", "", part="test").image(0).permute(1, 2, 0))
+    picture = np.asarray(
+        detection.open_detection("glyphs", "", part="test").image(0).permute(1, 2, 0)
+    )
     propose, counts = model.network.rpn.propose, []
-    model.network.rpn.propose = lambda *inputs: [counts.append(len(found)) or found for found in propose(*inputs)]
+    model.network.rpn.propose = lambda *inputs: [
+        counts.append(len(found)) or found for found in propose(*inputs)
+    ]
     for number in (1, 5, None):
         model.predict(picture, test_proposals=number)
     assert counts[:2] == [1, 5] and 5 < counts[2] <= 100

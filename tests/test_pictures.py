@@ -1,4 +1,6 @@
-"""One decoder for all pictures: every mode comes out in RGB, and no damage goes unnamed or ends the process."""
+"""One decoder for all pictures: every mode comes out in RGB, and no damage goes unnamed or ends the
+process.
+"""
 
 import io
 import struct
@@ -68,9 +70,13 @@ def test_alpha_is_dropped(noise):
 GREYS = np.array([[0, 256, 32768, 65535]])
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", "<i4"), ("TIFF", "<f4")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", "<i4"), ("TIFF", "<f4")]
+)
 def test_grey_of_16_bits_is_scaled(kind, dtype):
-    assert pixels(Image.fromarray(GREYS.astype(dtype)), kind)[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
+    assert pixels(Image.fromarray(GREYS.astype(dtype)), kind)[0].tolist() == [
+        [v] * 3 for v in (0, 1, 128, 255)
+    ]
 
 
 def test_grey_from_other_places():
@@ -78,7 +84,9 @@ def test_grey_from_other_places():
     assert np.asarray(pictures.decode(big, "it"))[0, :, 0].tolist() == [0, 1, 128, 255]
     pgm = b"P5 4 1 65535\n" + GREYS.astype(">u2").tobytes()
     assert np.asarray(pictures.decode(pgm, "it"))[0, :, 0].tolist() == [0, 1, 128, 255]
-    assert pixels(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), "TIFF")[0, :, 0].tolist() == [0, 128, 255]
+    assert pixels(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), "TIFF")[
+        0, :, 0
+    ].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize("value", [-1, 65536, np.nan, np.inf])
@@ -104,17 +112,29 @@ def test_pictures_are_turned_upright(tmp_path, orientation):
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
 def test_of_an_animation_the_first_frame_counts(kind):
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
-    assert np.abs(pixels(frames[0], kind, save_all=True, append_images=frames[1:])[2, 2] - [255.0, 0, 0]).max() < 3
+    assert (
+        np.abs(
+            pixels(frames[0], kind, save_all=True, append_images=frames[1:])[2, 2] - [255.0, 0, 0]
+        ).max()
+        < 3
+    )
 
 
 def png(width: int, height: int) -> bytes:
     """A PNG of one bit per pixel whose header says so, and next to no content."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
 
 
 # PIL itself warns from 90 and refuses from 179 million pixels
@@ -136,10 +156,14 @@ def test_size_is_judged_by_the_header(monkeypatch, width, height, words):
     monkeypatch.setattr(Image.core, "new", never)
     with pytest.raises(InputError) as caught:
         pictures.decode(png(width, height), "it")
-    assert str(caught.value).startswith("it: not readable as a picture (") and words in str(caught.value)
+    assert str(caught.value).startswith("it: not readable as a picture (") and words in str(
+        caught.value
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", None])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", None]
+)
 def test_what_is_no_picture_is_named(tmp_path, content):
     path = tmp_path / "a.png"
     if content is not None:
@@ -147,7 +171,9 @@ def test_what_is_no_picture_is_named(tmp_path, content):
     for read in (pictures.read, pictures.tensor):
         with pytest.raises(InputError) as caught:
             read(path)
-        assert str(caught.value).startswith(f"{path}: not readable as a picture") and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(
+            f"{path}: not readable as a picture"
+        ) and "\n" not in str(caught.value)
     with pytest.raises(InputError, match="not readable as a picture"):
         pictures.read(tmp_path)
 
@@ -157,12 +183,21 @@ def test_what_is_no_picture_is_named(tmp_path, content):
 def test_any_flipped_or_missing_byte_gives_a_picture_or_a_named_error(tmp_path: Path, kind):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a scene"
-    whole = encoded(Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3)), kind, exif=exif)
+    whole = encoded(
+        Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3)), kind, exif=exif
+    )
     rng = np.random.default_rng(0)
-    places = range(len(whole)) if len(whole) < 400 else sorted(rng.choice(len(whole), 400, replace=False).tolist())
+    places = (
+        range(len(whole))
+        if len(whole) < 400
+        else sorted(rng.choice(len(whole), 400, replace=False).tolist())
+    )
     failures = 0
     for place in places:
-        flips = [whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :] for mask in (1, 128, 255)]
+        flips = [
+            whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :]
+            for mask in (1, 128, 255)
+        ]
         for damaged in (*flips, whole[:place]):
             try:
                 assert pictures.decode(damaged, "it").mode == "RGB"

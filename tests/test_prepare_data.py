@@ -1,4 +1,6 @@
-"""What is downloaded, where it goes, and what is said of data that are missing, incomplete, or not to be downloaded."""
+"""What is downloaded, where it goes, and what is said of data that are missing, incomplete, or not
+to be downloaded.
+"""
 
 import importlib.util
 import json
@@ -48,7 +50,11 @@ def picture(path: Path) -> None:
 
 def numbers(printed: str) -> dict[str, list[int]]:
     """The table, by part: classes, pictures, and published pictures."""
-    rows = [line.replace(",", "").split() for line in printed.splitlines() if line.startswith(("train", "val", "test"))]
+    rows = [
+        line.replace(",", "").split()
+        for line in printed.splitlines()
+        if line.startswith(("train", "val", "test"))
+    ]
     return {part: [int(number) for number in row] for part, *row in rows}
 
 
@@ -61,13 +67,19 @@ def test_cifar_is_downloaded_once(script, tmp_path, monkeypatch, capsys):
         home = root / "cifar-100-python"
         home.mkdir(parents=True)
         fine = np.arange(100)
-        content = {"data": np.zeros((100, 3072), np.uint8), "fine_labels": fine, "coarse_labels": fine // 5}
+        content = {
+            "data": np.zeros((100, 3072), np.uint8),
+            "fine_labels": fine,
+            "coarse_labels": fine // 5,
+        }
         for part in ("train", "test"):
             (home / part).write_bytes(pickle.dumps(content))
         (home / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
 
     monkeypatch.setattr(script, "CIFAR100", cifar100)
-    monkeypatch.setitem(script.PUBLISHED, "fc100", {"train": (60, 120), "val": (20, 40), "test": (20, 40)})
+    monkeypatch.setitem(
+        script.PUBLISHED, "fc100", {"train": (60, 120), "val": (20, 40), "test": (20, 40)}
+    )
     run(script, "fc100", tmp_path / "data")
     assert calls == [(tmp_path / "data", True)]
     printed = capsys.readouterr().out
@@ -86,8 +98,11 @@ def test_cub_comes_with_its_checksum(script, tmp_path, monkeypatch, capsys):
             picture(root / "CUB_200_2011" / "images" / f"{number:03d}.Bird" / "1.png")
 
     monkeypatch.setattr(script.utils, "download_and_extract_archive", download)
-    # one picture of each class is not all of them: said after the download, not downloaded again and again
-    with pytest.raises(InputError, match="train has 100 pictures of 100 classes, published are 5,885 of 100"):
+    # one picture of each class is not all of them: said after the download, not downloaded again
+    # and again
+    with pytest.raises(
+        InputError, match="train has 100 pictures of 100 classes, published are 5,885 of 100"
+    ):
         run(script, "cub", tmp_path)
     assert calls == [("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78")]
     assert numbers(capsys.readouterr().out) == {
@@ -120,7 +135,9 @@ def test_voc_has_three_archives_and_lists_elsewhere(script, tmp_path, monkeypatc
 
 def test_omniglot_has_two_archives(script, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(script, "Omniglot", lambda root, background, download: calls.append((root, background)))
+    monkeypatch.setattr(
+        script, "Omniglot", lambda root, background, download: calls.append((root, background))
+    )
     with pytest.raises(InputError, match="no omniglot here"):
         run(script, "omniglot", tmp_path)
     assert calls == [(tmp_path, True), (tmp_path, False)]
@@ -160,13 +177,17 @@ def test_coco_is_downloaded_only_when_its_size_was_agreed_to(script, tmp_path, m
     archives.clear()
     run(script, "coco --yes", tmp_path)
     assert archives == ["val2017.zip", "annotations_trainval2017.zip"]
-    with pytest.raises(InputError, match="coco 2014: 20 GB"):  # that 2017 is there does not do for 2014
+    with pytest.raises(
+        InputError, match="coco 2014: 20 GB"
+    ):  # that 2017 is there does not do for 2014
         run(script, "coco --year 2014", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cub", "voc", "omniglot", "cifar_fs", "coco --yes"])
 def test_a_failed_download_is_one_line(script, tmp_path, name):
-    with pytest.raises(InputError, match=r"download to .* failed \(no network in tests\); run this again") as caught:
+    with pytest.raises(
+        InputError, match=r"download to .* failed \(no network in tests\); run this again"
+    ) as caught:
         run(script, name, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -174,7 +195,9 @@ def test_a_failed_download_is_one_line(script, tmp_path, name):
 def test_what_may_not_be_downloaded_is_explained(script, tmp_path):
     with pytest.raises(InputError) as caught:
         run(script, "tiered_imagenet", tmp_path)
-    assert "tiered-imagenet.tar" in str(caught.value) and str(caught.value).endswith(f"in {tmp_path}/tiered_imagenet")
+    assert "tiered-imagenet.tar" in str(caught.value) and str(caught.value).endswith(
+        f"in {tmp_path}/tiered_imagenet"
+    )
 
 
 def test_an_error_is_one_line_on_the_screen(tmp_path):
@@ -182,13 +205,18 @@ def test_an_error_is_one_line_on_the_screen(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
-    assert "https://image-net.org" in ended.stderr and f"{tmp_path}/mini_imagenet/images" in ended.stderr
+    assert (
+        "https://image-net.org" in ended.stderr
+        and f"{tmp_path}/mini_imagenet/images" in ended.stderr
+    )
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real data here")
 def test_real_omniglot_is_complete(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "omniglot").symlink_to(DATA.resolve() / "omniglot")
-    monkeypatch.setattr(classification, "_ink", lambda *_: np.zeros((1, 1), np.uint8))  # which is what takes long
+    monkeypatch.setattr(
+        classification, "_ink", lambda *_: np.zeros((1, 1), np.uint8)
+    )  # which is what takes long
     run(script, "omniglot", tmp_path)
     assert numbers(capsys.readouterr().out) == {
         "train": [4112, 82240, 82240],
@@ -202,7 +230,8 @@ def test_real_but_cut_down_sets_are_incomplete(script, tmp_path, capsys):
     (tmp_path / "mini_imagenet").symlink_to(DATA.resolve() / "mini_imagenet_40")
     (tmp_path / "VOCdevkit").symlink_to(DATA.resolve() / "VOCdevkit")
     with pytest.raises(
-        InputError, match=r"train has 2,560 pictures of 64 classes, .*38,400 of 64; complete it.*ILSVRC"
+        InputError,
+        match=r"train has 2,560 pictures of 64 classes, .*38,400 of 64; complete it.*ILSVRC",
     ):
         run(script, "mini_imagenet", tmp_path)
     assert numbers(capsys.readouterr().out) == {

@@ -32,9 +32,13 @@ def trained(scenes: DetectionSet, steps: int, seed: int = 0) -> trunks.C4:
 def nearest_mean(trunk: trunks.C4, scenes: DetectionSet) -> float:
     """How often an object's features are nearest to the mean of its class, of other objects."""
     vectors, labels = [], []
-    for batch in pipeline.test_loader(scenes, Pipeline(), Feed(), trunk.normalisation, batch_size=50):
+    for batch in pipeline.test_loader(
+        scenes, Pipeline(), Feed(), trunk.normalisation, batch_size=50
+    ):
         features = trunk(batch.images)
-        vectors.append(trunk.stage4(faster_rcnn.roi_align(features, batch.boxes, 6, trunk.stride)).flatten(1))
+        vectors.append(
+            trunk.stage4(faster_rcnn.roi_align(features, batch.boxes, 6, trunk.stride)).flatten(1)
+        )
         labels += batch.labels
     x, y = torch.cat(vectors), torch.cat(labels)
     half = len(y) // 2
@@ -53,7 +57,9 @@ def test_objects_are_told_apart(scenes):
 def test_the_seed_is_all_that_counts(scenes):
     first, second, third = trained(scenes, 2), trained(scenes, 2), trained(scenes, 2, seed=1)
     pairs = list(zip(first.parameters(), second.parameters(), third.parameters()))
-    assert all(torch.equal(a, b) for a, b, _ in pairs) and any(not torch.equal(a, c) for a, _, c in pairs)
+    assert all(torch.equal(a, b) for a, b, _ in pairs) and any(
+        not torch.equal(a, c) for a, _, c in pairs
+    )
 
 
 def test_boxes_near_and_far():

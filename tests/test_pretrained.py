@@ -1,4 +1,6 @@
-"""Backbones of torchvision and timm: what their own code computes, from files, at other sizes, frozen; no network."""
+"""Backbones of torchvision and timm: what their own code computes, from files, at other sizes,
+frozen; no network.
+"""
 
 import sys
 
@@ -58,22 +60,32 @@ def test_vectors_are_what_torchvisions_classifier_gets(name, saved):
 def test_a_map_is_what_is_pooled(saved):
     _, path = saved("resnet18")
     images = torch.randn(2, 3, 64, 64)
-    vector, maps = (backbones.build("torchvision/resnet18", 64, p, str(path)).eval() for p in (True, False))
+    vector, maps = (
+        backbones.build("torchvision/resnet18", 64, p, str(path)).eval() for p in (True, False)
+    )
     assert (maps.out_channels, maps.map_size, maps.out_features) == (512, 2, 2048)
     torch.testing.assert_close(maps(images).mean((2, 3)), vector(images), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_vit_takes_other_sizes(saved):
-    """At its own size exactly; at another its position embeddings are resampled, all else is the same."""
+    """At its own size exactly; at another its position embeddings are resampled, all else is the
+    same.
+    """
     net, path = saved("vit_b_32")
     images = torch.randn(1, 3, 224, 224)
     same = backbones.build("torchvision/vit_b_32", 224, source=str(path)).eval()
-    torch.testing.assert_close(same(images), before_the_last_linear(net, images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        same(images), before_the_last_linear(net, images), rtol=1e-4, atol=1e-5
+    )
     smaller = backbones.build("torchvision/vit_b_32", 96, source=str(path)).eval()
     ours, theirs = (model.state_dict() for model in (smaller.net, net))
     resampled = ours.pop("encoder.pos_embedding")
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items() if not key.startswith("heads."))
+    assert all(
+        torch.equal(value, theirs[key])
+        for key, value in ours.items()
+        if not key.startswith("heads.")
+    )
     assert resampled.shape == (1, 10, 768) and smaller(images[..., :96, :96]).shape == (1, 768)
 
 
@@ -82,7 +94,9 @@ def test_features_alone_are_enough(saved, tmp_path):
     net, _ = saved("mobilenet_v2")
     state = {key: value for key, value in net.state_dict().items() if key.startswith("features.")}
     save_file(state, tmp_path / "features.safetensors")
-    ours = backbones.build("torchvision/mobilenet_v2", 64, source=str(tmp_path / "features.safetensors"))
+    ours = backbones.build(
+        "torchvision/mobilenet_v2", 64, source=str(tmp_path / "features.safetensors")
+    )
     assert torch.equal(ours.net.features[0][0].weight, net.features[0][0].weight)
 
 
@@ -95,7 +109,10 @@ def test_pictures_are_as_published():
 def test_a_frozen_backbone_does_not_move():
     net = backbones.build("torchvision/mobilenet_v3_small", 32)
     model = nn.Sequential(net, nn.Linear(net.out_features, 3))
-    images, before = torch.randn(4, 3, 32, 32), {key: value.clone() for key, value in net.state_dict().items()}
+    images, before = (
+        torch.randn(4, 3, 32, 32),
+        {key: value.clone() for key, value in net.state_dict().items()},
+    )
     model.train()(images)
     assert any(not torch.equal(before[key], value) for key, value in net.state_dict().items()), (
         "norms learn in training"
@@ -106,21 +123,49 @@ def test_a_frozen_backbone_does_not_move():
     first.sum().backward()
     assert torch.equal(first, second), "no dropout"
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    assert all(parameter.grad is None for parameter in net.parameters()) and model[1].weight.grad is not None
+    assert (
+        all(parameter.grad is None for parameter in net.parameters())
+        and model[1].weight.grad is not None
+    )
 
 
 @pytest.mark.parametrize(
     "name, size, source, message",
     [
-        ("resnet50", 84, "none", "no backbone is called 'resnet50': choose conv4, .*torchvision/resnet50"),
-        ("torchvision/resnet5", 84, "none", "torchvision has no network 'resnet5': did you mean resnet50"),
+        (
+            "resnet50",
+            84,
+            "none",
+            "no backbone is called 'resnet50': choose conv4, .*torchvision/resnet50",
+        ),
+        (
+            "torchvision/resnet5",
+            84,
+            "none",
+            "torchvision has no network 'resnet5': did you mean resnet50",
+        ),
         ("keras/resnet50", 84, "none", "write torchvision/NAME or timm/NAME"),
         ("torchvision/googlenet", 84, "none", "torchvision has no network 'googlenet'"),
         ("torchvision/squeezenet1_0", 84, "none", "ends without a linear layer: choose another"),
-        ("torchvision/vit_b_16", 84, "none", "--size 84: vit_b_16 needs a multiple of its patches' 16 pixels"),
-        ("torchvision/vgg11", 8, "none", "torchvision/vgg11 cannot take 8 pixels .* give another --size"),
+        (
+            "torchvision/vit_b_16",
+            84,
+            "none",
+            "--size 84: vit_b_16 needs a multiple of its patches' 16 pixels",
+        ),
+        (
+            "torchvision/vgg11",
+            8,
+            "none",
+            "torchvision/vgg11 cannot take 8 pixels .* give another --size",
+        ),
         ("torchvision/resnet18", 84, "nothing.pth", "nothing.pth: no such weights file"),
-        ("conv4", 84, "pretrained", "conv4 has no pretrained weights: give --weights a model's file, or leave it out"),
+        (
+            "conv4",
+            84,
+            "pretrained",
+            "conv4 has no pretrained weights: give --weights a model's file, or leave it out",
+        ),
         ("conv4", 84, "nothing.safetensors", "nothing.safetensors: no such model file"),
     ],
 )
@@ -130,7 +175,9 @@ def test_what_cannot_be_had(name, size, source, message):
 
 
 def test_no_map_and_weights_of_another_network(saved):
-    with pytest.raises(InputError, match="torchvision/vit_b_32 gives no map: choose a convolutional network"):
+    with pytest.raises(
+        InputError, match="torchvision/vit_b_32 gives no map: choose a convolutional network"
+    ):
         backbones.build("torchvision/vit_b_32", 64, pooled=False)
     _, path = saved("resnet18")
     with pytest.raises(InputError, match=r"layer1.0.bn3.bias is missing from .*resnet18"):
@@ -142,7 +189,9 @@ def test_a_download_that_fails(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(InputError, match=r"cannot be downloaded \(no route to host\): give --weights FILE, or none"):
+    with pytest.raises(
+        InputError, match=r"cannot be downloaded \(no route to host\): give --weights FILE, or none"
+    ):
         backbones.build("torchvision/resnet18", 64, source="pretrained")
 
 
@@ -164,7 +213,9 @@ def test_timms_networks(name, tmp_path):
     published = pretrained.inputs(f"timm/{name}")
     images = torch.randn(2, 3, published.size, published.size)
     vector, maps = (
-        backbones.build(f"timm/{name}", published.size, pooled, str(tmp_path / "weights.safetensors")).eval()
+        backbones.build(
+            f"timm/{name}", published.size, pooled, str(tmp_path / "weights.safetensors")
+        ).eval()
         for pooled in (True, False)
     )
     torch.testing.assert_close(vector(images), net(images))
@@ -179,11 +230,15 @@ def test_timms_vit_at_another_size_and_its_errors(tmp_path):
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
     smaller = backbones.build("timm/test_vit", 64, source=str(tmp_path / "vit.safetensors"))
     assert smaller.net.pos_embed.shape[1] == 16 + 1 and smaller.out_features == 64
-    with pytest.raises(InputError, match="--size 65: timm/test_vit needs a multiple of its patches' 16 pixels"):
+    with pytest.raises(
+        InputError, match="--size 65: timm/test_vit needs a multiple of its patches' 16 pixels"
+    ):
         backbones.build("timm/test_vit", 65)
     with pytest.raises(InputError, match="timm has no network 'test_vitt': did you mean test_vit"):
         backbones.build("timm/test_vitt", 64)
-    with pytest.raises(InputError, match=r"timm/test_resnet cannot be had with weights .*does the file fit"):
+    with pytest.raises(
+        InputError, match=r"timm/test_resnet cannot be had with weights .*does the file fit"
+    ):
         backbones.build("timm/test_resnet", 64, source=str(tmp_path / "vit.safetensors"))
 
 
@@ -195,16 +250,24 @@ def test_a_recipe_on_a_pretrained_backbone(tmp_path, saved, monkeypatch):
     model = fewshot.load(tmp_path / "run")
     trunk = model.network.features.net
     given = backbones.build("torchvision/mobilenet_v3_small", 40, source=str(path)).net.state_dict()
-    assert all(torch.equal(given[key], value) for key, value in trunk.state_dict().items()), "it was frozen"
+    assert all(torch.equal(given[key], value) for key, value in trunk.state_dict().items()), (
+        "it was frozen"
+    )
     assert model.about["size"] == 40 and model.about["normalisation"]["mean"][0] == 123.675
-    assert metrics(tmp_path / "run")["settings"]["trained"]["backbone"] == "torchvision/mobilenet_v3_small"
+    assert (
+        metrics(tmp_path / "run")["settings"]["trained"]["backbone"]
+        == "torchvision/mobilenet_v3_small"
+    )
     path.unlink()
     folders, picture = tmp_path / "domain", torch.zeros(3, 30, 30, dtype=torch.uint8)
     for name in "abcde":
         (folders / name).mkdir(parents=True)
         for i in range(4):
             torchvision.io.write_png(picture + 9 * i, str(folders / name / f"{i}.png"))
-    run_here("baseline", f"--test-only --test-dataset {folders} --out {tmp_path}/run --shots 1 --queries 3 --tasks 4")
+    run_here(
+        "baseline",
+        f"--test-only --test-dataset {folders} --out {tmp_path}/run --shots 1 --queries 3 --tasks 4",
+    )
     (result,) = results_of_tests(tmp_path / "run")
     assert result["settings"]["tested"]["test_dataset"] == str(folders)
     assert result["settings"]["trained"]["dataset"] == "glyphs"
@@ -217,7 +280,9 @@ def test_freezing_all_that_learns_is_refused(tmp_path):
 
 def test_a_domain_too_small_is_refused_before_training(tmp_path):
     (tmp_path / "domain/a").mkdir(parents=True)
-    torchvision.io.write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "domain/a/0.png"))
+    torchvision.io.write_png(
+        torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "domain/a/0.png")
+    )
     with pytest.raises(SystemExit, match=r"--ways 5: .*domain.* has 1 class"):
         run_here("proto_net", f"--test-dataset {tmp_path}/domain --out {tmp_path}/run {STEPS}")
     assert not (tmp_path / "run").exists()

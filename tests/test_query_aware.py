@@ -1,4 +1,6 @@
-"""Attention-RPN's data: supports as the reference cuts them, episodes as published, restarts to the bit."""
+"""Attention-RPN's data: supports as the reference cuts them, episodes as published, restarts to the
+bit.
+"""
 
 import numpy as np
 import pytest
@@ -40,7 +42,9 @@ def test_boxes_of_supports_as_the_reference_has_them(box, expected):
     assert crop.shape == (3, 320, 320) and crop.dtype == torch.uint8
     assert inside.tolist() == list(expected)
     left, top, right, bottom = (int(v) for v in inside)
-    assert crop[:, top + 4 : bottom - 4, left + 4 : right - 4].eq(255).all()  # the object is where the box says
+    assert (
+        crop[:, top + 4 : bottom - 4, left + 4 : right - 4].eq(255).all()
+    )  # the object is where the box says
     outside = crop.clone()
     outside[:, max(top - 4, 0) : bottom + 4, max(left - 4, 0) : right + 4] = 0
     assert outside.eq(0).all()
@@ -97,7 +101,9 @@ def test_batches(dataset):
 def test_table_has_every_class(dataset):
     every = torch.cat([part.labels for part in source(dataset).table(None, Feed(), CAFFE)])
     some = torch.cat([part.labels for part in source(dataset).table(2, Feed(), CAFFE)])
-    assert every.bincount().tolist() == [len(entries) for entries in detection.objects_by_class(dataset)]
+    assert every.bincount().tolist() == [
+        len(entries) for entries in detection.objects_by_class(dataset)
+    ]
     assert some.bincount().tolist() == [2] * len(dataset.classes)
 
 
@@ -105,7 +111,9 @@ def test_pictures_with_small_objects_can_be_left_out(dataset):
     areas = [np.prod(r.boxes[:, 2:] - r.boxes[:, :2], 1).min() for r in dataset.records]
     limit = float(np.median(areas))
     kept = without_small(dataset, limit)
-    assert [r.id for r in kept.records] == [r.id for r, a in zip(dataset.records, areas) if a >= limit]
+    assert [r.id for r in kept.records] == [
+        r.id for r, a in zip(dataset.records, areas) if a >= limit
+    ]
     assert 0 < len(kept) < len(dataset)
 
 

@@ -1,4 +1,6 @@
-""" "None of these": pictures of classes that no support shows are rejected, by a threshold that the supports give."""
+""" "None of these": pictures of classes that no support shows are rejected, by a threshold that the
+supports give.
+"""
 
 import json
 from pathlib import Path
@@ -24,11 +26,16 @@ ABOUT = open_dataset("glyphs", "", "train").describe()
 
 
 class Strokes(nn.Module):
-    """Classifies by histograms of the strokes' directions: made by hand, so that nothing need be trained."""
+    """Classifies by histograms of the strokes' directions: made by hand, so that nothing need be
+    trained.
+    """
 
     def features(self, images: Tensor) -> Tensor:
         x = F.avg_pool2d(images.mean(1, keepdim=True), 3, 1, 1)
-        across, down = F.pad(x[..., 2:] - x[..., :-2], (1, 1)), F.pad(x[..., 2:, :] - x[..., :-2, :], (0, 0, 1, 1))
+        across, down = (
+            F.pad(x[..., 2:] - x[..., :-2], (1, 1)),
+            F.pad(x[..., 2:, :] - x[..., :-2, :], (0, 0, 1, 1)),
+        )
         direction = (torch.atan2(down, across) % torch.pi / torch.pi * 6).long().clamp(max=5)
         strength = (across.square() + down.square()).sqrt()
         histogram = torch.zeros(len(x), 6, *x.shape[2:]).scatter_(1, direction, strength)
@@ -70,18 +77,26 @@ def test_the_threshold_is_the_quantile_of_the_supports_left_out_one_by_one():
     images, names = pictures(mine, range(4)), labels(mine, range(4))
     model.support(images, names)
     assert model.threshold is None and model.predict(images)[0][3:] == (False, None)
-    features = model.extracted(model.transformed([torch.from_numpy(x).permute(2, 0, 1) for x in images], None))
+    features = model.extracted(
+        model.transformed([torch.from_numpy(x).permute(2, 0, 1) for x in images], None)
+    )
     distances = []
     for i in range(len(images)):
         others = [j for j in range(len(images)) if names[j] == names[i] and j != i]
         distances.append(1 - F.cosine_similarity(features[i], features[others].mean(0), dim=0))
     wanted = torch.stack(distances)
-    assert model.calibrate(0.8) == pytest.approx(float(wanted.quantile(0.8)), abs=1e-5) == model.threshold
+    assert (
+        model.calibrate(0.8)
+        == pytest.approx(float(wanted.quantile(0.8)), abs=1e-5)
+        == model.threshold
+    )
     assert model.calibrate(1.0) == pytest.approx(float(wanted.max()), abs=1e-5)
     assert model.calibrate() == pytest.approx(float(wanted.quantile(0.95)), abs=1e-5)
     guess = model.predict(images[0])
     means = torch.stack([features[4 * i : 4 * i + 4].mean(0) for i in mine])
-    assert guess.distance == pytest.approx(float((1 - F.cosine_similarity(features[0], means)).min()), abs=1e-5)
+    assert guess.distance == pytest.approx(
+        float((1 - F.cosine_similarity(features[0], means)).min()), abs=1e-5
+    )
 
     # a class of one support has no others: the rest stand for it
     model.support(images[:5], names[:5], reject=1.0)
@@ -117,11 +132,22 @@ METHODS = {
 def saved(method: str, folder: Path) -> Path:
     """A model as its recipe saves it, untrained."""
     torch.manual_seed(0)
-    network = METHODS[method](load_recipe(method), backbones.build("conv4", 32, pooled=method != "relation_net"))
-    args = {"backbone": "conv4", "distance": "scaled", "temperature": 100.0, "test_temperature": 5.0}
+    network = METHODS[method](
+        load_recipe(method), backbones.build("conv4", 32, pooled=method != "relation_net")
+    )
+    args = {
+        "backbone": "conv4",
+        "distance": "scaled",
+        "temperature": 100.0,
+        "test_temperature": 5.0,
+    }
     args |= {"ways": 3, "test_steps": 1, "inner_lr": 0.1}
     worked_out = {"temperature": 64.0} if method == "feat" else {}
-    weights.save(folder / "model.safetensors", network, {"method": method, "args": args, **ABOUT, **worked_out})
+    weights.save(
+        folder / "model.safetensors",
+        network,
+        {"method": method, "args": args, **ABOUT, **worked_out},
+    )
     return folder
 
 
@@ -130,7 +156,9 @@ def test_every_method_with_features_rejects(method, tmp_path):
     model, mine = fewshot.load(saved(method, tmp_path)), range(3)
     images, names = pictures(mine, range(3)), labels(mine, range(3))
     if method == "maml":
-        with pytest.raises(InputError, match=r"^maml adapts all of itself to a task: it has no features to reject"):
+        with pytest.raises(
+            InputError, match=r"^maml adapts all of itself to a task: it has no features to reject"
+        ):
             model.support(images, names, reject=0.95)
         return
     model.support(images, names, reject=0.95)
@@ -145,7 +173,9 @@ def test_every_method_with_features_rejects(method, tmp_path):
 def place(tmp_path) -> Path:
     """Supports and queries as files, and a model that is not trained."""
     mine = range(3)
-    for i, (image, name) in enumerate(zip(pictures(mine, range(4)), labels(mine, range(4)), strict=True)):
+    for i, (image, name) in enumerate(
+        zip(pictures(mine, range(4)), labels(mine, range(4)), strict=True)
+    ):
         (tmp_path / "known" / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "known" / name / f"{i}.png")
     (tmp_path / "new").mkdir()
@@ -157,8 +187,18 @@ def place(tmp_path) -> Path:
 
 def called(place: Path, method: str, **options) -> list[dict]:
     out = place / "out"
-    model = place / "runs" if (place / "runs" / "model.safetensors").exists() else saved(method, place / "runs")
-    args = {"query": (place / "new",), "support": place / "known", "out": out, "device": "cpu", **options}
+    model = (
+        place / "runs"
+        if (place / "runs" / "model.safetensors").exists()
+        else saved(method, place / "runs")
+    )
+    args = {
+        "query": (place / "new",),
+        "support": place / "known",
+        "out": out,
+        "device": "cpu",
+        **options,
+    }
     predict.main(predict.Args(str(model), **args))
     return json.loads((out / "predictions.json").read_text())
 
@@ -166,10 +206,21 @@ def called(place: Path, method: str, **options) -> list[dict]:
 def test_predictions_say_what_is_rejected(place, monkeypatch):
     shown = []
     captioned = predict.show.captioned
-    monkeypatch.setattr(predict.show, "captioned", lambda images, text: shown.extend(text) or captioned(images, text))
+    monkeypatch.setattr(
+        predict.show,
+        "captioned",
+        lambda images, text: shown.extend(text) or captioned(images, text),
+    )
     results = called(place, "proto_net")
-    assert [Path(result["picture"]).name for result in results] == ["0.png", "1.png", "2.png", "3.png"]
-    assert results[3]["rejected"] and results[3]["distance"] > results[3]["threshold"]  # a white sheet
+    assert [Path(result["picture"]).name for result in results] == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "3.png",
+    ]
+    assert (
+        results[3]["rejected"] and results[3]["distance"] > results[3]["threshold"]
+    )  # a white sheet
     assert [text == "none of these" for text in shown] == [result["rejected"] for result in results]
     assert (place / "out" / "sheet.png").exists()
     few, many = (called(place, "proto_net", reject=share)[0]["threshold"] for share in (1.0, 0.5))
@@ -197,6 +248,8 @@ def test_what_cannot_be_rejected_is_said_in_one_line(place, capsys):
 def test_a_box_that_is_not_a_number_is_named(tmp_path, number):
     corners = f"<xmin>1</xmin><ymin>{number}</ymin><xmax>20</xmax><ymax>30</ymax>"
     path = tmp_path / "a.xml"
-    path.write_text(f"<annotation><object><name>cup</name><bndbox>{corners}</bndbox></object></annotation>")
+    path.write_text(
+        f"<annotation><object><name>cup</name><bndbox>{corners}</bndbox></object></annotation>"
+    )
     with pytest.raises(InputError, match=r"a\.xml: not a VOC annotation"):
         predict.read_boxes(tmp_path, [tmp_path / "a.png"], [torch.zeros(3, 40, 40)], ["cup"])

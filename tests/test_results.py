@@ -1,4 +1,6 @@
-"""scripts/results.py: what is averaged and what is not, intervals, paired differences, the picture over shots."""
+"""scripts/results.py: what is averaged and what is not, intervals, paired differences, the picture
+over shots.
+"""
 
 import importlib
 import json
@@ -17,15 +19,27 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 results = importlib.import_module("results")
 
 TRAINED = {"dataset": "glyphs", "lr": None, "shot_lists": None}
-RUN = {"command": "recipes/tfa.py --shots 5", "commit": "abcdef0123456789+", "hardware": "a | b", "processes": 1}
-RUN |= {"precision": "no", "seconds": 3725.4, "peak_memory_gb": 1.25, "base": "0123456789abcdef" * 4}
+RUN = {
+    "command": "recipes/tfa.py --shots 5",
+    "commit": "abcdef0123456789+",
+    "hardware": "a | b",
+    "processes": 1,
+}
+RUN |= {
+    "precision": "no",
+    "seconds": 3725.4,
+    "peak_memory_gb": 1.25,
+    "base": "0123456789abcdef" * 4,
+}
 
 
 def call(*flags: Any) -> None:
     results.main(tyro.cli(results.Args, args=[str(flag) for flag in flags]))
 
 
-def write(path: Path, result: dict, method: str, seed: int, trained: dict, tested: dict, **settings: Any) -> Path:
+def write(
+    path: Path, result: dict, method: str, seed: int, trained: dict, tested: dict, **settings: Any
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "method": method,
@@ -38,19 +52,38 @@ def write(path: Path, result: dict, method: str, seed: int, trained: dict, teste
     return path
 
 
-def detector(folder: Path, seed: int, novel: float, shots: int | str = 5, method: str = "tfa", **more: Any) -> Path:
-    """A finished run; `more` goes into its protocol, its provenance or its arguments, wherever such a thing is."""
-    protocol = {"dataset": "glyphs", "split": 1, "stage": "finetune", "trained_on": "base and novel classes"}
-    protocol |= {"shots": f"{shots} of each, drawn by seed {seed}", "test_pictures": 500, "test_objects": 1200}
+def detector(
+    folder: Path, seed: int, novel: float, shots: int | str = 5, method: str = "tfa", **more: Any
+) -> Path:
+    """A finished run; `more` goes into its protocol, its provenance or its arguments, wherever such
+    a thing is.
+    """
+    protocol = {
+        "dataset": "glyphs",
+        "split": 1,
+        "stage": "finetune",
+        "trained_on": "base and novel classes",
+    }
+    protocol |= {
+        "shots": f"{shots} of each, drawn by seed {seed}",
+        "test_pictures": 500,
+        "test_objects": 1200,
+    }
     trained, run = dict(TRAINED), dict(RUN)
     for name, value in more.items():
         next((d for d in (protocol, run) if name in d), trained)[name] = value
     trained["dataset"] = protocol["dataset"]
-    result = {"AP50": {"base": 80.0, "novel": novel, "all": 70.0}, "AP75": {"all": 1.0}, "protocol": protocol}
+    result = {
+        "AP50": {"base": 80.0, "novel": novel, "all": 70.0},
+        "AP75": {"all": 1.0},
+        "protocol": protocol,
+    }
     return write(folder / "metrics.json", result, method, seed, trained, {"shots": shots}, run=run)
 
 
-def classifier(folder: Path, seed: int, accuracies: dict[str, list[float]], method: str = "proto_net", **more) -> Path:
+def classifier(
+    folder: Path, seed: int, accuracies: dict[str, list[float]], method: str = "proto_net", **more
+) -> Path:
     tasks = len(next(iter(accuracies.values())))
     shots = {k: {"accuracy": float(np.mean(v)), "ci95": 0.3} for k, v in accuracies.items()}
     tested = {"ways": 5, "shots": [int(k) for k in accuracies], "queries": 15, "tasks": None} | more
@@ -69,22 +102,34 @@ def cells(text: str) -> list[dict[str, str]]:
         elif head is None:
             head = [cell.strip() for cell in line.strip("|").split(" | ")]
         elif set(line) - set("|- "):
-            found.append(dict(zip(head, (cell.strip() for cell in line.strip("|").split(" | ")), strict=True)))
+            found.append(
+                dict(
+                    zip(head, (cell.strip() for cell in line.strip("|").split(" | ")), strict=True)
+                )
+            )
     return found
 
 
 @pytest.fixture
 def runs(tmp_path) -> Path:
-    """A detector's base model and three seeds at 5 shots; a classifier of two seeds; and copies of all."""
+    """A detector's base model and three seeds at 5 shots; a classifier of two seeds; and copies of
+    all.
+    """
     for seed, novel in [(0, 40.0), (1, 44.0), (2, 48.0)]:
         path = detector(tmp_path / "runs" / "tfa" / f"5shot-seed{seed}", seed, novel)
         (tmp_path / "copies" / str(seed)).mkdir(parents=True)
         (tmp_path / "copies" / str(seed) / "metrics.json").write_text(path.read_text())
     protocol = {"dataset": "glyphs", "split": 1, "stage": "base", "trained_on": "base classes"}
     result = {"AP50": {"base": 90.0, "all": 90.0}, "protocol": protocol}
-    write(tmp_path / "runs" / "tfa" / "base" / "metrics.json", result, "tfa", 0, TRAINED, {"shots": 5})
+    write(
+        tmp_path / "runs" / "tfa" / "base" / "metrics.json", result, "tfa", 0, TRAINED, {"shots": 5}
+    )
     for seed, accuracy in [(0, 60.0), (1, 62.0)]:
-        classifier(tmp_path / "runs" / "proto" / f"seed{seed}", seed, {"1": [accuracy] * 4, "5": [80.0] * 4})
+        classifier(
+            tmp_path / "runs" / "proto" / f"seed{seed}",
+            seed,
+            {"1": [accuracy] * 4, "5": [80.0] * 4},
+        )
     return tmp_path
 
 
@@ -98,7 +143,10 @@ def test_seeds_are_averaged_with_the_interval_of_their_mean(runs, capsys):
     }  # fmt: skip
     assert tuned["seeds"] == "3: 0, 1, 2" and tuned["± over"] == "seeds" and tuned["shots"] == "5"
     # Student's t of two degrees of freedom is 4.303, and the standard deviation 4
-    assert tuned["AP50 novel"] == f"44.0 ± {4.303 * 4 / 3**0.5:.1f}" and tuned["AP50 all"] == "70.0 ± 0.0"
+    assert (
+        tuned["AP50 novel"] == f"44.0 ± {4.303 * 4 / 3**0.5:.1f}"
+        and tuned["AP50 all"] == "70.0 ± 0.0"
+    )
     assert tuned["tested on"] == "500 pictures, 1200 objects"
     # of one degree 12.706: two seeds say little
     assert (few["1-shot"], few["5-shot"], few["ways"]) == ("61.00 ± 12.71", "80.00 ± 0.00", "5")
@@ -106,8 +154,16 @@ def test_seeds_are_averaged_with_the_interval_of_their_mean(runs, capsys):
     assert "over seeds by Student's t" in said and "over the test tasks" not in said
     assert len(single) == 6
     mine = next(row for row in single if row["result"] == "base 80.0, novel 44.0, all 70.0")
-    assert mine["run"] == str(runs / "copies" / "1") and mine["seed"] == "1" and mine["base"] == "01234567"
-    assert mine["commit"] == "abcdef0123+" and mine["time"] == "1:02:05" and mine["memory"] == "1.25 GB"
+    assert (
+        mine["run"] == str(runs / "copies" / "1")
+        and mine["seed"] == "1"
+        and mine["base"] == "01234567"
+    )
+    assert (
+        mine["commit"] == "abcdef0123+"
+        and mine["time"] == "1:02:05"
+        and mine["memory"] == "1.25 GB"
+    )
     assert mine["command"] == "`recipes/tfa.py --shots 5`" and mine["hardware"] == "a \\| b"
     rows = json.loads((runs / "rows.json").read_text())
     assert [len(row["runs"]) for row in rows] == [1, 3, 2]
@@ -116,7 +172,9 @@ def test_seeds_are_averaged_with_the_interval_of_their_mean(runs, capsys):
 
     call(runs / "runs" / "proto" / "seed0", "--no-details")
     said = capsys.readouterr().out
-    assert [row["1-shot"] for row in cells(said)] == ["60.00 ± 0.30"] and "over the test tasks of the one run" in said
+    assert [row["1-shot"] for row in cells(said)] == [
+        "60.00 ± 0.30"
+    ] and "over the test tasks of the one run" in said
     call(runs, "--metric", "AP75")
     assert cells(capsys.readouterr().out)[0]["AP75 all"] == "1.0 ± 0.0"
 
@@ -138,7 +196,9 @@ def test_what_differs_is_not_averaged_but_named(runs, capsys, name, value, shown
     detector(runs / "runs" / "tfa" / "other", 3, 9.0, **{name: value})
     call(runs / "runs" / "tfa", "--no-details")
     said = capsys.readouterr().out
-    assert f"Not averaged: tfa, glyphs, split 1, shots 5 has 2 rows, which differ in {shown}." in said
+    assert (
+        f"Not averaged: tfa, glyphs, split 1, shots 5 has 2 rows, which differ in {shown}." in said
+    )
     rows = [row for row in cells(said) if row["shots"] == "5"]
     assert {row["AP50 novel"] for row in rows} == {"44.0 ± 9.9", "9.0"}
     alone = next(row for row in rows if row["AP50 novel"] == "9.0")
@@ -146,7 +206,15 @@ def test_what_differs_is_not_averaged_but_named(runs, capsys, name, value, shown
 
 
 def test_what_may_differ_is_averaged(runs, capsys):
-    detector(runs / "runs" / "tfa" / "other", 3, 40.0, seconds=1.0, commit="f" * 40, command="x", hardware="another")
+    detector(
+        runs / "runs" / "tfa" / "other",
+        3,
+        40.0,
+        seconds=1.0,
+        commit="f" * 40,
+        command="x",
+        hardware="another",
+    )
     call(runs / "runs" / "tfa", "--no-details")
     assert [row["seeds"] for row in cells(capsys.readouterr().out)] == ["1: 0", "4: 0, 1, 2, 3"]
 
@@ -169,7 +237,10 @@ def test_a_test_of_another_kind_has_its_own_row(runs, capsys):
     (run / "test-4567abcd.json").write_text(json.dumps(content))
     (run / "test-4567abcd-tasks.json").write_text("{}")
     call(runs / "runs" / "proto", "--no-details")
-    assert [(row["ways"], row["seeds"]) for row in cells(capsys.readouterr().out)] == [("5", "2: 0, 1"), ("20", "1: 0")]
+    assert [(row["ways"], row["seeds"]) for row in cells(capsys.readouterr().out)] == [
+        ("5", "2: 0, 1"),
+        ("20", "1: 0"),
+    ]
     call(run / "test-4567abcd.json")
     assert [row.get("ways", "20") for row in cells(capsys.readouterr().out)] == ["20", "20"]
 
@@ -182,7 +253,10 @@ def test_what_is_wrong_is_said_in_a_line(runs, tmp_path):
         ([runs / "nothing"], "no finished run"),
         ([runs / "runs" / "tfa", "--metric", "AP99"], "AP99"),
         ([runs], "bad/metrics.json: not a result with its settings"),
-        ([runs / "runs" / "tfa" / "base", "--plot", tmp_path / "x.png"], "--plot: none of these runs has novel"),
+        (
+            [runs / "runs" / "tfa" / "base", "--plot", tmp_path / "x.png"],
+            "--plot: none of these runs has novel",
+        ),
         ([runs / "runs", "--plot", tmp_path / "x.xyz"], "--plot .*x.xyz"),
         ([runs, "--compare"], "two folders"),
         ([runs, runs, "--compare", "--plot", tmp_path / "x.png"], "--plot"),
@@ -195,23 +269,38 @@ def test_what_is_wrong_is_said_in_a_line(runs, tmp_path):
 def test_the_difference_of_two_classifiers_is_paired_by_task(tmp_path, capsys):
     rng = np.random.default_rng(0)
     hard = rng.uniform(40, 90, 200)  # how hard a task is, which both feel
-    a, b = {"1": hard + 2 + rng.normal(0, 3, 200), "5": hard}, {"1": hard, "5": hard + rng.normal(0, 3, 200)}
+    a, b = (
+        {"1": hard + 2 + rng.normal(0, 3, 200), "5": hard},
+        {"1": hard, "5": hard + rng.normal(0, 3, 200)},
+    )
     for name, accuracies in (("a", a), ("b", b)):
         method = {"a": "proto_net", "b": "maml"}[name]
-        classifier(tmp_path / name, 0, {k: v.tolist() for k, v in accuracies.items()}, method=method)
+        classifier(
+            tmp_path / name, 0, {k: v.tolist() for k, v in accuracies.items()}, method=method
+        )
     call(tmp_path / "a", tmp_path / "b", "--compare", "--json", tmp_path / "rows.json")
     one, five = cells(capsys.readouterr().out)
     difference = a["1"] - b["1"]
-    half = 1.96 * difference.std(ddof=1) / 200**0.5  # a t of 199 degrees of freedom is the normal one to 1 %
-    assert one["setting"] == "cub, ways 5" and one["result"] == "1-shot" and one["pairs"] == "200 tasks"
+    half = (
+        1.96 * difference.std(ddof=1) / 200**0.5
+    )  # a t of 199 degrees of freedom is the normal one to 1 %
+    assert (
+        one["setting"] == "cub, ways 5"
+        and one["result"] == "1-shot"
+        and one["pairs"] == "200 tasks"
+    )
     assert one["A - B"] == f"{difference.mean():+.2f}" and one["includes 0"] == "no"
     low, high = map(float, one["95 % interval"].split(" to "))
-    assert low == pytest.approx(difference.mean() - half, abs=0.02) and high - low == pytest.approx(2 * half, rel=0.03)
+    assert low == pytest.approx(difference.mean() - half, abs=0.02) and high - low == pytest.approx(
+        2 * half, rel=0.03
+    )
     # unpaired, the tasks' own spread would drown it
     assert 1.96 * (a["1"].var() + b["1"].var()) ** 0.5 / 200**0.5 > 2 and low > 1
     assert five["includes 0"] == "yes"
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert rows[0]["a"] == pytest.approx(a["1"].mean()) and rows[0]["difference"] == pytest.approx(difference.mean())
+    assert rows[0]["a"] == pytest.approx(a["1"].mean()) and rows[0]["difference"] == pytest.approx(
+        difference.mean()
+    )
 
     classifier(tmp_path / "c", 0, {"1": [50.0] * 200}, queries=10)
     classifier(tmp_path / "d", 0, {"1": [50.0] * 100})
@@ -222,7 +311,10 @@ def test_the_difference_of_two_classifiers_is_paired_by_task(tmp_path, capsys):
     for other, words in [
         ("c", r"not tested alike for cub, ways 5: queries \(15 / 10\)"),
         ("d", r"tasks \(200 / 100\)"),
-        ("e", "nothing to compare: .*a has cub, ways 5: 1-shot, 5-shot, and .*e has cub, ways 20: 1-shot"),
+        (
+            "e",
+            "nothing to compare: .*a has cub, ways 5: 1-shot, 5-shot, and .*e has cub, ways 20: 1-shot",
+        ),
         ("f", "nothing to compare: .*f has cub, ways 5: 20-shot"),
         ("g", "g has no tasks.json .*: --test-only --save-tasks"),
     ]:
@@ -234,7 +326,11 @@ def test_the_difference_of_two_classifiers_is_paired_by_task(tmp_path, capsys):
     (tmp_path / "g" / "test-0123abcd-tasks.json").write_text(json.dumps({"1": hard.tolist()}))
     call(tmp_path / "g", tmp_path / "b", "--compare")
     (same,) = cells(capsys.readouterr().out)
-    assert same["A - B"] == "+0.00" and same["95 % interval"] == "0.00 to 0.00" and same["includes 0"] == "yes"
+    assert (
+        same["A - B"] == "+0.00"
+        and same["95 % interval"] == "0.00 to 0.00"
+        and same["includes 0"] == "yes"
+    )
 
 
 def test_the_difference_of_two_detectors_is_paired_by_seed(runs, tmp_path, capsys):
@@ -246,8 +342,15 @@ def test_the_difference_of_two_detectors_is_paired_by_seed(runs, tmp_path, capsy
     said = capsys.readouterr().out
     row = {row["result"]: row for row in cells(said)}["AP50 novel"]
     half = 4.303 / 3**0.5  # differences 1, 2, 3
-    assert (row["A"], row["B"], row["A - B"], row["pairs"]) == ("44.00", "42.00", "+2.00", "3 seeds")
-    assert row["95 % interval"] == f"{2 - half:.2f} to {2 + half:.2f}" and row["includes 0"] == "yes"
+    assert (row["A"], row["B"], row["A - B"], row["pairs"]) == (
+        "44.00",
+        "42.00",
+        "+2.00",
+        "3 seeds",
+    )
+    assert (
+        row["95 % interval"] == f"{2 - half:.2f} to {2 + half:.2f}" and row["includes 0"] == "yes"
+    )
     assert f"Only in {b}, not compared: glyphs, split 1, shots 1." in said
     detector(a / "1shot-seed0", 0, 25.0, shots=1)
     detector(a / "10shot-seed0", 0, 25.0, shots=10)
@@ -255,14 +358,25 @@ def test_the_difference_of_two_detectors_is_paired_by_seed(runs, tmp_path, capsy
     call(a, b, "--compare")
     said = capsys.readouterr().out
     assert [row["setting"].split()[-1] for row in cells(said)] == ["1"] * 3 + ["5"] * 3 + ["10"] * 3
-    row = {row["setting"] + row["result"]: row for row in cells(said)}["glyphs, split 1, shots 1AP50 novel"]
-    assert row["A - B"] == "+5.00" and row["95 % interval"] == "-" and row["pairs"] == "1 seed: no interval"
+    row = {row["setting"] + row["result"]: row for row in cells(said)}[
+        "glyphs, split 1, shots 1AP50 novel"
+    ]
+    assert (
+        row["A - B"] == "+5.00"
+        and row["95 % interval"] == "-"
+        and row["pairs"] == "1 seed: no interval"
+    )
 
     other = detector(b / "5shot-seed3", 3, 45.0, method="fsce", lr=0.1)
-    with pytest.raises(InputError, match=r"tfa has seeds 0, 1, 2 and .*fsce 0, 1, 2, 3 for glyphs, split 1, shots 5"):
+    with pytest.raises(
+        InputError,
+        match=r"tfa has seeds 0, 1, 2 and .*fsce 0, 1, 2, 3 for glyphs, split 1, shots 5",
+    ):
         call(a, b, "--compare")
     other = detector(b / "5shot-seed3", 3, 45.0, method="fsce", lr=0.2)
-    with pytest.raises(InputError, match=r"its runs of glyphs, split 1, shots 5 differ in lr \(0.1 / 0.2\)"):
+    with pytest.raises(
+        InputError, match=r"its runs of glyphs, split 1, shots 5 differ in lr \(0.1 / 0.2\)"
+    ):
         call(a, b, "--compare")
     other.unlink()
     again = detector(b / "again", 0, 45.0, method="fsce", lr=0.1)
@@ -271,23 +385,44 @@ def test_the_difference_of_two_detectors_is_paired_by_seed(runs, tmp_path, capsy
     again.unlink()
     for seed in range(3):
         detector(b / f"5shot-seed{seed}", seed, 45.0, method="fsce", trained_on="novel classes")
-    with pytest.raises(InputError, match=r"not tested alike .*trained_on \(base and novel classes / novel classes\)"):
+    with pytest.raises(
+        InputError,
+        match=r"not tested alike .*trained_on \(base and novel classes / novel classes\)",
+    ):
         call(a, b, "--compare")
 
 
 def target(
-    folder: Path, name: str, value: float, *, method: str = "tfa", shots: int = 5, seed: int = 0, **more
+    folder: Path,
+    name: str,
+    value: float,
+    *,
+    method: str = "tfa",
+    shots: int = 5,
+    seed: int = 0,
+    **more,
 ) -> Path:
     """A finished run of CD-FSOD's protocol, or with `benchmark` None one that did not keep to it."""
-    path = detector(folder / f"{method}-{name}-{shots}-{seed}", seed, 1.0, shots, method, dataset=name, **more)
+    path = detector(
+        folder / f"{method}-{name}-{shots}-{seed}", seed, 1.0, shots, method, dataset=name, **more
+    )
     content = json.loads(path.read_text())
     content["AP"] = {"novel": value, "all": value}
-    content["protocol"] |= {"split": None, "benchmark": "CD-FSOD"} | {k: v for k, v in more.items() if k == "benchmark"}
+    content["protocol"] |= {"split": None, "benchmark": "CD-FSOD"} | {
+        k: v for k, v in more.items() if k == "benchmark"
+    }
     path.write_text(json.dumps(content))
     return path
 
 
-SIX = {"artaxor": 10.0, "clipart1k": 20.0, "dior": 30.0, "deepfish": 40.0, "neu_det": 50.0, "uodd": 66.0}
+SIX = {
+    "artaxor": 10.0,
+    "clipart1k": 20.0,
+    "dior": 30.0,
+    "deepfish": 40.0,
+    "neu_det": 50.0,
+    "uodd": 66.0,
+}
 
 
 def test_cd_fsod_in_the_benchmarks_form(tmp_path, capsys):
@@ -297,7 +432,9 @@ def test_cd_fsod_in_the_benchmarks_form(tmp_path, capsys):
         target(tmp_path, name, value / 2, shots=1)
     for name in ("uodd", "artaxor"):
         target(tmp_path, name, 7.0, method="fsce", shots=1, lr={"uodd": 0.1, "artaxor": 0.2}[name])
-    target(tmp_path / "own", "neu_det", 99.0, benchmark=None)  # such as one's own folder of that name
+    target(
+        tmp_path / "own", "neu_det", 99.0, benchmark=None
+    )  # such as one's own folder of that name
     detector(tmp_path / "glyphs", 0, 99.0)
     call(tmp_path, "--cd-fsod", "--no-details", "--json", tmp_path / "rows.json")
     said = capsys.readouterr().out
@@ -305,9 +442,20 @@ def test_cd_fsod_in_the_benchmarks_form(tmp_path, capsys):
     head = ["method", "shots", "ArTaxOr", "clipart1k", "DIOR", "FISH", "NEU-DET", "UODD", "mean"]
     assert list(five) == list(one) == head
     assert list(one.values()) == ["tfa", "1", "5.0", "10.0", "15.0", "20.0", "25.0", "33.0", "18.0"]
-    # two seeds of each: a t of one degree, 12.706, times their standard deviation over the root of two is 12.706
+    # two seeds of each: a t of one degree, 12.706, times their standard deviation over the root of
+    # two is 12.706
     assert five["UODD"] == "67.0 ± 12.7" and five["mean"] == "37.0"
-    assert list(fsce.values()) == ["fsce", "1", "7.0", "-", "-", "-", "-", "7.0", "-"]  # no mean of a part
+    assert list(fsce.values()) == [
+        "fsce",
+        "1",
+        "7.0",
+        "-",
+        "-",
+        "-",
+        "-",
+        "7.0",
+        "-",
+    ]  # no mean of a part
     assert "Settings of fsce, shots 1, differ between data sets: lr (0.2 / 0.1)." in said
     assert "test_proposals" not in said and "AP of all classes" in said and "99.0" not in said
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 14
@@ -345,9 +493,20 @@ def test_the_picture_over_shots_has_whole_numbers(runs, tmp_path):
     found = results.rows(results.collect([runs / "runs"], "AP50"))
     figure = results.draw(found, "AP50")
     detectors, classifiers = figure.axes
-    assert [label.get_text() for label in detectors.get_xticklabels()] == ["1", "2", "3", "5", "10", "30", "all"]
+    assert [label.get_text() for label in detectors.get_xticklabels()] == [
+        "1",
+        "2",
+        "3",
+        "5",
+        "10",
+        "30",
+        "all",
+    ]
     assert [label.get_text() for label in classifiers.get_xticklabels()] == ["1", "5"]
-    assert not len(detectors.get_xticks(minor=True)) and detectors.get_ylabel() == "AP50 of novel classes, %"
+    assert (
+        not len(detectors.get_xticks(minor=True))
+        and detectors.get_ylabel() == "AP50 of novel classes, %"
+    )
     names = detectors.get_legend_handles_labels()[1]
     assert names == ["tfa, glyphs, split 1", "tfa, glyphs, split 1, lr 0.5"]
     line, _, (bars,) = detectors.containers[0]
@@ -356,7 +515,9 @@ def test_the_picture_over_shots_has_whole_numbers(runs, tmp_path):
         and line.get_ydata().tolist() == [15] * 3 + [44] + [15] * 3
     )
     heights = [np.ptp(segment[:, 1]) / 2 for segment in bars.get_segments()]
-    assert heights[3] == pytest.approx(4.303 * 4 / 3**0.5) and heights[0] == pytest.approx(12.706 * 50**0.5 / 2**0.5)
+    assert heights[3] == pytest.approx(4.303 * 4 / 3**0.5) and heights[0] == pytest.approx(
+        12.706 * 50**0.5 / 2**0.5
+    )
     call(runs / "runs", "--plot", tmp_path / "plot.png", "--no-details")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.size == (1650, 600)

@@ -41,27 +41,45 @@ def rates(base: float, steps: list[int], **schedule) -> list[float]:
 def test_schedule_equals_the_published_ones():
     tfa = rates(0.02, [0, 50, 100, 12000], warmup=100, milestones=(12000, 16000))
     assert tfa == pytest.approx([2e-5, 0.01001, 0.02, 0.002])
-    baseline = rates(0.05, [0, 1500, 2999, 3000, 36000, 72000], warmup=3000, ratio=0.25, milestones=(36000, 72000))
+    baseline = rates(
+        0.05,
+        [0, 1500, 2999, 3000, 36000, 72000],
+        warmup=3000,
+        ratio=0.25,
+        milestones=(36000, 72000),
+    )
     assert baseline == pytest.approx([0.0125, 0.03125, 0.0499875, 0.05, 0.005, 0.0005])
     # a milestone inside the warm-up multiplies with it
-    assert rates(1.0, [5], warmup=10, ratio=0.0, milestones=(5,), gamma=0.5) == pytest.approx([0.25])
+    assert rates(1.0, [5], warmup=10, ratio=0.0, milestones=(5,), gamma=0.5) == pytest.approx(
+        [0.25]
+    )
 
 
 def test_another_batch_size_scales_rate_and_steps():
     published = Schedule(1000, 0.02, (700,), 100)
     assert published.scaled(Args(lr=None), 16) == Schedule(1000, 0.02, (700,), 100, batch=16)
-    assert published.scaled(Args(lr=None, batch_size=4), 16) == Schedule(4000, 0.005, (2800,), 400, batch=4)
+    assert published.scaled(Args(lr=None, batch_size=4), 16) == Schedule(
+        4000, 0.005, (2800,), 400, batch=4
+    )
     assert published.scaled(Args(lr=0.5, iters=100), 16) == Schedule(100, 0.5, (70,), 10, batch=16)
     # without a published batch the rate and the steps are what they are
-    assert published.scaled(Args(lr=None, batch_size=4)) == Schedule(1000, 0.02, (700,), 100, batch=4)
+    assert published.scaled(Args(lr=None, batch_size=4)) == Schedule(
+        1000, 0.02, (700,), 100, batch=4
+    )
 
 
 def train(
-    folder, total: int, args: Args, poison: int | None = None, describe: dict | None = None, stop=None
+    folder,
+    total: int,
+    args: Args,
+    poison: int | None = None,
+    describe: dict | None = None,
+    stop=None,
 ) -> nn.Module:
     """A tiny recipe whose every step draws from the global stream, as dropout and RoI sampling do.
 
-    `poison` makes the loss of a step NaN, or with a minus sign a weight after it; `stop` is called in every step.
+    `poison` makes the loss of a step NaN, or with a minus sign a weight after it; `stop` is called
+    in every step.
     """
     with launch.started("tiny", args) as accelerator:
         if not folders.due(accelerator, "tiny", args, folder):
@@ -70,7 +88,9 @@ def train(
         model = nn.Linear(4, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
         schedule = Schedule(total, args.lr, (12,), 5)
-        record = run.Record(accelerator, "tiny", args, folder, model, optimizer, schedule, describe or {})
+        record = run.Record(
+            accelerator, "tiny", args, folder, model, optimizer, schedule, describe or {}
+        )
         data = [torch.full((3, 4), float(i)) for i in range(record.step, total)]
         for step, batch in record.steps(data):
             loss = record.model(batch + torch.randn(3, 4)).square().mean()
@@ -106,7 +126,8 @@ def test_resumed_run_equals_straight_run_to_the_bit(tmp_path):
 
 def test_non_finite_loss_names_term_step_and_images(tmp_path):
     with pytest.raises(
-        SystemExit, match=r"error: loss is nan at step 7 .*lower --lr, or look at its images: picture-7"
+        SystemExit,
+        match=r"error: loss is nan at step 7 .*lower --lr, or look at its images: picture-7",
     ):
         train(tmp_path, 20, Args(), poison=7)
     assert json.loads((tmp_path / "last" / "record.json").read_text())["step"] == 4
@@ -134,17 +155,24 @@ def test_resuming_what_never_began_begins_it(tmp_path, capsys):
 def test_nothing_is_replaced_unasked(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(tmp_path / "a", 8, Args(), poison=6)
-    with pytest.raises(SystemExit, match="holds an unfinished run: --resume goes on with it, --overwrite begins anew"):
+    with pytest.raises(
+        SystemExit,
+        match="holds an unfinished run: --resume goes on with it, --overwrite begins anew",
+    ):
         train(tmp_path / "a", 8, Args())
     train(tmp_path / "a", 8, Args(resume=True))
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
     assert train(tmp_path / "a", 8, Args()) is None
     assert train(tmp_path / "a", 8, Args(resume=True)) is None
     assert "is finished (--overwrite would replace it)" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"begun with lr=0.1, not 0.2; give another --out, or --overwrite"):
+    with pytest.raises(
+        SystemExit, match=r"begun with lr=0.1, not 0.2; give another --out, or --overwrite"
+    ):
         train(tmp_path / "a", 8, Args(lr=0.2))
     after = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
-    assert {k: v for k, v in before.items() if k != "lock.json"} == {k: v for k, v in after.items() if k != "lock.json"}
+    assert {k: v for k, v in before.items() if k != "lock.json"} == {
+        k: v for k, v in after.items() if k != "lock.json"
+    }
     assert train(tmp_path / "a", 8, Args(lr=0.2, overwrite=True)) is not None
     assert json.loads((tmp_path / "a" / "args.json").read_text())["lr"] == 0.2
     with pytest.raises(SystemExit, match="give one of them"):
@@ -172,7 +200,9 @@ time.sleep(60)
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path):
-    with pytest.raises(SystemExit, match=r"error: weight of the model is not finite after step 8 .*lower --lr"):
+    with pytest.raises(
+        SystemExit, match=r"error: weight of the model is not finite after step 8 .*lower --lr"
+    ):
         train(tmp_path / "a", 12, Args(), poison=-8)
     assert json.loads((tmp_path / "a" / "last" / "record.json").read_text())["step"] == 4
     state, _ = weights.load(tmp_path / "a" / "model.safetensors")
@@ -188,7 +218,12 @@ def test_a_signal_ends_the_run_after_the_step_and_resume_goes_on(name, tmp_path,
     number = getattr(signal, name)
     straight = train(tmp_path / "a", 12, Args())
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "b", 12, Args(), stop=lambda step: os.kill(os.getpid(), number) if step == 6 else None)
+        train(
+            tmp_path / "b",
+            12,
+            Args(),
+            stop=lambda step: os.kill(os.getpid(), number) if step == 6 else None,
+        )
     assert stopped.value.code == 128 + number
     assert "step 6 of" in capsys.readouterr().out
     assert json.loads((tmp_path / "b" / "last" / "record.json").read_text())["step"] == 6
@@ -200,7 +235,9 @@ def test_processes_that_would_each_work_alone_are_refused(monkeypatch):
     launch.check_together(alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     launch.check_together(SimpleNamespace(num_processes=2))
-    with pytest.raises(InputError, match=r"2 processes were started, but each works alone .* ACCELERATE_USE_CPU=1"):
+    with pytest.raises(
+        InputError, match=r"2 processes were started, but each works alone .* ACCELERATE_USE_CPU=1"
+    ):
         launch.check_together(alone)
 
 
@@ -213,20 +250,26 @@ def test_gradient_accumulation_is_refused(tmp_path, monkeypatch):
 def test_default_folders_tell_runs_apart():
     assert folders.default("tfa", "voc", "split2", "resnet101") == "runs/tfa/voc-split2-resnet101"
     names = {
-        folders.default("tfa", data, "seed0") for data in ("/a/objects", "/b/objects", "a/objects.json", "objects")
+        folders.default("tfa", data, "seed0")
+        for data in ("/a/objects", "/b/objects", "a/objects.json", "objects")
     }
     assert len(names) == 4
 
 
 def test_main_loads_nothing_that_help_does_not_need():
-    """curves, pictures and evaluation are imported when they are needed: --help should not wait for them."""
+    """curves, pictures and evaluation are imported when they are needed: --help should not wait for
+    them.
+    """
     heavy = "'matplotlib', 'pycocotools', 'wandb', 'huggingface_hub.hf_api'"
     code = f"import sys; from fewshot.training import run; print([m for m in ({heavy}) if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.strip()
     assert "matplotlib" not in loaded and "pycocotools" not in loaded
     light = "import sys; from fewshot import InputError; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", light], capture_output=True, text=True).stdout.strip()
+        == "False"
+    )
     assert Path(run.__file__).exists()
 
 
@@ -244,7 +287,9 @@ def test_the_model_file_describes_itself(tmp_path):
     model = train(tmp_path, 4, Args(), describe={"classes": ["a", "b"]})
     state, about = weights.load(tmp_path / "model.safetensors")
     assert torch.equal(state["weight"], model.weight)
-    assert about["method"] == "tiny" and about["classes"] == ["a", "b"] and about["args"]["lr"] == 0.1
+    assert (
+        about["method"] == "tiny" and about["classes"] == ["a", "b"] and about["args"]["lr"] == 0.1
+    )
     assert about["step"] == 4 and len(about["commit"]) >= 7
     assert (tmp_path / "curves.png").stat().st_size > 1000
     result = json.loads((tmp_path / "metrics.json").read_text())

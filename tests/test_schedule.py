@@ -36,7 +36,9 @@ def test_published_rows_are_taken_as_they_are():
 
 
 def test_between_and_beyond_published_shots():
-    assert chosen(shots=3) == Schedule(200, pytest.approx(0.02), (160,), 20)  # half way, as a share of the steps
+    assert chosen(shots=3) == Schedule(
+        200, pytest.approx(0.02), (160,), 20
+    )  # half way, as a share of the steps
     assert chosen(shots=2).steps == 150 and chosen(shots=3, split=2).steps == 800
     assert chosen(shots=30) == TABLE[5] == chosen(shots="all")
     steps = [chosen(shots=k).steps for k in range(1, 8)]

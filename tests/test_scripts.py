@@ -42,7 +42,9 @@ def test_proposal_recall_of_a_run(recipe, tmp_path, capsys):
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert list(rows) == ["R100", "R300", "R1000"] and all(row[1] == "-" for row in rows.values())
     values = [float(row[0]) for row in rows.values()]
-    assert values == sorted(values) and values[-1] > 50  # a thousand boxes of any kind cover most of a small picture
+    assert (
+        values == sorted(values) and values[-1] > 50
+    )  # a thousand boxes of any kind cover most of a small picture
 
     model = fewshot.load(tmp_path / "base")
     model.network.rpn.test_proposals = 1000, 1000
@@ -51,7 +53,9 @@ def test_proposal_recall_of_a_run(recipe, tmp_path, capsys):
     for i, record in enumerate(dataset.records[:3]):
         x = model.normalisation(dataset.image(i)[None])
         boxes[record.id] = model.network.propose(x, [x.shape[2:]])[0].numpy()
-    wanted = average_precision.proposal_recall(boxes, dataset.with_records(dataset.records[:3]), inclusive_pixels=False)
+    wanted = average_precision.proposal_recall(
+        boxes, dataset.with_records(dataset.records[:3]), inclusive_pixels=False
+    )
     assert values == pytest.approx([round(wanted[key]["base"], 1) for key in rows], abs=0.06)
 
 

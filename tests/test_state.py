@@ -1,4 +1,6 @@
-"""A run's state that something happened to: the one before is gone on from, or one line says what to do; full disks."""
+"""A run's state that something happened to: the one before is gone on from, or one line says what
+to do; full disks.
+"""
 
 import json
 import shutil
@@ -35,7 +37,11 @@ def become_a_folder(path: Path) -> None:
 
 def say(**changes) -> Callable[[Path], None]:
     def change(path: Path) -> None:
-        path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "gone"}))
+        path.write_text(
+            json.dumps(
+                {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "gone"}
+            )
+        )
 
     return change
 
@@ -52,9 +58,19 @@ FAULTS = [
 ]
 FAULTS += [
     ("record no json", "record.json", write("step 8"), "is damaged"),
-    ("record of another type", "record.json", write("[8, 0.5]"), "record.json is not one of a state's"),
+    (
+        "record of another type",
+        "record.json",
+        write("[8, 0.5]"),
+        "record.json is not one of a state's",
+    ),
     ("record of nothing", "record.json", write("null"), "record.json is not one of a state's"),
-    ("record in latin-1", "record.json", lambda path: path.write_bytes(b'{"step": "\xe9"}'), "is damaged"),
+    (
+        "record in latin-1",
+        "record.json",
+        lambda path: path.write_bytes(b'{"step": "\xe9"}'),
+        "is damaged",
+    ),
     ("step 99", "record.json", say(step=99), "record.json tells of step 99 of 12"),
     ("step -3", "record.json", say(step=-3), "record.json tells of step -3 of 12"),
     ("step text", "record.json", say(step="8"), "record.json tells of step '8' of 12"),
@@ -71,7 +87,9 @@ FAULTS += [
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> tuple[Path, torch.Tensor]:
-    """A run of 12 steps that broke after the states of steps 4 and 8, and the weights that it should end with."""
+    """A run of 12 steps that broke after the states of steps 4 and 8, and the weights that it
+    should end with.
+    """
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(SystemExit):
         train(folder / "run", 12, Args(), poison=10)
@@ -102,12 +120,16 @@ def test_a_damaged_state_is_not_gone_on_from(fault, stopped, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", '{"id": 1}', '{"method": 5}', '"method"'], ids=lambda text: text or "empty"
+    "text",
+    ["", "{", "[]", "3", "null", '{"id": 1}', '{"method": 5}', '"method"'],
+    ids=lambda text: text or "empty",
 )
 def test_damaged_arguments_are_named(text, stopped, tmp_path):
     shutil.copytree(stopped[0], tmp_path / "run")
     (tmp_path / "run" / "args.json").write_text(text)
-    with pytest.raises(SystemExit, match=r"args.json cannot be read .*: --overwrite begins anew|give another --out"):
+    with pytest.raises(
+        SystemExit, match=r"args.json cannot be read .*: --overwrite begins anew|give another --out"
+    ):
         train(tmp_path / "run", 12, Args(resume=True))
 
 

@@ -1,4 +1,6 @@
-"""Which steps a process makes, and that they arrive on the device, normalised, with the mistakes of workers."""
+"""Which steps a process makes, and that they arrive on the device, normalised, with the mistakes of
+workers.
+"""
 
 import subprocess
 import sys
@@ -44,7 +46,9 @@ def test_a_stream_keeps_its_order(workers):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_mistake_in_a_worker_is_raised_here_in_its_turn(workers):
-    items = stream(partial(make, InputError("picture.jpg: not readable")), range(5), Feed(workers=workers))
+    items = stream(
+        partial(make, InputError("picture.jpg: not readable")), range(5), Feed(workers=workers)
+    )
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(InputError) as caught:
         next(items)
@@ -65,13 +69,17 @@ train()
 
 
 def test_a_program_that_fails_in_its_loop_ends():
-    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=300
+    )
     assert ended.returncode == 1 and ended.stderr.endswith("RuntimeError: ours\n")
 
 
 def test_processes_divide_a_step():
     shares = [list(Feed(rank=rank, world=3).numbers(2, 6)) for rank in range(3)]
-    assert shares == [[12, 15], [13, 16], [14, 17]] and list(Feed().numbers(2, 6)) == list(range(12, 18))
+    assert shares == [[12, 15], [13, 16], [14, 17]] and list(Feed().numbers(2, 6)) == list(
+        range(12, 18)
+    )
     for world in (1, 2, 3, 6):
         Feed(steps=1, world=world).check(6, "pictures")
     Feed(world=4).check(6, "pictures")  # a test of a model has no step
@@ -80,10 +88,22 @@ def test_processes_divide_a_step():
 @pytest.mark.parametrize(
     ("feed", "total", "words"),
     [
-        (Feed(steps=1, world=4), 6, "6 pictures a step cannot be divided among 4 processes: use a multiple"),
-        (Feed(steps=1, world=4), 2, "2 pictures a step cannot be divided among 4 processes: use a multiple"),
+        (
+            Feed(steps=1, world=4),
+            6,
+            "6 pictures a step cannot be divided among 4 processes: use a multiple",
+        ),
+        (
+            Feed(steps=1, world=4),
+            2,
+            "2 pictures a step cannot be divided among 4 processes: use a multiple",
+        ),
         (Feed(steps=1), 0, "0 pictures a step cannot be divided among 1 processes: use a multiple"),
-        (Feed(steps=1), -2, "-2 pictures a step cannot be divided among 1 processes: use a multiple"),
+        (
+            Feed(steps=1),
+            -2,
+            "-2 pictures a step cannot be divided among 1 processes: use a multiple",
+        ),
         (Feed(seed=-1), 6, "seed -1: must not be negative"),
     ],
 )
@@ -98,7 +118,9 @@ def test_every_loader_checks_its_feed_at_once():
     dataset, whole, feed = plain(), Whole(8, CAFFE), Feed(steps=1, world=2)
     for load in (
         lambda: pipeline.train_loader(scenes, Pipeline(), feed, CAFFE, batch_size=3),
-        lambda: QueryAware(scenes, Pipeline(), ways=2, shots=1, size=32, context=4).loader(feed, CAFFE, batch_size=3),
+        lambda: QueryAware(scenes, Pipeline(), ways=2, shots=1, size=32, context=4).loader(
+            feed, CAFFE, batch_size=3
+        ),
         lambda: ObjectCrops(scenes, (24,), 3, feed, flip=False),
         lambda: episodes.episode_loader(dataset, 2, 1, 1, feed, whole, tasks=3),
         lambda: episodes.class_batch_loader(dataset, feed, whole, batch_size=3),
@@ -112,7 +134,14 @@ def plain() -> ImageSet:
     source = partial(Image.new, "RGB", (8, 8))
     labels = np.arange(6) % 2
     return ImageSet(
-        "plain", "train", ["a", "b"], labels, lambda i: source((i, i, i)), size=8, stored=8, normalisation=CAFFE
+        "plain",
+        "train",
+        ["a", "b"],
+        labels,
+        lambda i: source((i, i, i)),
+        size=8,
+        stored=8,
+        normalisation=CAFFE,
     )
 
 
@@ -131,29 +160,54 @@ def test_batches_of_detectors_are_on_the_device_and_normalised(device):
     tested = next(pipeline.test_loader(scenes, Pipeline(), feed, CAFFE))
     tables = next(supports.table(feed, CAFFE)), next(queries.table(1, feed, CAFFE))
     for one in (batch, searched, tested):
-        assert here([one.images, *one.boxes, *one.labels], device) and one.scales.device.type == "cpu"
+        assert (
+            here([one.images, *one.boxes, *one.labels], device) and one.scales.device.type == "cpu"
+        )
     for one in (support, boxed, *tables):
         assert here([one.images, one.labels], device)
     assert here([*cut.images, cut.labels, boxed.boxes, tables[1].boxes], device)
-    pictures = [one.images for one in (batch, searched, tested, support, boxed, *tables)] + cut.images
+    pictures = [
+        one.images for one in (batch, searched, tested, support, boxed, *tables)
+    ] + cut.images
     assert all(images.dtype == torch.float32 for images in pictures)
     if device != "meta":
         # glyph scenes have no padding, so every number of theirs was a grey level
         alone = pipeline.collate([Pipeline().sample(scenes, 0)]).images
         assert torch.equal(tested.images.cpu(), CAFFE(alone))
         assert torch.equal(support.images.cpu(), supports.draw(0, 0).normalised(CAFFE).images)
-        assert all(map(torch.equal, (x.cpu() for x in cut.images), crops.draw(0, 0).normalised(CAFFE).images))
-        shown = [queries.supports([entry for way in queries.draw(0, n)[2] for entry in way]) for n in (0, 1)]
-        assert torch.equal(boxed.images.flatten(0, 2).cpu(), CAFFE(torch.cat([part.images for part in shown])))
+        assert all(
+            map(
+                torch.equal,
+                (x.cpu() for x in cut.images),
+                crops.draw(0, 0).normalised(CAFFE).images,
+            )
+        )
+        shown = [
+            queries.supports([entry for way in queries.draw(0, n)[2] for entry in way])
+            for n in (0, 1)
+        ]
+        assert torch.equal(
+            boxed.images.flatten(0, 2).cpu(), CAFFE(torch.cat([part.images for part in shown]))
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_pictures_of_classifiers_are_on_the_device_and_normalised(device):
     dataset, transform, feed = plain(), Whole(8, CAFFE), Feed(steps=1, device=device)
     episode = next(episodes.episode_loader(dataset, 2, 1, 1, feed, transform, tasks=2))
-    images, labels, numbers = next(episodes.class_batch_loader(dataset, feed, transform, batch_size=4))
+    images, labels, numbers = next(
+        episodes.class_batch_loader(dataset, feed, transform, batch_size=4)
+    )
     listed, order = next(episodes.image_loader(dataset, [3, 1], feed, transform))
-    parts = [episode.support, episode.support_labels, episode.query, episode.query_labels, images, labels, listed]
+    parts = [
+        episode.support,
+        episode.support_labels,
+        episode.query,
+        episode.query_labels,
+        images,
+        labels,
+        listed,
+    ]
     assert here(parts, device) and episode.classes.device.type == "cpu" and order == [3, 1]
     assert all(x.dtype == torch.float32 for x in (episode.support, episode.query, images, listed))
     if device != "meta":

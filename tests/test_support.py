@@ -1,4 +1,6 @@
-"""Supports for detectors: the four-channel picture, and which objects an episode and the prototypes are made of."""
+"""Supports for detectors: the four-channel picture, and which objects an episode and the prototypes
+are made of.
+"""
 
 import numpy as np
 import pytest
@@ -49,7 +51,10 @@ def toy(*pictures: str) -> DetectionSet:
     """A picture for each word, an object for each letter; capitals are difficult."""
     records = []
     for n, letters in enumerate(pictures):
-        objects = [((10 * i, 0, 10 * i + 9, 9), "abc".index(c.lower()), c.isupper()) for i, c in enumerate(letters)]
+        objects = [
+            ((10 * i, 0, 10 * i + 9, 9), "abc".index(c.lower()), c.isupper())
+            for i, c in enumerate(letters)
+        ]
         records.append(make_record(f"p{n}", "", 100, 100, objects))
     return DetectionSet("toy", "train", ["a", "b", "c"], ["c"], records, "voc")
 
@@ -81,7 +86,9 @@ def test_an_episode_has_every_class_and_depends_on_seed_and_step_alone(glyph_set
     supports = NWayKShot(glyph_set, 2, used=5, size=64)
     first = supports.draw(0, 3)
     assert first.images.shape == (40, 4, 64, 64) and first.images.dtype == torch.uint8
-    assert first.labels.view(20, 2).eq(first.labels[::2, None]).all()  # shots of a class stand together
+    assert (
+        first.labels.view(20, 2).eq(first.labels[::2, None]).all()
+    )  # shots of a class stand together
     assert sorted(first.labels[::2].tolist()) == list(range(20)) != first.labels[::2].tolist()
     supports.draw(0, 9)
     again = supports.draw(0, 3)
@@ -97,7 +104,9 @@ def test_an_episode_has_every_class_and_depends_on_seed_and_step_alone(glyph_set
 
 
 def test_every_support_is_drawn_in_the_long_run(glyph_set):
-    supports = NWayKShot(select_shots(glyph_set.restrict(["glyph-15"]), 3, seed=0), 1, used=30, size=32)
+    supports = NWayKShot(
+        select_shots(glyph_set.restrict(["glyph-15"]), 3, seed=0), 1, used=30, size=32
+    )
     drawn = [supports.draw(0, step).images.sum().item() for step in range(40)]
     assert len(set(drawn)) == 3
 
@@ -113,17 +122,28 @@ def test_table_holds_every_support_in_order_of_classes(glyph_set, workers):
     supports = NWayKShot(select_shots(glyph_set, 2, seed=0), 1, used=30, size=32)
     batches = list(supports.table(Feed(workers=workers), CAFFE, batch_size=16))
     assert [len(b.labels) for b in batches] == [16, 16, 8]
-    assert torch.cat([b.labels for b in batches]).tolist() == [label for label in range(20) for _ in range(2)]
+    assert torch.cat([b.labels for b in batches]).tolist() == [
+        label for label in range(20) for _ in range(2)
+    ]
     position, i = supports.entries[19][1]
-    last = support_image(supports.dataset.image(position), supports.dataset.records[position].boxes[i], 32)
-    assert torch.equal(batches[-1].images[-1:], SupportBatch(last[None], torch.tensor([19])).normalised(CAFFE).images)
+    last = support_image(
+        supports.dataset.image(position), supports.dataset.records[position].boxes[i], 32
+    )
+    assert torch.equal(
+        batches[-1].images[-1:],
+        SupportBatch(last[None], torch.tensor([19])).normalised(CAFFE).images,
+    )
 
 
 def test_normalisation_leaves_the_mask(glyph_set):
     supports = NWayKShot(glyph_set, 1, used=1, size=32).draw(0, 0)
     images = supports.normalised(CAFFE).images
-    assert images.dtype == torch.float32 and torch.equal(images[:, :3], CAFFE(supports.images[:, :3]))
-    assert torch.equal(images[:, 3], supports.images[:, 3].float()) and set(images[:, 3].unique().tolist()) == {0, 1}
+    assert images.dtype == torch.float32 and torch.equal(
+        images[:, :3], CAFFE(supports.images[:, :3])
+    )
+    assert torch.equal(images[:, 3], supports.images[:, 3].float()) and set(
+        images[:, 3].unique().tolist()
+    ) == {0, 1}
 
 
 def test_supports_ride_along_with_training_batches(glyph_set):
@@ -131,4 +151,6 @@ def test_supports_ride_along_with_training_batches(glyph_set):
     feed = Feed(seed=4, start=1, steps=3)
     loader = train_loader(glyph_set, Pipeline(), feed, CAFFE, batch_size=2, extra=supports.draw)
     for step, (batch, drawn) in enumerate(loader, 1):
-        assert len(batch.ids) == 2 and torch.equal(drawn.images, supports.draw(4, step).normalised(CAFFE).images)
+        assert len(batch.ids) == 2 and torch.equal(
+            drawn.images, supports.draw(4, step).normalised(CAFFE).images
+        )

@@ -1,7 +1,8 @@
 """What every recipe would do on a GPU, on a pretended one: it mixes no devices, and seldom waits.
 
-Each runs as a user runs it, on the embedded data with pictures two at a time. A step that waits for a number, or for
-how long a result is, leaves the GPU idle until the next operation arrives. The bounds are what there is today.
+Each runs as a user runs it, on the embedded data with pictures two at a time. A step that waits for
+a number, or for how long a result is, leaves the GPU idle until the next operation arrives. The
+bounds are what there is today.
 """
 
 from collections import Counter
@@ -25,7 +26,9 @@ from fewshot.training import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 PICTURES = 2  # of a step
-SAMPLING = 4  # draws for each picture that is trained on, or pair: positives and negatives of RPN and RoIs
+SAMPLING = (
+    4  # draws for each picture that is trained on, or pair: positives and negatives of RPN and RoIs
+)
 
 
 class Counts(NamedTuple):
@@ -34,14 +37,16 @@ class Counts(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Of waits, but for the draws of `SAMPLING`, in a step: for each picture, and whatever their number."""
+    """Of waits, but for the draws of `SAMPLING`, in a step: for each picture, and whatever their
+    number.
+    """
 
     picture: int
     step: int
 
 
-# For each picture: which proposals are boxes, NMS. MPSR and those with one level: which anchors are inside. Pyramids:
-# how many RoIs are of each level.
+# For each picture: which proposals are boxes, NMS. MPSR and those with one level: which anchors are
+# inside. Pyramids: how many RoIs are of each level.
 DETECTORS = {
     "tfa": Bounds(2, 1),
     "fsce": Bounds(2, 1 + 1),  # which RoIs are anchors of the contrastive loss
@@ -53,7 +58,15 @@ DETECTORS = {
     "attention_rpn": Bounds(2, 0),
 }
 CLASSIFIERS = ["baseline", "proto_net", "maml"]
-OTHERS = ["baseline_plus", "neg_margin", "matching_net", "relation_net", "meta_baseline", "feat", "frn"]
+OTHERS = [
+    "baseline_plus",
+    "neg_margin",
+    "matching_net",
+    "relation_net",
+    "meta_baseline",
+    "feat",
+    "frn",
+]
 
 
 @pytest.fixture
@@ -80,7 +93,11 @@ def counted(monkeypatch, tmp_path):
 
             return counting
 
-        for module, name_of_test in ((detect, "detect"), (meta_test, "meta_test"), (meta_test, "meta_test_images")):
+        for module, name_of_test in (
+            (detect, "detect"),
+            (meta_test, "meta_test"),
+            (meta_test, "meta_test_images"),
+        ):
             monkeypatch.setattr(module, name_of_test, watched(getattr(module, name_of_test)))
         for source in (NWayKShot, QueryAware):
             monkeypatch.setattr(source, "table", first_of_each(source.table))
@@ -114,7 +131,9 @@ def test_detectors(name, counted):
     stages = 2 if name == "fsce" else 1  # its fine-tuning has a loss of its own
     steps, tests = counted(name, *(["--stage", "base"] if stages == 1 else []))
     assert len(steps) == stages and len(tests) == stages
-    drawn = PICTURES * (2 if name == "attention_rpn" else 1)  # pairs of a picture and a class, of which one is absent
+    drawn = PICTURES * (
+        2 if name == "attention_rpn" else 1
+    )  # pairs of a picture and a class, of which one is absent
     per_picture, per_step = DETECTORS[name]
     for syncs, copies in steps:
         draws = {place: n for place, n in syncs.items() if place.endswith(" sample")}
@@ -123,30 +142,46 @@ def test_detectors(name, counted):
         # what is drawn, on the CPU, where there is too much; a constant in torchvision's NMS
         assert {place.split()[1] for place in copies} <= {"sample", "nms_by_class"}
         assert copies.total() <= (SAMPLING + 1) * drawn, copies
-    # one picture: proposals that are boxes, NMS, scores that count, NMS, for each class where classes are searched for
-    # one by one; which classes are known, or levels; boxes, scores and labels brought back
+    # one picture: proposals that are boxes, NMS, scores that count, NMS, for each class where
+    # classes are searched for one by one; which classes are known, or levels; boxes, scores and
+    # labels brought back
     classes = 15 if name == "attention_rpn" else 1
     for syncs, copies in tests:
         assert syncs.total() <= 4 * classes + 1 + 3, syncs
         assert copies.total() <= 2 * classes + 1, copies
 
 
-@pytest.mark.parametrize("name", [*CLASSIFIERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize(
+    "name", [*CLASSIFIERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_classifiers(name, counted):
     steps, tests = counted(name, "--queries", "3")
-    assert len(steps) == 1 and len(tests) == 2  # the validation and the test, of one and of two numbers of shots
+    assert (
+        len(steps) == 1 and len(tests) == 2
+    )  # the validation and the test, of one and of two numbers of shots
     assert not any(counts.syncs or counts.copies for counts in steps), steps
     for shots, (syncs, copies) in enumerate(tests, 1):
         assert syncs.total() <= shots, syncs  # the accuracies are brought back
-        assert copies.total() <= 4 * shots, copies  # which pictures a task has; weights and batches of new heads
+        assert copies.total() <= 4 * shots, (
+            copies
+        )  # which pictures a task has; weights and batches of new heads
 
 
 def test_devices_do_not_mix():
     with FakeDevice() as fake:
         ours, theirs = torch.ones(3, device=fake.device), torch.ones(3)
         assert ours.device == fake.device and ours.is_cuda and theirs.device.type == "cpu"
-        made = (ours.view(3, 1).detach(), ours.new_zeros(2), torch.zeros_like(ours), ours + theirs[0], F.relu(ours))
-        assert all(tensor.device == fake.device for tensor in (*made, theirs.to(ours), torch.zeros(2, device="cuda")))
+        made = (
+            ours.view(3, 1).detach(),
+            ours.new_zeros(2),
+            torch.zeros_like(ours),
+            ours + theirs[0],
+            F.relu(ours),
+        )
+        assert all(
+            tensor.device == fake.device
+            for tensor in (*made, theirs.to(ours), torch.zeros(2, device="cuda"))
+        )
         assert torch.arange(3).device.type == ours.cpu().device.type == "cpu"
         for mixed in (
             lambda: ours + theirs,
@@ -163,10 +198,15 @@ def test_devices_do_not_mix():
 def test_a_module_is_trained_where_it_is():
     with FakeDevice() as fake:
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).to(fake.device)
-        optimizers = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), torch.optim.Adam(model.parameters())
+        optimizers = (
+            torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+            torch.optim.Adam(model.parameters()),
+        )
         fake.clear()
         for _ in range(2):
-            F.cross_entropy(model(torch.rand(5, 3, device="cuda")), torch.zeros(5, dtype=int, device="cuda")).backward()
+            F.cross_entropy(
+                model(torch.rand(5, 3, device="cuda")), torch.zeros(5, dtype=int, device="cuda")
+            ).backward()
             assert {p.grad.device for p in model.parameters()} == {fake.device}
             for optimizer in optimizers:
                 optimizer.step()
@@ -186,7 +226,11 @@ WAITS = {
     "mask": (lambda x: x[x > 0], 1, 0),
     "unique": (lambda x: x.unique(), 1, 0),
     "repeated": (lambda x: x.repeat_interleave(torch.ones_like(x, dtype=int)), 1, 0),
-    "repeated to a size": (lambda x: x.repeat_interleave(torch.ones_like(x, dtype=int), output_size=3), 0, 0),
+    "repeated to a size": (
+        lambda x: x.repeat_interleave(torch.ones_like(x, dtype=int), output_size=3),
+        0,
+        0,
+    ),
     "number in a mask": (lambda x: x.__setitem__(x > 0, 0.0), 0, 0),
     "number at an index": (lambda x: x.__setitem__(torch.ones_like(x, dtype=int), 0.0), 0, 1),
     "number in a row": (lambda x: x[1:].fill_(0.0), 0, 0),

@@ -1,4 +1,6 @@
-"""Fine-tuning in Gram space against the reference's numbers and torch.optim.SGD on the classifiers themselves."""
+"""Fine-tuning in Gram space against the reference's numbers and torch.optim.SGD on the classifiers
+themselves.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from fewshot.heads import fine_tuned
 
 WAYS = 5
 SGD = {"lr": 0.01, "momentum": 0.9, "dampening": 0.9, "weight_decay": 1e-3}
-GOLDENS = [f"{name}_5way_{shots}shot" for name in ("neg_margin", "neg_margin_train") for shots in (1, 5)] + [
+GOLDENS = [
+    f"{name}_5way_{shots}shot" for name in ("neg_margin", "neg_margin_train") for shots in (1, 5)
+] + [
     f"{name}_5way_{shots}shot{drop}"
     for name in ("baseline", "baseline_plus")
     for shots in (1, 5)
@@ -22,13 +26,18 @@ GOLDENS = [f"{name}_5way_{shots}shot" for name in ("neg_margin", "neg_margin_tra
 
 def stored_features(episode: str, part: str, n: int) -> Tensor:
     """Supports or queries (1, 5 * n, 128) of a golden episode, class-major."""
-    noisy = 0.5 * array(f"{episode}/centre", (WAYS, 128))[:, None] + array(f"{episode}/{part}", (WAYS, n, 128))
+    noisy = 0.5 * array(f"{episode}/centre", (WAYS, 128))[:, None] + array(
+        f"{episode}/{part}", (WAYS, n, 128)
+    )
     return torch.from_numpy(np.maximum(noisy, 0).reshape(1, WAYS * n, 128))
 
 
 def stored_start(case: dict) -> list[Tensor]:
     """The reference head's initial parameters, each with a dimension of one task."""
-    return [torch.from_numpy(weight(f"meta_test_head.{key}", shape))[None] for key, shape in case["state"].items()]
+    return [
+        torch.from_numpy(weight(f"meta_test_head.{key}", shape))[None]
+        for key, shape in case["state"].items()
+    ]
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -36,7 +45,10 @@ def test_equals_the_reference(name):
     case = golden("cls_finetune")[name]
     assert {key: value for key, value in case["optimizer"].items() if key != "type"} == SGD
     shots, cfg = int(case["episode"][-1]), case["cfg"]
-    support, query = stored_features(case["episode"], "support", shots), stored_features(case["episode"], "query", 3)
+    support, query = (
+        stored_features(case["episode"], "support", shots),
+        stored_features(case["episode"], "query", 3),
+    )
     labels = torch.arange(WAYS).repeat_interleave(shots)
     batches = [torch.tensor(batch)[None] for batch in case["batches"]]
     sgd = fine_tuned.SGD(**SGD)
@@ -51,26 +63,37 @@ def test_equals_the_reference(name):
         trainee = fine_tuned.CosineHeads(support, *init, sgd, 2.0, eps=1e-5)
     else:
         (init,) = stored_start(case)
-        function, more = fine_tuned.normalised, {"temperature": cfg["temperature"], "margin": cfg["margin"]}
+        function, more = (
+            fine_tuned.normalised,
+            {"temperature": cfg["temperature"], "margin": cfg["margin"]},
+        )
         trainee = fine_tuned.CosineHeads(support, init, None, sgd, eps=1e-12, **more)
 
     for batch, loss in zip(batches, case["loss_per_step"], strict=True):
-        assert F.cross_entropy(trainee.step(batch)[0], labels[batch[0]]).item() == pytest.approx(loss, rel=1e-5)
+        assert F.cross_entropy(trainee.step(batch)[0], labels[batch[0]]).item() == pytest.approx(
+            loss, rel=1e-5
+        )
     trained = dict(zip(("weight", "other"), trainee.trained()))
     for key, expected in case["params_end"].items():
         ours = trained["other" if key.endswith(("bias", "weight_g")) else "weight"][0]
         close(ours.view(expected["shape"]), expected, 1e-5)
     for steps, expected in ((0, case["query_prob_start"]), (len(batches), case["query_prob_end"])):
-        logits = function(support, query, WAYS, steps=steps, batches=batches[:steps], init=init, **more)
+        logits = function(
+            support, query, WAYS, steps=steps, batches=batches[:steps], init=init, **more
+        )
         close(logits[0].softmax(1), expected, 1e-5)
 
 
 @pytest.mark.parametrize("shots", [1, 5])
 def test_negative_margin_with_the_softmax_metric_trains_as_the_reference(shots):
-    """That head is for training alone: tests adapt the cosine one. Here it takes the reference's steps by itself."""
+    """That head is for training alone: tests adapt the cosine one. Here it takes the reference's
+    steps by itself.
+    """
     case = golden("cls_finetune")[f"neg_margin_softmax_5way_{shots}shot"]
     cfg, (init,) = case["cfg"], stored_start(case)
-    support, query = (stored_features(case["episode"], *part)[0] for part in (("support", shots), ("query", 3)))
+    support, query = (
+        stored_features(case["episode"], *part)[0] for part in (("support", shots), ("query", 3))
+    )
     labels = torch.arange(WAYS).repeat_interleave(shots)
     head = heads.NegMargin(128, WAYS, cfg["margin"], cfg["temperature"], metric="softmax")
     head.load_state_dict({"weight": init[0]})
@@ -87,14 +110,23 @@ def test_negative_margin_with_the_softmax_metric_trains_as_the_reference(shots):
 
 
 def episodes(shots: int, tasks: int = 3, d: int = 160) -> tuple[Tensor, Tensor]:
-    """Supports (tasks, 5 * shots, d) and queries (tasks, 15, d) that look like a backbone's features."""
+    """Supports (tasks, 5 * shots, d) and queries (tasks, 15, d) that look like a backbone's
+    features.
+    """
     r = torch.Generator().manual_seed(shots)
     centres = torch.randn(tasks, WAYS, 1, d, generator=r)
-    return tuple((0.5 * centres + torch.randn(tasks, WAYS, n, d, generator=r)).relu().flatten(1, 2) for n in (shots, 3))
+    return tuple(
+        (0.5 * centres + torch.randn(tasks, WAYS, n, d, generator=r)).relu().flatten(1, 2)
+        for n in (shots, 3)
+    )
 
 
-def plain(make, support: Tensor, query: Tensor, batches: list[Tensor], **sgd: float) -> tuple[list[nn.Module], Tensor]:
-    """Modules by `make`, one a task, as they were initialised, and logits (tasks, queries, ways) after torch's SGD."""
+def plain(
+    make, support: Tensor, query: Tensor, batches: list[Tensor], **sgd: float
+) -> tuple[list[nn.Module], Tensor]:
+    """Modules by `make`, one a task, as they were initialised, and logits (tasks, queries, ways)
+    after torch's SGD.
+    """
     initial, logits = [], []
     labels = torch.arange(WAYS).repeat_interleave(support.shape[1] // WAYS)
     for task in range(len(support)):
@@ -103,7 +135,9 @@ def plain(make, support: Tensor, query: Tensor, batches: list[Tensor], **sgd: fl
         optimizer = torch.optim.SGD(module.parameters(), **sgd)
         for batch in batches:
             x, y = support[task, batch[task]], labels[batch[task]]
-            loss = F.cross_entropy(module(x, y) if isinstance(module, heads.NegMargin) else module(x), y)
+            loss = F.cross_entropy(
+                module(x, y) if isinstance(module, heads.NegMargin) else module(x), y
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -150,7 +184,9 @@ def test_equals_torchs_sgd(kind, shots, drop_last, settings):
     if kind == "cosine":
         init[1] = init[1][..., 0]
     init = init[0] if kind == "normalised" else tuple(init)
-    logits = function(support, query, WAYS, steps=150, batches=batches, init=init, **more, **settings)
+    logits = function(
+        support, query, WAYS, steps=150, batches=batches, init=init, **more, **settings
+    )
     start = function(support, query, WAYS, steps=0, batches=[], init=init, **more)
     assert (start - expected).abs().max() > 0.1  # it has learnt
     close(logits, expected.tolist(), 1e-4)
@@ -175,7 +211,10 @@ def test_random_numbers_follow_from_torchs_seed(kind):
 
 def test_initial_weights_are_pytorchs():
     d, tasks = 64, 50
-    support, query = torch.zeros(tasks, WAYS, d), torch.cat([torch.zeros(1, d), torch.eye(d)]).expand(tasks, -1, -1)
+    support, query = (
+        torch.zeros(tasks, WAYS, d),
+        torch.cat([torch.zeros(1, d), torch.eye(d)]).expand(tasks, -1, -1),
+    )
 
     def start(function, **more) -> Tensor:
         torch.manual_seed(0)
@@ -187,7 +226,9 @@ def test_initial_weights_are_pytorchs():
     for values in (biases, weights):
         assert values.abs().max() <= bound * (1 + 1e-5)
         quarters = values.flatten().quantile(torch.tensor([0.25, 0.5, 0.75])) / bound
-        assert quarters.tolist() == pytest.approx([-0.5, 0, 0.5], abs=0.15 if values is biases else 0.03)
+        assert quarters.tolist() == pytest.approx(
+            [-0.5, 0, 0.5], abs=0.15 if values is biases else 0.03
+        )
     # the same draws, with the gain that leaves a weight as it is, and without
     cosines = start(fine_tuned.cosine, temperature=2.0)[:, 1:]
     assert torch.allclose(cosines, 2 * weights / (1 + 1e-5), atol=1e-6)
@@ -209,8 +250,12 @@ def test_a_pass_takes_every_support_once_in_an_order_of_each_task():
     assert [batch.shape[1] for batch in batches] == [4] * 13
     for orders in (torch.cat(batches[:6], 1), torch.cat(batches[6:12], 1)):
         assert all(len(order.unique()) == 24 for order in orders)
-    left_out = torch.cat([torch.cat(list(fine_tuned.random_batches(support, 1, 4, True)), 1) for _ in range(300)])
-    assert (torch.bincount(left_out.flatten(), minlength=25) / 2100).tolist() == pytest.approx([4 / 25] * 25, abs=0.04)
+    left_out = torch.cat(
+        [torch.cat(list(fine_tuned.random_batches(support, 1, 4, True)), 1) for _ in range(300)]
+    )
+    assert (torch.bincount(left_out.flatten(), minlength=25) / 2100).tolist() == pytest.approx(
+        [4 / 25] * 25, abs=0.04
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,6 +278,12 @@ def test_what_cannot_be():
     support, query = episodes(1)
     with pytest.raises(InputError, match="5 supports make no batch of 8: lower batch_size"):
         fine_tuned.linear(support, query, WAYS, steps=1, batch_size=8)
-    assert fine_tuned.linear(support, query, WAYS, steps=1, batch_size=8, drop_last=False).isfinite().all()
+    assert (
+        fine_tuned.linear(support, query, WAYS, steps=1, batch_size=8, drop_last=False)
+        .isfinite()
+        .all()
+    )
     with pytest.raises(ValueError, match="shorter"):
-        fine_tuned.linear(support, query, WAYS, steps=2, batches=[torch.zeros(3, 1, dtype=torch.long)])
+        fine_tuned.linear(
+            support, query, WAYS, steps=2, batches=[torch.zeros(3, 1, dtype=torch.long)]
+        )

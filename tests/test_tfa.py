@@ -107,10 +107,15 @@ def test_the_box_head_grows_by_names():
         for row, old in ((0, 0), (2, 1), (3, 2)):  # cat, bird, background
             assert torch.equal(grown["cls.weight"][row], state["cls.weight"][old])
         for row, old in ((0, 0), (2, 1)):
-            assert torch.equal(grown["reg.weight"].view(3, 4, 8)[row], state["reg.weight"].view(2, 4, 8)[old])
+            assert torch.equal(
+                grown["reg.weight"].view(3, 4, 8)[row], state["reg.weight"].view(2, 4, 8)[old]
+            )
             assert torch.equal(grown["reg.bias"].view(3, 4)[row], state["reg.bias"].view(2, 4)[old])
         if novel_state is None:
-            assert 0 < grown["cls.weight"][1].abs().max() < 0.1 and grown["reg.bias"].view(3, 4)[1].eq(0).all()
+            assert (
+                0 < grown["cls.weight"][1].abs().max() < 0.1
+                and grown["reg.bias"].view(3, 4)[1].eq(0).all()
+            )
         else:
             assert torch.equal(grown["cls.weight"][1], more["cls.weight"][0])
             assert torch.equal(grown["reg.bias"].view(3, 4)[1], more["reg.bias"])

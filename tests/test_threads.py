@@ -1,4 +1,6 @@
-"""Threads that share a model get what one alone would, and supports change between predictions, not in them."""
+"""Threads that share a model get what one alone would, and supports change between predictions, not
+in them.
+"""
 
 import copy
 import pickle
@@ -48,7 +50,9 @@ THREADS, TIMES = 4, 3
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """An untrained model of every classifier, and of detectors, these with novel classes that can be calibrated."""
+    """An untrained model of every classifier, and of detectors, these with novel classes that can
+    be calibrated.
+    """
     folder = tmp_path_factory.mktemp("runs")
     places = save_classifiers(folder)
     detectors = {"tfa": TFA(fpn("small"), 15, test_proposals=(300, 30)), "meta_rcnn": meta_rcnn()}
@@ -72,7 +76,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 
 def at_once(works: list[Callable[[], Any]]) -> list[Any]:
-    """What each gives in a thread of its own, begun together, where threads take turns as often as they can."""
+    """What each gives in a thread of its own, begun together, where threads take turns as often as
+    they can.
+    """
     barrier = threading.Barrier(len(works))
 
     def begin(work: Callable[[], Any]) -> Any:
@@ -90,11 +96,16 @@ def at_once(works: list[Callable[[], Any]]) -> list[Any]:
 
 def plain(results: list) -> list:
     """To be compared by ==."""
-    return [tuple(x.tolist() if isinstance(x, torch.Tensor) else x for x in result) for result in results]
+    return [
+        tuple(x.tolist() if isinstance(x, torch.Tensor) else x for x in result)
+        for result in results
+    ]
 
 
 class Between:
-    """Calls `work` in another thread the first time that it is called itself, and gives it half a second to end."""
+    """Calls `work` in another thread the first time that it is called itself, and gives it half a
+    second to end.
+    """
 
     def __init__(self, work: Callable[[], Any]):
         self.work, self.thread, self.failed = work, None, []
@@ -131,24 +142,31 @@ def teach(model: Any, second: bool) -> None:
     elif model.method not in DETECTORS:
         shown = pictures(2, first=5 if second else 0)
         names = ["moon", "sun", "cloud"] if second else NAMES
-        # the second classes are the first ones' pictures in another order: what is mixed up would be seen
-        model.support(shown[2:] + shown[:2] if second else shown, [name for name in names for _ in range(2)])
+        # the second classes are the first ones' pictures in another order: what is mixed up would
+        # be seen
+        model.support(
+            shown[2:] + shown[:2] if second else shown, [name for name in names for _ in range(2)]
+        )
 
 
 def check_threads(model: Any) -> None:
     if detects := model.method in DETECTORS:
         asked = [
-            ([scene], {"test_proposals": 10 + 5 * i, "score_above": -1}) for i, scene in enumerate(scenes(THREADS))
+            ([scene], {"test_proposals": 10 + 5 * i, "score_above": -1})
+            for i, scene in enumerate(scenes(THREADS))
         ]
         proposals = getattr(model.network, "base", model.network).rpn
         before = tuple(proposals.test_proposals)
     else:
         asked = [(pictures(2, first=3 + i), {}) for i in range(THREADS)]
     works = [
-        lambda pictures=pictures, options=options: model.predict(pictures, **options) for pictures, options in asked
+        lambda pictures=pictures, options=options: model.predict(pictures, **options)
+        for pictures, options in asked
     ]
     alone = [plain(work()) for work in works]
-    assert all(alone) and len({str(result) for result in alone}) == THREADS, "the threads ask for different things"
+    assert all(alone) and len({str(result) for result in alone}) == THREADS, (
+        "the threads ask for different things"
+    )
     for _ in range(TIMES):
         assert [plain(result) for result in at_once(works)] == alone
     assert not detects or tuple(proposals.test_proposals) == before
@@ -169,7 +187,9 @@ def test_threads_get_the_calibrated_scores_of_one_alone(method, runs):
 @pytest.mark.parametrize("method", RECIPES)
 def test_supports_of_classifiers_wait_for_a_prediction(method, runs):
     model, asked = taught(runs, method), pictures(2, first=3)
-    first, second = (plain(taught(runs, method, second=second).predict(asked)) for second in (False, True))
+    first, second = (
+        plain(taught(runs, method, second=second).predict(asked)) for second in (False, True)
+    )
     assert first != second
     between, classify = Between(lambda: teach(model, second=True)), model.classify
 
@@ -188,7 +208,10 @@ def test_rejections_are_by_the_supports_of_the_prediction(runs):
     model, asked = taught(runs, "proto_net"), pictures(2, first=3)
     model.calibrate()
     first = plain(model.predict(asked))
-    between, classify = Between(lambda: (teach(model, second=True), model.calibrate())), model.classify
+    between, classify = (
+        Between(lambda: (teach(model, second=True), model.calibrate())),
+        model.classify,
+    )
     model.classify = lambda query: (classify(query), between())[0]
     assert plain(model.predict(asked)) == first and first[0][4] is not None
     between.join()
@@ -199,7 +222,8 @@ def test_rejections_are_by_the_supports_of_the_prediction(runs):
 def test_supports_of_detectors_wait_for_a_prediction(method, runs):
     model, images = taught(runs, method), scenes(3)
     first, second = (
-        plain(taught(runs, method, second=second).predict(images, at_once=1, score_above=0)) for second in (False, True)
+        plain(taught(runs, method, second=second).predict(images, at_once=1, score_above=0))
+        for second in (False, True)
     )
     assert first != second and all(names for _, _, names in first)
     passes, between = [], Between(lambda: teach(model, second=True))

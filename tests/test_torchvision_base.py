@@ -1,4 +1,6 @@
-"""Torchvision's detectors as base models: they detect what they did, and can be fine-tuned by TFA, FSCE and MPSR."""
+"""Torchvision's detectors as base models: they detect what they did, and can be fine-tuned by TFA,
+FSCE and MPSR.
+"""
 
 import importlib.util
 import re
@@ -41,19 +43,25 @@ def script():
 
 
 def picture(height: int = 90, width: int = 123) -> Tensor:
-    """Coloured squares, as bytes: sides that 32 does not divide, and a map of stride 32 with an odd number of rows."""
+    """Coloured squares, as bytes: sides that 32 does not divide, and a map of stride 32 with an odd
+    number of rows.
+    """
     squares = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1)) * 255
     return squares.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].byte()
 
 
 @torch.no_grad()
 def lively(backbone: str, classes: int) -> nn.Module:
-    """A random detector of torchvision's that finds things: its norms fit the picture, its heads tell cells apart.
+    """A random detector of torchvision's that finds things: its norms fit the picture, its heads
+    tell cells apart.
 
-    Residual branches are weak, since a deep random network would make much of the rounding of its first layers.
+    Residual branches are weak, since a deep random network would make much of the rounding of its
+    first layers.
     """
     torch.manual_seed(0)
-    model = MODELS[backbone](weights=None, weights_backbone=None, num_classes=classes, min_size=90, max_size=123)
+    model = MODELS[backbone](
+        weights=None, weights_backbone=None, num_classes=classes, min_size=90, max_size=123
+    )
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -70,7 +78,9 @@ def lively(backbone: str, classes: int) -> nn.Module:
     features, rpn, roi = model.eval().backbone(images.tensors), model.rpn.head, model.roi_heads
     hidden = torch.cat([rpn.conv(level).flatten(2)[0].T for level in features.values()])
     spread(rpn.cls_logits, hidden, 2.0)
-    rpn.cls_logits.bias -= 4  # there are proposals of low score, which only one of the two models leaves out
+    rpn.cls_logits.bias -= (
+        4  # there are proposals of low score, which only one of the two models leaves out
+    )
     spread(rpn.bbox_pred, hidden, 0.03)
     x = roi.box_roi_pool(features, model.rpn(images, features)[0], images.image_sizes).flatten(1)
     for layer in (roi.box_head.fc6, roi.box_head.fc7):
@@ -90,7 +100,9 @@ def resnet() -> nn.Module:
 
 @torch.no_grad()
 def silence(model: nn.Module, categories: list[str]) -> None:
-    """The rows that stand for no class never win, as in the trained model, and fewer objects are found than may be."""
+    """The rows that stand for no class never win, as in the trained model, and fewer objects are
+    found than may be.
+    """
     head = model.roi_heads.box_predictor.cls_score
     for row, name in enumerate(categories):
         if name == "N/A":
@@ -101,12 +113,16 @@ def silence(model: nn.Module, categories: list[str]) -> None:
 
 @torch.no_grad()
 def check_detections(model: nn.Module, file: Path, categories: list[str]) -> None:
-    """What both find is the same one to one; in which order, rounding decides where scores are equal to 1e-4."""
+    """What both find is the same one to one; in which order, rounding decides where scores are
+    equal to 1e-4.
+    """
     (theirs,) = model([picture() / 255])
     ours = fewshot.load(file).predict(picture(), size="keep")
     assert 20 < len(theirs["labels"]) < 100
     labels = torch.tensor([categories.index(name) for name in ours.names])
-    apart = (ours.boxes[:, None] - theirs["boxes"]).abs().amax(2) + 1000.0 * (labels[:, None] != theirs["labels"])
+    apart = (ours.boxes[:, None] - theirs["boxes"]).abs().amax(2) + 1000.0 * (
+        labels[:, None] != theirs["labels"]
+    )
     distance, nearest = apart.min(0)
     assert nearest.sort().values.tolist() == list(range(len(labels)))
     assert distance.max() < 5e-4  # pixels: the largest anchors of 512 have steps of 6e-5
@@ -127,20 +143,29 @@ def test_what_torchvision_detects(backbone, resnet, tmp_path):
 
 @torch.no_grad()
 def test_norms_without_eps_and_names_of_old(resnet, tmp_path, monkeypatch):
-    """As in torchvision's file trained on COCO: variances are small enough for the difference to be seen."""
+    """As in torchvision's file trained on COCO: variances are small enough for the difference to be
+    seen.
+    """
     frozen = detection.FasterRCNN(
         resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d),
         91,
         min_size=90,
         max_size=123,
     ).eval()
-    state = {key: tensor.clone() for key, tensor in resnet.state_dict().items() if "num_batches" not in key}
+    state = {
+        key: tensor.clone()
+        for key, tensor in resnet.state_dict().items()
+        if "num_batches" not in key
+    }
     for key in [key for key in state if key.endswith("running_var")]:
         state[key] *= 1e-5
         state[key.replace("running_var", "weight")] *= 1e-5**0.5
     frozen.load_state_dict(state)
     overwrite_eps(frozen, 0.0)
-    old = {re.sub(r"(fpn\..*_blocks\.\d)\.0|(rpn\.head\.conv)\.0\.0", r"\1\2", k): t for k, t in state.items()}
+    old = {
+        re.sub(r"(fpn\..*_blocks\.\d)\.0|(rpn\.head\.conv)\.0\.0", r"\1\2", k): t
+        for k, t in state.items()
+    }
     assert "rpn.head.conv.weight" in old and "backbone.fpn.inner_blocks.0.weight" in old
     kind = detection.FasterRCNN_ResNet50_FPN_Weights
     monkeypatch.setattr(kind, "get_state_dict", lambda self, **_: old)
@@ -151,7 +176,9 @@ def test_norms_without_eps_and_names_of_old(resnet, tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(kind, "get_state_dict", offline)
-    with pytest.raises(InputError, match=r"no route to host.*fetch https://.*\.pth.*convert_torchvision.py") as error:
+    with pytest.raises(
+        InputError, match=r"no route to host.*fetch https://.*\.pth.*convert_torchvision.py"
+    ) as error:
         torchvision_base.coco()
     assert "\n" not in str(error.value)
 
@@ -160,11 +187,18 @@ def test_a_model_of_own_classes_by_the_script(tmp_path, script, capsys):
     model, names = lively("mobilenet_v3_large", 4), ["cup", "kettle", "teapot"]
     silence(model, names)
     torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "mine.pth")
-    script.main(script.Args(tmp_path / "mine.pth", tmp_path / "new" / "base.safetensors", tuple(names)))
+    script.main(
+        script.Args(tmp_path / "mine.pth", tmp_path / "new" / "base.safetensors", tuple(names))
+    )
     assert "3 classes: cup, kettle, teapot" in capsys.readouterr().out
     check_detections(model, tmp_path / "new" / "base.safetensors", ["__background__", *names])
     about = weights.describe_file(tmp_path / "new" / "base.safetensors")
-    assert (about["stage"], about["base"], about["novel"], about["source"]) == ("base", names, [], "mine.pth")
+    assert (about["stage"], about["base"], about["novel"], about["source"]) == (
+        "base",
+        names,
+        [],
+        "mine.pth",
+    )
 
     (tmp_path / "names.txt").write_text("cup\n\nkettle\nteapot\n")
     file, out = tmp_path / "mine.pth", tmp_path / "other.safetensors"
@@ -181,7 +215,10 @@ def test_a_model_of_own_classes_by_the_script(tmp_path, script, capsys):
     for change, message in (
         ({"rpn.head.conv.0.0.weight": None}, "rpn.conv.weight is missing from mine.pth"),
         ({"roi_heads.box_predictor.bbox_pred.bias": None}, "reg.bias is missing from mine.pth"),
-        ({"roi_heads.mask_head.0.weight": extra}, "roi_heads.mask_head.0.weight in mine.pth is no part of"),
+        (
+            {"roi_heads.mask_head.0.weight": extra},
+            "roi_heads.mask_head.0.weight in mine.pth is no part of",
+        ),
         ({"roi_heads.box_head.fc6.bias": extra}, r"fc1.bias is \(3,\) in mine.pth"),
     ):
         changed = {key: tensor for key, tensor in (state | change).items() if tensor is not None}
@@ -191,7 +228,9 @@ def test_a_model_of_own_classes_by_the_script(tmp_path, script, capsys):
     script.main(script.Args(file, classes=tmp_path / "names.txt"))
     assert fewshot.load(tmp_path / "mine.safetensors").classes == names
     torch.save({"model": model}, file)
-    with pytest.raises(InputError, match=r"mine.pth cannot be read as weights \(it is no file of tensors alone\)"):
+    with pytest.raises(
+        InputError, match=r"mine.pth cannot be read as weights \(it is no file of tensors alone\)"
+    ):
         script.main(script.Args(file, out))
     assert not out.exists()
 
@@ -227,14 +266,22 @@ def test_mobilenet_v3_has_torchvisions_imagenet_weights(tmp_path):
     x = torch.randn(1, 3, 64, 96)
     features = plain.features[:13](x)
     assert features.shape == (1, trunk.out_channels, 4, 6)
-    for ours, theirs in ((trunk(x), features), (trunk.stage4(features), plain.features[13:](features))):
+    for ours, theirs in (
+        (trunk(x), features),
+        (trunk.stage4(features), plain.features[13:](features)),
+    ):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 # ------------------------------------------------------------------------------------------------------- fine-tuning
 NEW = ["kettle", "teapot"]
 IMAGES = torch.stack([F.pad(picture().float() / 128 - 1, (0, 5, 0, 6))] * 2)  # (2, 3, 96, 128)
-BATCH = IMAGES, [(90, 123)] * 2, [torch.tensor([[8.0, 8, 60, 70]])] * 2, [torch.tensor([0]), torch.tensor([1])]
+BATCH = (
+    IMAGES,
+    [(90, 123)] * 2,
+    [torch.tensor([[8.0, 8, 60, 70]])] * 2,
+    [torch.tensor([0]), torch.tensor([1])],
+)
 
 SUPPORT = IMAGES[:1, :, :96, :96], torch.tensor([[8.0, 8, 60, 70]])
 
@@ -254,7 +301,11 @@ def train(model: nn.Module, *more) -> set[str]:
         assert all(loss.isfinite() for loss in losses.values())
         sum(losses.values()).backward()
         optimizer.step()
-    return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    return {
+        name.split(".")[0]
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
 
 
 def test_tfa_fine_tunes_its_last_layers(base):
@@ -277,7 +328,15 @@ def test_fsce_fine_tunes_all_but_the_trunk(base):
     model = rebuilt(FSCE, about, 2, cosine=True, dimensions=16, rois=32)
     weights.fill(model, grow(state, [], NEW), "base", fresh=("contrast.",))
     model.trunk.freeze(len(model.trunk.stages))
-    assert train(model) == {"trunk", "rpn", "fc1", "fc2", "cls", "reg", "contrast"}  # of the trunk, its pyramid
+    assert train(model) == {
+        "trunk",
+        "rpn",
+        "fc1",
+        "fc2",
+        "cls",
+        "reg",
+        "contrast",
+    }  # of the trunk, its pyramid
     assert not any(p.requires_grad for p in model.trunk.stages.parameters())
     assert model.describe()["sizes"]["convention"] == "torchvision"
 

@@ -27,7 +27,9 @@ INDUCTIVE = {"simple_shot", "logistic"}
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder of class folders with pictures of noise about a colour of the class, and a trained model of it."""
+    """A folder of class folders with pictures of noise about a colour of the class, and a trained
+    model of it.
+    """
     root, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
     for part, classes in (("train", 6), ("val", 5), ("test", 6)):
         for c in range(classes):
@@ -37,20 +39,26 @@ def small(tmp_path_factory):
             for i in range(25):
                 noise = rng.normal(colour, 40, (20, 20, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(noise).save(place / f"{i}.png")
-    flags = f"--dataset {root / 'data'} --size 32 --iters 4 --eval-every 4 --val-tasks 4 --batch-size 8"
+    flags = (
+        f"--dataset {root / 'data'} --size 32 --iters 4 --eval-every 4 --val-tasks 4 --batch-size 8"
+    )
     run_here("baseline", f"{flags} --tasks 4 --queries 4 --out {root / 'baseline'}")
     return root
 
 
 def flags(small: Path, out: Path) -> str:
-    start = f"--dataset {small / 'data'} --init {small / 'baseline'} --features {small / 'features'}"
+    start = (
+        f"--dataset {small / 'data'} --init {small / 'baseline'} --features {small / 'features'}"
+    )
     return f"{start} --out {out} {TASKS}"
 
 
 @pytest.mark.parametrize("imbalance", [None, 2.0], ids=["balanced", "imbalanced"])
 @pytest.mark.parametrize("recipe", TRAINING_FREE)
 def test_a_run_is_what_its_tasks_give_one_by_one(recipe, imbalance, small, tmp_path):
-    """Through kept features and all tasks at once, and task by task through the network, the accuracy is the same."""
+    """Through kept features and all tasks at once, and task by task through the network, the
+    accuracy is the same.
+    """
     unequal = "" if imbalance is None else f"--imbalance {imbalance}"
     run_here(recipe, f"{flags(small, tmp_path)} {unequal} --save-tasks")
     found = json.loads((tmp_path / "tasks.json").read_text())
@@ -60,14 +68,21 @@ def test_a_run_is_what_its_tasks_give_one_by_one(recipe, imbalance, small, tmp_p
     assert about["backbone"] == "conv4" and set(state) == set(model.state_dict())
     dataset = open_dataset(str(small / "data"), "", "test", size=32)
     transform = meta_test.transforms.test_transform(dataset)
-    draw = episodes.draw if imbalance is None else partial(episodes.draw_imbalanced, alpha=imbalance)
+    draw = (
+        episodes.draw if imbalance is None else partial(episodes.draw_imbalanced, alpha=imbalance)
+    )
     for shots in (1, 5):
         for task in range(4):
             drawn = draw(dataset, ways=5, shots=shots, queries=4, seed=0, index=task)
             drawn, counts = drawn if imbalance is not None else (drawn, [4] * 5)
-            pixels = [torch.stack([dataset.pixels(i) for i in part.ravel()]) for part in (drawn.support, drawn.query)]
+            pixels = [
+                torch.stack([dataset.pixels(i) for i in part.ravel()])
+                for part in (drawn.support, drawn.query)
+            ]
             with torch.no_grad():
-                support, query = (model.features(transform(x, torch.ones(len(x)), None)) for x in pixels)
+                support, query = (
+                    model.features(transform(x, torch.ones(len(x)), None)) for x in pixels
+                )
             answers = model.classify(support[None], query[None], 5)[0].argmax(1).numpy()
             accuracy = (answers == np.arange(5).repeat(counts)).mean() * 100
             assert abs(accuracy - found[str(shots)][task]) < 1e-3
@@ -78,7 +93,11 @@ def test_features_are_extracted_once(small, tmp_path, monkeypatch):
     base = f"--dataset {small / 'data'} --init {small / 'baseline'} --features {tmp_path / 'features'} {TASKS}"
     run_here("simple_shot", f"{base} --out {tmp_path / 'a'}")
     kept = sorted(path.name for path in (tmp_path / "features").iterdir())
-    assert len(kept) == 2 and kept[0].endswith("-features.safetensors") and kept[1].endswith("-mean.safetensors")
+    assert (
+        len(kept) == 2
+        and kept[0].endswith("-features.safetensors")
+        and kept[1].endswith("-mean.safetensors")
+    )
     extract = frozen.extract
     monkeypatch.setattr(frozen, "extract", None)
     run_here("bd_cspn", f"{base} --out {tmp_path / 'b'} --imbalance 2")
@@ -140,10 +159,21 @@ run_here("pt_map", flags)
 def test_one_program_extracts_and_another_waits(small, tmp_path):
     """And nothing is taken of what a program that was killed had written."""
     base = f"--dataset {small / 'data'} --init {small / 'baseline'} --features {tmp_path / 'features'} {TASKS}"
-    options = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    options = {
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    }
 
     def begun(how: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path), how, f"{base} --out {tmp_path / how}"]
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            str(tmp_path),
+            how,
+            f"{base} --out {tmp_path / how}",
+        ]
         return subprocess.Popen(command, **options)
 
     killed = begun("killed")
@@ -181,7 +211,10 @@ def test_a_model_is_tested_again_from_its_file_and_used(small, tmp_path):
     again = f"--test-only --out {tmp_path} --dataset {small / 'data'} --features {tmp_path / 'f'} {TASKS}"
     run_here("laplacian_shot", f"{again} --shots 3 --imbalance 1")
     (result,) = results_of_tests(tmp_path)
-    assert result["settings"]["trained"]["lam"] == 0.5 and result["settings"]["tested"]["imbalance"] == 1
+    assert (
+        result["settings"]["trained"]["lam"] == 0.5
+        and result["settings"]["tested"]["imbalance"] == 1
+    )
     with pytest.raises(SystemExit, match=r"made with lam=0\.5, not 0\.6"):
         run_here("laplacian_shot", f"{again} --lam 0.6")
     model = fewshot.load(tmp_path)
@@ -202,14 +235,22 @@ def test_imbalanced_tasks():
         assert not set(drawn.query) & set(drawn.support.ravel()), "no query is a support"
         one, same = episodes.draw_imbalanced(by_class, 5, 1, 15, 2.0, seed=3, index=index)
         assert (
-            (one.query == drawn.query).all() and (one.support == drawn.support[:, :1]).all() and (same == counts).all()
+            (one.query == drawn.query).all()
+            and (one.support == drawn.support[:, :1]).all()
+            and (same == counts).all()
         )
         seen.add(tuple(counts))
     assert len(seen) == 50
-    spread = [episodes.draw_imbalanced(by_class, 5, 1, 15, a, 0, i)[1].std() for a in (0.5, 2, 100) for i in range(50)]
+    spread = [
+        episodes.draw_imbalanced(by_class, 5, 1, 15, a, 0, i)[1].std()
+        for a in (0.5, 2, 100)
+        for i in range(50)
+    ]
     wide, published, narrow = np.mean(np.reshape(spread, (3, 50)), 1)
     assert wide > published > narrow
-    with pytest.raises(InputError, match=r"may get all 75 queries .* has 40 pictures; give --queries 7 or fewer"):
+    with pytest.raises(
+        InputError, match=r"may get all 75 queries .* has 40 pictures; give --queries 7 or fewer"
+    ):
         episodes.draw_imbalanced([c[:40] for c in by_class], 5, 5, 15, 2.0, 0, 0)
     with pytest.raises(InputError, match="--imbalance 0: give a number above 0"):
         episodes.draw_imbalanced(by_class, 5, 5, 15, 0, 0, 0)
@@ -217,7 +258,9 @@ def test_imbalanced_tasks():
 
 @pytest.mark.parametrize("given", ["", "--init x --backbone torchvision/resnet18"])
 def test_one_backbone_has_to_be_given(given, tmp_path):
-    with pytest.raises(SystemExit, match=r"give a trained model, say --init .*, or else a pretrained network, say"):
+    with pytest.raises(
+        SystemExit, match=r"give a trained model, say --init .*, or else a pretrained network, say"
+    ):
         run_here("tim", f"{given} --out {tmp_path / 'run'} {TASKS}")
     assert not (tmp_path / "run").exists()
 
@@ -234,9 +277,20 @@ def test_roots_of_negative_features_are_refused(small, tmp_path):
 
 def test_default_folders_tell_what_differs():
     start = "--init runs/baseline/glyphs-conv4-seed0"
-    variants = [start, f"{start} --imbalance 2", f"{start} --test-dataset cub", "--backbone torchvision/resnet18"]
-    folders = [frozen.folder("tim", parse("tim", f"{flags} --seed {seed}")) for flags in variants for seed in (0, 1)]
-    assert len(set(folders)) == 8 and folders[0] == "runs/tim/glyphs-baseline-glyphs-conv4-seed0-seed0"
+    variants = [
+        start,
+        f"{start} --imbalance 2",
+        f"{start} --test-dataset cub",
+        "--backbone torchvision/resnet18",
+    ]
+    folders = [
+        frozen.folder("tim", parse("tim", f"{flags} --seed {seed}"))
+        for flags in variants
+        for seed in (0, 1)
+    ]
+    assert (
+        len(set(folders)) == 8 and folders[0] == "runs/tim/glyphs-baseline-glyphs-conv4-seed0-seed0"
+    )
 
 
 def test_every_method_is_in_the_table():
@@ -248,8 +302,12 @@ def test_every_method_is_in_the_table():
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_do_not_matter(processes, small, tmp_path):
     run_here("bd_cspn", f"{flags(small, tmp_path / 'one')} --save-tasks")
-    several = flags(small, tmp_path / "several").replace(str(small / "features"), str(tmp_path / "features"))
+    several = flags(small, tmp_path / "several").replace(
+        str(small / "features"), str(tmp_path / "features")
+    )
     done = launch("bd_cspn", f"{several} --save-tasks", processes=processes)
     assert done.returncode == 0, done.stderr
-    one, many = (json.loads((tmp_path / name / "tasks.json").read_text()) for name in ("one", "several"))
+    one, many = (
+        json.loads((tmp_path / name / "tasks.json").read_text()) for name in ("one", "several")
+    )
     assert one == many

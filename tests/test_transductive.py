@@ -1,4 +1,6 @@
-"""Transductive methods against the numbers of their official implementations, plain versions, and what must hold."""
+"""Transductive methods against the numbers of their official implementations, plain versions, and
+what must hold.
+"""
 
 import numpy as np
 import pytest
@@ -28,7 +30,9 @@ def golden_task(case: dict, transform: str) -> tuple[Tensor, Tensor]:
     """A case's supports (ways * shots, D) and queries (m, D), float64, as its method takes them."""
     tag, d = case["tag"], case["dim"]
     centres = np.float32(case["separation"]) * array(f"{tag}/centre", (WAYS, d))[:, None]
-    support = np.maximum(centres + array(f"{tag}/support", (WAYS, case["shots"], d)), 0).reshape(-1, d)
+    support = np.maximum(centres + array(f"{tag}/support", (WAYS, case["shots"], d)), 0).reshape(
+        -1, d
+    )
     drawn = np.maximum(centres + array(f"{tag}/query", (WAYS, max(case["counts"]), d)), 0)
     query = np.concatenate([rows[:n] for rows, n in zip(drawn, case["counts"])])
     mean = np.float32(0.4) + np.float32(0.05) * array(f"{tag}/base_mean", (d,))
@@ -43,7 +47,9 @@ def golden_task(case: dict, transform: str) -> tuple[Tensor, Tensor]:
     return tr.unit(support), tr.unit(query)
 
 
-def golden_tasks(group: str, transform: str, dtype: torch.dtype) -> tuple[list[dict], Tensor, Tensor]:
+def golden_tasks(
+    group: str, transform: str, dtype: torch.dtype
+) -> tuple[list[dict], Tensor, Tensor]:
     """The cases of a group, their supports (tasks, ways * shots, D) and queries (tasks, m, D)."""
     cases = [GOLDENS[name] for name in GROUPS[group]]
     tasks = [golden_task(case, transform) for case in cases]
@@ -60,7 +66,9 @@ def accuracy(scores: Tensor, case: dict) -> float:
     return (scores.argmax(1) == labels).double().mean().item()
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64], ids=["float32", "float64"]
+)
 EACH = pytest.mark.parametrize("group", GROUPS)
 
 
@@ -81,7 +89,13 @@ def test_simple_shot_and_bd_cspn_equal_the_official_ones(group, dtype):
     for i, case in enumerate(cases):
         for name, ours in scores.items():
             cosines = name == "bdcspn_easyfsl"
-            assert off(ours[i] if cosines else -ours[i], case[name]["cosine" if cosines else "distance"]) < 1e-6
+            assert (
+                off(
+                    ours[i] if cosines else -ours[i],
+                    case[name]["cosine" if cosines else "distance"],
+                )
+                < 1e-6
+            )
             assert accuracy(ours[i], case) == pytest.approx(case[name]["accuracy"], abs=1e-6)
         for name, ours in prototypes.items():
             close(ours[i], case[name]["prototypes"], 2e-6)
@@ -105,21 +119,33 @@ def test_laplacian_shot_equals_the_official_one(group, dtype):
 
 @EACH
 def test_laplacian_shot_goes_the_official_way(group):
-    """Neighbours, start, energies and number of updates; in float32 the last depends on how sums are rounded."""
+    """Neighbours, start, energies and number of updates; in float32 the last depends on how sums
+    are rounded.
+    """
     cases, support, query = golden_tasks(group, "CL2N", torch.float64)
     for i, case in enumerate(cases):
-        near = torch.cdist(query[i], query[i]).fill_diagonal_(torch.inf).topk(2, largest=False).indices
+        near = (
+            torch.cdist(query[i], query[i]).fill_diagonal_(torch.inf).topk(2, largest=False).indices
+        )
         assert near.sort(1).values.tolist() == case["laplacianshot"]["neighbours"]
         for name, rectify in (("laplacianshot", True), ("laplacianshot_no_rect", False)):
             stored, n = case[name], case[name]["updates"]
-            task, options = (support[i, None], query[i, None], WAYS), {"lam": stored["lmd"], "rectify": rectify}
-            way = [tr.laplacian_shot(*task, **options, shift=False, updates=k)[0] for k in range(n + 1)]
+            task, options = (
+                (support[i, None], query[i, None], WAYS),
+                {"lam": stored["lmd"], "rectify": rectify},
+            )
+            way = [
+                tr.laplacian_shot(*task, **options, shift=False, updates=k)[0] for k in range(n + 1)
+            ]
             close(way[0], stored["prob_start"], 1e-6)
             assert torch.equal(way[n], tr.laplacian_shot(*task, **options, shift=False)[0])
             assert not torch.equal(way[n], way[n - 1])
             means = tr.rectified(*task) if rectify else heads.class_means(support[i, None], WAYS)
             unary = torch.cdist(query[i], means[0]).square()
-            energies = [(y * (y.log() + unary - stored["lmd"] * y[near].sum(1))).sum().item() for y in way[1:]]
+            energies = [
+                (y * (y.log() + unary - stored["lmd"] * y[near].sum(1))).sum().item()
+                for y in way[1:]
+            ]
             assert energies == pytest.approx(stored["energy"], rel=1e-6, abs=1e-5)
 
 
@@ -144,16 +170,22 @@ def test_tim_equals_the_official_one(group, name):
         for i, case in enumerate(cases):
             stored = case[name]
             close(w[i], stored["prototypes"][steps], tolerance)
-            assert mutual_information(p[i]) == pytest.approx(stored["mutual_info"][steps], abs=tolerance)
+            assert mutual_information(p[i]) == pytest.approx(
+                stored["mutual_info"][steps], abs=tolerance
+            )
     for i, case in enumerate(cases):  # `p` is by the last step
         assert off(p[i], case[name]["prob"]) < tolerance
         assert accuracy(p[i], case) == pytest.approx(case[name]["accuracy"], abs=1e-6)
     # its own choice of weights and alpha
     options = options if name == "tim_gd_equal_weights" else {}
-    assert torch.allclose(method(*task, WAYS, **options, steps=2), probabilities(prototypes, *task, name, cases, 2))
+    assert torch.allclose(
+        method(*task, WAYS, **options, steps=2), probabilities(prototypes, *task, name, cases, 2)
+    )
 
 
-def probabilities(prototypes, support: Tensor, query: Tensor, name: str, cases: list[dict], steps: int) -> Tensor:
+def probabilities(
+    prototypes, support: Tensor, query: Tensor, name: str, cases: list[dict], steps: int
+) -> Tensor:
     """(tasks, m, ways) with the golden's loss weights and alpha."""
     stored = cases[0][name]
     more = {"alpha": stored["alpha"]} if "alpha" in stored else {}
@@ -168,13 +200,18 @@ def mutual_information(p: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("tim_gd", 1e-5), ("tim_gd_equal_weights", 1e-5), ("alpha_tim", 1e-4), ("tim_adm", 1e-3)]
+    ("name", "tolerance"),
+    [("tim_gd", 1e-5), ("tim_gd_equal_weights", 1e-5), ("alpha_tim", 1e-4), ("tim_adm", 1e-3)],
 )
 @EACH
 def test_tim_in_float32(group, name, tolerance):
-    """TIM-ADM is official in float64; features' rounding grows in the case of a class without queries."""
+    """TIM-ADM is official in float64; features' rounding grows in the case of a class without
+    queries.
+    """
     cases, *task = golden_tasks(group, "L2N", torch.float32)
-    p = TIM[name][1](*task, WAYS, **({"weights": (1.0, 1.0, 1.0)} if name == "tim_gd_equal_weights" else {}))
+    p = TIM[name][1](
+        *task, WAYS, **({"weights": (1.0, 1.0, 1.0)} if name == "tim_gd_equal_weights" else {})
+    )
     assert p.dtype == torch.float32
     for i, case in enumerate(cases):
         unstable = name == "tim_adm" and 0 in case["counts"]
@@ -186,7 +223,9 @@ def test_tim_in_float32(group, name, tolerance):
 def test_pt_map_equals_the_official_one(group, dtype):
     cases, *task = golden_tasks(group, "PT", dtype)
     start, final = tr.pt_map(*task, WAYS, steps=0), tr.pt_map(*task, WAYS)
-    assert torch.allclose(final.sum(1), torch.tensor(15.0, dtype=dtype), rtol=1e-6)  # classes' shares, exactly
+    assert torch.allclose(
+        final.sum(1), torch.tensor(15.0, dtype=dtype), rtol=1e-6
+    )  # classes' shares, exactly
     assert (final.sum(2) - 1).abs().max() < 1e-5
     for i, case in enumerate(cases):
         stored = case["pt_map"]
@@ -195,12 +234,17 @@ def test_pt_map_equals_the_official_one(group, dtype):
         assert accuracy(final[i], case) == pytest.approx(stored["accuracy"], abs=1e-6)
         for steps, expected in stored["prototype_distances"].items():
             w = tr.map_prototypes(*task, WAYS, steps=int(steps))[i]
-            assert off(torch.cdist(w, w, compute_mode="donot_use_mm_for_euclid_dist"), expected) < 1e-6
+            assert (
+                off(torch.cdist(w, w, compute_mode="donot_use_mm_for_euclid_dist"), expected) < 1e-6
+            )
 
 
 def test_dirichlet_counts_are_the_official_ones():
     rng = np.random.RandomState(DIRICHLET["seed"])
-    drawn = [episodes.dirichlet_queries(rng, DIRICHLET["ways"], DIRICHLET["total"]) for _ in DIRICHLET["counts"]]
+    drawn = [
+        episodes.dirichlet_queries(rng, DIRICHLET["ways"], DIRICHLET["total"])
+        for _ in DIRICHLET["counts"]
+    ]
     assert np.array_equal(drawn, DIRICHLET["counts"])
     for shares, counts in zip(DIRICHLET["proportions"], DIRICHLET["counts"]):
         assert episodes.rounded(np.array(shares), 75).tolist() == counts
@@ -219,12 +263,18 @@ def test_dirichlet_counts_are_the_official_ones():
 COUNTS, IMBALANCED = (15, 15, 15, 15, 15), (30, 3, 24, 8, 10)
 
 
-def mixture(shots: int, counts=COUNTS, tasks: int = 12, d: int = 64, separation: float = 0.7) -> tuple[Tensor, ...]:
-    """Supports (tasks, 5 * shots, d), queries (tasks, m, d) and their labels (m,): Gaussians cut at 0."""
+def mixture(
+    shots: int, counts=COUNTS, tasks: int = 12, d: int = 64, separation: float = 0.7
+) -> tuple[Tensor, ...]:
+    """Supports (tasks, 5 * shots, d), queries (tasks, m, d) and their labels (m,): Gaussians cut at
+    0.
+    """
     r = torch.Generator().manual_seed(shots)
     centres = separation * torch.randn(tasks, WAYS, 1, d, generator=r)
     support = (centres + torch.randn(tasks, WAYS, shots, d, generator=r)).relu().flatten(1, 2)
-    query = [(centres[:, c] + torch.randn(tasks, n, d, generator=r)).relu() for c, n in enumerate(counts)]
+    query = [
+        (centres[:, c] + torch.randn(tasks, n, d, generator=r)).relu() for c, n in enumerate(counts)
+    ]
     return support, torch.cat(query, 1), torch.arange(WAYS).repeat_interleave(torch.tensor(counts))
 
 
@@ -251,7 +301,9 @@ METHODS = {  # name -> method, transform, options
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "simple_shot"])
 def test_other_queries_help(name):
-    """More right answers than by class means on the same features, which is where each method starts."""
+    """More right answers than by class means on the same features, which is where each method
+    starts.
+    """
     method, transform, options = METHODS[name]
     support, query, labels = mixture(1)
     support, query = prepared(support, query, transform)
@@ -260,11 +312,15 @@ def test_other_queries_help(name):
     assert right > start + 0.05
     # with hardly another query to learn from, nothing is won
     few = query[:, ::25]
-    assert (method(support, few, WAYS, **options).argmax(2) == labels[::25]).float().mean() < start + 0.1
+    assert (
+        method(support, few, WAYS, **options).argmax(2) == labels[::25]
+    ).float().mean() < start + 0.1
 
 
 def test_unequal_classes():
-    """What assumes equal ones falls below class means, and alpha-TIM, made for unequal ones, is best of its kin."""
+    """What assumes equal ones falls below class means, and alpha-TIM, made for unequal ones, is
+    best of its kin.
+    """
     support, query, labels = mixture(1, IMBALANCED)
 
     def right(name: str, **more) -> float:
@@ -287,12 +343,21 @@ def test_does_not_depend_on_order_and_other_tasks(name):
     assert scores.shape == (4, 75, WAYS) and scores.isfinite().all()
     alone = torch.cat([method(s[None], q[None], WAYS, **options) for s, q in zip(support, query)])
     assert torch.allclose(alone, scores, rtol=0, atol=1e-9)
-    tasks, order = torch.tensor([2, 0, 3, 1]), torch.randperm(75, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(method(support[tasks], query[tasks], WAYS, **options), scores[tasks], rtol=0, atol=1e-9)
-    assert torch.allclose(method(support, query[:, order], WAYS, **options), scores[:, order], rtol=0, atol=1e-9)
+    tasks, order = (
+        torch.tensor([2, 0, 3, 1]),
+        torch.randperm(75, generator=torch.Generator().manual_seed(0)),
+    )
+    assert torch.allclose(
+        method(support[tasks], query[tasks], WAYS, **options), scores[tasks], rtol=0, atol=1e-9
+    )
+    assert torch.allclose(
+        method(support, query[:, order], WAYS, **options), scores[:, order], rtol=0, atol=1e-9
+    )
     classes = torch.tensor([3, 1, 4, 0, 2])
     renamed = support.unflatten(1, (WAYS, 5))[:, classes].flatten(1, 2)
-    assert torch.allclose(method(renamed, query, WAYS, **options), scores[..., classes], rtol=0, atol=1e-9)
+    assert torch.allclose(
+        method(renamed, query, WAYS, **options), scores[..., classes], rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -309,7 +374,9 @@ def test_stays_in_float32_and_out_of_autograd(name):
     assert not method(support.clone().requires_grad_(), query, WAYS, **options).requires_grad
 
 
-def plain_tim(support: Tensor, query: Tensor, ways: int, weights, alpha: float, steps: int, lr: float) -> Tensor:
+def plain_tim(
+    support: Tensor, query: Tensor, ways: int, weights, alpha: float, steps: int, lr: float
+) -> Tensor:
     """Prototypes (ways, D) of one task by autograd and torch's Adam."""
     labels = torch.arange(ways).repeat_interleave(len(support) // ways)
     w = support.unflatten(0, (ways, -1)).mean(1).requires_grad_()
@@ -344,7 +411,9 @@ def test_tim_without_its_terms_of_queries_is_inductive():
     support, query = prepared(*mixture(5, tasks=2)[:2], "L2N")
     options = {"weights": (1.0, 0.0, 0.0), "steps": 50}
     w = tr.tim_prototypes(support, query, WAYS, **options)
-    assert torch.allclose(w, tr.tim_prototypes(support, query.flip(2)[:, :20], WAYS, **options), atol=1e-6)
+    assert torch.allclose(
+        w, tr.tim_prototypes(support, query.flip(2)[:, :20], WAYS, **options), atol=1e-6
+    )
     assert not torch.allclose(w, heads.class_means(support, WAYS), atol=1e-3)
 
 
@@ -357,7 +426,9 @@ def test_laplacian_shot_without_neighbours_influence_is_the_nearest_prototype():
     # published lambdas: one shot, and more
     one = prepared(*mixture(1, tasks=2)[:2], "CL2N")
     assert torch.equal(tr.laplacian_shot(*one, WAYS), tr.laplacian_shot(*one, WAYS, lam=0.7))
-    assert torch.equal(tr.laplacian_shot(support, query, WAYS), tr.laplacian_shot(support, query, WAYS, lam=0.3))
+    assert torch.equal(
+        tr.laplacian_shot(support, query, WAYS), tr.laplacian_shot(support, query, WAYS, lam=0.3)
+    )
 
 
 def test_a_class_to_which_nothing_belongs_keeps_its_mean():
@@ -372,7 +443,10 @@ def test_a_class_to_which_nothing_belongs_keeps_its_mean():
 def test_cosine_and_euclidean_simple_shot_rank_alike_in_one_shot_alone():
     for shots, alike in ((1, True), (5, False)):
         support, query = prepared(*mixture(shots, separation=0.4)[:2], "CL2N")
-        ranks = [tr.simple_shot(support, query, WAYS, metric=m).argsort(2) for m in ("euclidean", "cosine")]
+        ranks = [
+            tr.simple_shot(support, query, WAYS, metric=m).argsort(2)
+            for m in ("euclidean", "cosine")
+        ]
         assert torch.equal(*ranks) == alike
 
 
@@ -391,7 +465,9 @@ def test_power_transform():
         tr.power(support, below)
     with pytest.raises(InputError, match="features are below 0"):
         tr.power(below, query)
-    assert torch.equal(tr.power(support, below, clamp=True)[1], tr.power(support, below.clamp(min=0))[1])
+    assert torch.equal(
+        tr.power(support, below, clamp=True)[1], tr.power(support, below.clamp(min=0))[1]
+    )
     with pytest.raises(InputError, match="features are below 0"):
         tr.power(support, query * torch.nan, clamp=True)
 

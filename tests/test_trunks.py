@@ -22,7 +22,9 @@ def trunk_name(key: str) -> str | None:
     """The reference's name of a detector's tensor -> the trunk's; None for the heads'."""
     if key.endswith("num_batches_tracked"):
         return None
-    name = re.sub(r"^backbone\.", "", re.sub(r"^roi_head\.shared_head\.layer4", "backbone.stage4", key))
+    name = re.sub(
+        r"^backbone\.", "", re.sub(r"^roi_head\.shared_head\.layer4", "backbone.stage4", key)
+    )
     return None if name == key else name
 
 
@@ -41,7 +43,9 @@ def test_caffe_trunk_and_stage4_equal_the_reference(reference_trunk):
     features = reference_trunk(picture)
     close(features, stored["test"]["backbone"][0])
     rois = [torch.tensor(stored["test"]["fixed_proposals"])]
-    aligned = roi_align(features, rois, reference_trunk.roi_size, 1 / reference_trunk.stride, -1, aligned=True)
+    aligned = roi_align(
+        features, rois, reference_trunk.roi_size, 1 / reference_trunk.stride, -1, aligned=True
+    )
     stage4 = reference_trunk.stage4(aligned)
     assert stage4.shape == (30, reference_trunk.stage4_channels, 7, 7)
     close(stage4.mean((2, 3)), stored["test"]["roi_shared_head"])
@@ -62,7 +66,9 @@ def test_support_path_equals_the_reference(reference_trunk):
 
 
 def randomised(net: nn.Module) -> nn.Module:
-    """The network in eval mode, its batch norms with statistics and affine parameters other than 0 and 1."""
+    """The network in eval mode, its batch norms with statistics and affine parameters other than 0
+    and 1.
+    """
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
@@ -90,7 +96,9 @@ def test_torchvision_trunk_equals_torchvisions_network(monkeypatch):
     assert trunk.normalisation is IMAGENET and not hasattr(trunk, "meta_conv")
 
 
-@pytest.mark.parametrize("form", ["whole network in .pth", "half-precision features in .safetensors"])
+@pytest.mark.parametrize(
+    "form", ["whole network in .pth", "half-precision features in .safetensors"]
+)
 @torch.no_grad()
 def test_mobilenet_trunk_equals_torchvisions_network(form, tmp_path):
     plain = randomised(torchvision.models.mobilenet_v2())
@@ -111,11 +119,17 @@ def test_mobilenet_trunk_equals_torchvisions_network(form, tmp_path):
 
 @torch.no_grad()
 def test_mobilenet_reads_the_published_weights():
-    path = Path(__file__).parents[1] / ".." / "shared/data/weights/mobilenet_v2_imagenet_features.safetensors"
+    path = (
+        Path(__file__).parents[1]
+        / ".."
+        / "shared/data/weights/mobilenet_v2_imagenet_features.safetensors"
+    )
     if not path.is_file():
         pytest.skip("no weights here")
     plain = torchvision.models.mobilenet_v2().features.eval()
-    plain.load_state_dict({key.removeprefix("features."): tensor for key, tensor in load_file(path).items()})
+    plain.load_state_dict(
+        {key.removeprefix("features."): tensor for key, tensor in load_file(path).items()}
+    )
     trunk = trunks.c4("mobilenet_v2", weights=str(path))
     x = rgb_input(image("cls0", 96, 96))
     assert same(trunk.stage4(trunk(x)), plain[:18](x))
@@ -127,7 +141,12 @@ def test_trunks_say_what_they_give(name):
     trunk = trunks.c4(name, meta=True)
     s = trunk.stride
     assert trunk(torch.randn(1, 3, 4 * s, 6 * s)).shape == (1, trunk.out_channels, 4, 6)
-    assert trunk(torch.randn(1, 4, 4 * s, 4 * s), support=True).shape == (1, trunk.out_channels, 4, 4)
+    assert trunk(torch.randn(1, 4, 4 * s, 4 * s), support=True).shape == (
+        1,
+        trunk.out_channels,
+        4,
+        4,
+    )
     rois = torch.randn(2, trunk.out_channels, trunk.roi_size, trunk.roi_size)
     side = 1 if name == "small" else trunk.roi_size // 2
     assert trunk.stage4(rois).shape == (2, trunk.stage4_channels, side, side)
@@ -137,7 +156,9 @@ def test_trunks_say_what_they_give(name):
     assert torch.equal(again(x), trunk(x))
 
 
-@pytest.mark.parametrize(("style", "strides"), [("torchvision", ((1, 1), (2, 2))), ("caffe", ((2, 2), (1, 1)))])
+@pytest.mark.parametrize(
+    ("style", "strides"), [("torchvision", ((1, 1), (2, 2))), ("caffe", ((2, 2), (1, 1)))]
+)
 def test_styles_move_the_stride(style, strides):
     trunk = trunks.c4("resnet101", style=style)
     for layer in (trunk.layer2, trunk.layer3, trunk.stage4):
@@ -156,7 +177,9 @@ def test_support_entrance_has_pytorchs_initial_weights_and_trains_when_frozen():
         trunk.freeze(4)
 
 
-@pytest.mark.parametrize(("name", "norm"), [("resnet18", "group"), ("mobilenet_v2", "frozen"), ("small", "group")])
+@pytest.mark.parametrize(
+    ("name", "norm"), [("resnet18", "group"), ("mobilenet_v2", "frozen"), ("small", "group")]
+)
 def test_trunks_without_weights_freeze_their_stem_alone(name, norm):
     trunk = trunks.begin(name, "none")
     assert trunk.architecture["norm"] == norm and not trunk.architecture["pretrained"]
@@ -168,7 +191,10 @@ def test_trunks_without_weights_freeze_their_stem_alone(name, norm):
 
 def test_trunks_with_weights_know_it_when_built_again(tmp_path):
     path = tmp_path / "weights.pth"
-    torch.save({k.replace("stage4", "layer4"): v for k, v in trunks.c4("resnet18").state_dict().items()}, path)
+    torch.save(
+        {k.replace("stage4", "layer4"): v for k, v in trunks.c4("resnet18").state_dict().items()},
+        path,
+    )
     trunk = trunks.begin("resnet18", str(path), style="caffe")
     assert trunk.architecture == {
         "name": "resnet18",
@@ -177,10 +203,15 @@ def test_trunks_with_weights_know_it_when_built_again(tmp_path):
         "meta": False,
         "pretrained": True,
     }
-    old = {key: value for key, value in trunk.architecture.items() if key != "pretrained"}  # of files written before
+    old = {
+        key: value for key, value in trunk.architecture.items() if key != "pretrained"
+    }  # of files written before
     for net in (trunk, trunks.c4(**trunk.architecture), trunks.c4(**old)):
         net.freeze_pretrained(2)
-        assert {key.split(".")[0] for key, p in net.named_parameters() if p.requires_grad} == {"layer3", "stage4"}
+        assert {key.split(".")[0] for key, p in net.named_parameters() if p.requires_grad} == {
+            "layer3",
+            "stage4",
+        }
 
 
 def test_weights_by_default(monkeypatch):
@@ -217,12 +248,21 @@ def test_small_trunk_can_keep_maps():
 def test_choices_that_a_trunk_does_not_have():
     for options, message in (
         ({"name": "vgg16"}, "'vgg16'.*resnet18, resnet50"),
-        ({"name": "resnet50", "style": "tensorflow"}, "resnet50 has no style 'tensorflow'.*torchvision or caffe"),
+        (
+            {"name": "resnet50", "style": "tensorflow"},
+            "resnet50 has no style 'tensorflow'.*torchvision or caffe",
+        ),
         ({"name": "resnet50", "norm": "batch"}, "no norm 'batch'.*frozen or group"),
         ({"name": "small", "norm": "frozen"}, "small has no norm 'frozen'"),
         ({"name": "mobilenet_v2", "style": "caffe"}, "mobilenet_v2 has no style 'caffe'.*left out"),
-        ({"name": "small", "weights": "imagenet"}, r"no ImageNet weights for trunk small \(group\)"),
-        ({"name": "resnet50", "weights": "imagenet", "style": "caffe"}, r"resnet50 \(caffe frozen\)"),
+        (
+            {"name": "small", "weights": "imagenet"},
+            r"no ImageNet weights for trunk small \(group\)",
+        ),
+        (
+            {"name": "resnet50", "weights": "imagenet", "style": "caffe"},
+            r"resnet50 \(caffe frozen\)",
+        ),
         ({"name": "resnet18", "weights": "nowhere.pth"}, "nowhere.pth: no such weights file"),
     ):
         with pytest.raises(InputError, match=message):
@@ -240,13 +280,24 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
 
 def test_weights_that_do_not_fit(tmp_path):
     path = tmp_path / "weights.safetensors"
-    state = {key: tensor.half() for key, tensor in torchvision.models.mobilenet_v2().features.state_dict().items()}
+    state = {
+        key: tensor.half()
+        for key, tensor in torchvision.models.mobilenet_v2().features.state_dict().items()
+    }
     for change, message in (
-        ({"7.conv.0.0.weight": None}, "layer3.7.conv.0.0.weight is missing from .*weights.safetensors"),
+        (
+            {"7.conv.0.0.weight": None},
+            "layer3.7.conv.0.0.weight is missing from .*weights.safetensors",
+        ),
         ({"19.weight": torch.ones(1)}, "19.weight does not belong.*weights.safetensors"),
-        ({"0.0.weight": torch.ones(32, 4, 3, 3)}, r"conv1.weight is \(32, 4, 3, 3\) in .*weights.safetensors"),
+        (
+            {"0.0.weight": torch.ones(32, 4, 3, 3)},
+            r"conv1.weight is \(32, 4, 3, 3\) in .*weights.safetensors",
+        ),
     ):
-        save_file({key: tensor for key, tensor in (state | change).items() if tensor is not None}, path)
+        save_file(
+            {key: tensor for key, tensor in (state | change).items() if tensor is not None}, path
+        )
         with pytest.raises(InputError, match=message):
             trunks.c4("mobilenet_v2", weights=str(path))
     for name in ("weights.safetensors", "weights.pth"):

@@ -113,10 +113,17 @@ def test_training_losses_and_gradients(case, noise):
     rois = faster_rcnn.sample_rois(proposals, truth, labels, classes=model.classes, number=EVERY)
     counts = [[len(r.deltas), len(r.boxes) - len(r.deltas)] for r in rois]
     assert counts == train["fixed"]["samples_pos_neg"]
-    queries = model.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
+    queries = model.roi_vectors(features, [r.boxes for r in rois]).split(
+        [len(r.boxes) for r in rois]
+    )
     drawn = torch.tensor(train["drawn_support_class"])
     losses = model.head_losses(queries, rois, drawn, model.support_vectors(stack), support_labels)
-    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls"), ("vae", "loss_vae")):
+    for ours, theirs in (
+        ("cls", "loss_cls"),
+        ("box", "loss_bbox"),
+        ("meta", "loss_meta_cls"),
+        ("vae", "loss_vae"),
+    ):
         assert losses[ours].item() == pytest.approx(train["fixed"]["losses"][theirs], rel=1e-4)
     terms = train["fixed"]["vae_terms"]
     assert losses["vae"].item() == pytest.approx(terms["mse"] + KL_WEIGHT * terms["kl"], rel=1e-4)
@@ -129,8 +136,12 @@ def test_training_losses_and_gradients(case, noise):
 
 def test_whole_training_step(case, noise, monkeypatch):
     model, train = case[0].train(), case[1]["train"]
-    trained = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm1d) and m.training]
-    assert sorted(trained) == sorted(our_key(f"{n}.weight")[:-7] for n in train["batchnorm_in_train_mode"])
+    trained = [
+        n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm1d) and m.training
+    ]
+    assert sorted(trained) == sorted(
+        our_key(f"{n}.weight")[:-7] for n in train["batchnorm_in_train_mode"]
+    )
     images, truth, labels = training_batch(train)
     stack, support_labels = support_stack(train["support_order"])
     model.rois = model.rpn.number = EVERY
@@ -140,7 +151,12 @@ def test_whole_training_step(case, noise, monkeypatch):
     expected = train["e2e"]["losses"]
     for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
         assert losses[ours].item() == pytest.approx(expected[theirs][0], rel=1e-4)
-    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls"), ("vae", "loss_vae")):
+    for ours, theirs in (
+        ("cls", "loss_cls"),
+        ("box", "loss_bbox"),
+        ("meta", "loss_meta_cls"),
+        ("vae", "loss_vae"),
+    ):
         assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-4)
     (losses["rpn_cls"] + losses["rpn_box"]).backward(retain_graph=True)
     check_gradients(model, train["e2e"]["rpn_loss_grad_norms"], our_key)
@@ -154,7 +170,9 @@ def test_every_support_can_be_drawn_whatever_the_images_show():
     labels = [torch.tensor([2]), torch.tensor([2, 3])]  # Meta R-CNN would draw none but 2 and 3
     draws = torch.stack([model.drawn(labels, torch.tensor([5, 0, 1, 2, 4])) for _ in range(500)])
     counts = torch.stack([draws[:, image].bincount(minlength=6) for image in range(2)])
-    assert counts[:, 3].eq(0).all() and counts[:, [0, 1, 2, 4, 5]].sub(100).abs().max() < 40  # four deviations
+    assert (
+        counts[:, 3].eq(0).all() and counts[:, [0, 1, 2, 4, 5]].sub(100).abs().max() < 40
+    )  # four deviations
     assert not torch.equal(draws[:, 0], draws[:, 1])
 
 
@@ -177,7 +195,9 @@ def test_boxes_depend_on_no_support_and_classes_do():
         assert torch.allclose(ours, exported, atol=1e-4)
     model.exchange_supports()
     exchanged = model.classify(queries)
-    assert torch.equal(exchanged[1], deltas) and (exchanged[0] - logits)[:, classes].abs().min() > 1e-4
+    assert (
+        torch.equal(exchanged[1], deltas) and (exchanged[0] - logits)[:, classes].abs().min() > 1e-4
+    )
     with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
         model.train().set_prototypes(vectors, classes)
 
@@ -190,29 +210,42 @@ def test_autoencoder_keeps_its_precision_under_autocast():
         found = *vae.encode(vectors), vae.decode(vectors)
         rounded = vae.mean(vae.encoder(vectors))
     assert all(map(torch.equal, found, expected))
-    assert (rounded - expected[0]).abs().max() > 0.05 * expected[0].std()  # what autocast alone would make of them
+    assert (rounded - expected[0]).abs().max() > 0.05 * expected[
+        0
+    ].std()  # what autocast alone would make of them
 
 
 def test_one_class_is_refused(tmp_path):
     recipe = module_of("vfa")
     args = recipe.Args(novel_classes=(), out=str(tmp_path))
     glyphs = stages.opened(args).train
-    with pytest.raises(InputError, match="has one class: VFA's batch norms need two or more; take meta_rcnn"):
-        recipe.fit(args, None, str(tmp_path), "base", None, glyphs.restrict(glyphs.classes[:1]), None, None)
+    with pytest.raises(
+        InputError, match="has one class: VFA's batch norms need two or more; take meta_rcnn"
+    ):
+        recipe.fit(
+            args, None, str(tmp_path), "base", None, glyphs.restrict(glyphs.classes[:1]), None, None
+        )
 
 
 @pytest.mark.parametrize("published", ["voc", "coco"])
 def test_fine_tuning_trains_what_is_published(published, tmp_path, monkeypatch):
     """By the recipe, on the embedded data but by the rules of another data set."""
-    recipe, flags = module_of("vfa"), f"--iters 1 --batch-size 2 --test-images 1 --shots 1 --workers 0 --out {tmp_path}"
+    recipe, flags = (
+        module_of("vfa"),
+        f"--iters 1 --batch-size 2 --test-images 1 --shots 1 --workers 0 --out {tmp_path}",
+    )
     recipe.main(tyro.cli(recipe.Args, args=f"{flags} --stage base".split()))
     loaded = fewshot.load(tmp_path / "base")
     assert isinstance(loaded.network, VFA) and loaded.network.known.all()
     models = []
-    monkeypatch.setattr(recipe, "fit", lambda args, accelerator, folder, stage, model, *_: models.append(model))
+    monkeypatch.setattr(
+        recipe, "fit", lambda args, accelerator, folder, stage, model, *_: models.append(model)
+    )
     args = tyro.cli(recipe.Args, args=flags.split())
     args.base = str(tmp_path / "base")
     monkeypatch.setattr(recipe.Args, "published", published)
     recipe.finetune(args, None, str(tmp_path))
     trained = {name for name, parameter in models[0].named_parameters() if parameter.requires_grad}
-    assert trained == {our_key(name) for name in golden("vfa")["finetune_trains"][published]["trained"]}
+    assert trained == {
+        our_key(name) for name in golden("vfa")["finetune_trains"][published]["trained"]
+    }

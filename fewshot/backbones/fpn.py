@@ -10,9 +10,10 @@ from fewshot.backbones.trunks import C4, Trunk, c4
 class FPN(Trunk):
     """A feature pyramid network (Lin et al., 2017, https://arxiv.org/abs/1612.03144, section 3).
 
-    Each stage's map is projected to the same channels, the next coarser one is added to it, enlarged to its size, and a
-    3 x 3 convolution smooths the sum. Every second cell of the coarsest map makes one more level, for the RPN's largest
-    anchors. RoIs are cut from one level of each stride.
+    Each stage's map is projected to the same channels, the next coarser one is added to it,
+    enlarged to its size, and a 3 x 3 convolution smooths the sum. Every second cell of the coarsest
+    map makes one more level, for the RPN's largest anchors. RoIs are cut from one level of each
+    stride.
 
     Args:
         trunk: whose parts this takes over.
@@ -20,10 +21,12 @@ class FPN(Trunk):
 
     Attributes:
         stages: the layers after the stem, of which each gives a map.
-        strides: input pixels per cell of each level; one more than stages, if the coarsest map makes one more.
+        strides: input pixels per cell of each level; one more than stages, if the coarsest map
+            makes one more.
         roi_levels: how many of the levels, from the finest on, RoIs are cut from.
         out_channels: of every level.
-        anchor_scales: sides of square anchors in units of a level's stride, for all levels or for each.
+        anchor_scales: sides of square anchors in units of a level's stride, for all levels or for
+            each.
         architecture: `fpn(**architecture)` builds this network again, with fresh weights.
     """
 
@@ -41,7 +44,9 @@ class FPN(Trunk):
         self.strides, self.anchor_scales = trunk.pyramid.strides, trunk.pyramid.anchor_scales
         self.out_channels, self.normalisation = channels, trunk.normalisation
         inherited = ("name", "style", "norm", "pretrained")
-        self.architecture = {key: trunk.architecture[key] for key in inherited} | {"channels": channels}
+        self.architecture = {key: trunk.architecture[key] for key in inherited} | {
+            "channels": channels
+        }
 
     def body(self, images: Tensor) -> list[Tensor]:
         """The stages' maps, finest first, of normalised images (b, 3, H, W)."""
@@ -52,19 +57,29 @@ class FPN(Trunk):
         return maps
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (b, 3, H, W) -> maps (b, out_channels, H / stride, W / stride), finest first."""
+        """Normalised images (b, 3, H, W) -> maps (b, out_channels, H / stride, W / stride), finest
+        first.
+        """
         merged = [lateral(x) for lateral, x in zip(self.lateral, self.body(images), strict=True)]
         for i in range(len(merged) - 1, 0, -1):
-            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
+            merged[i - 1] = merged[i - 1] + F.interpolate(
+                merged[i], size=merged[i - 1].shape[-2:], mode="nearest"
+            )
         maps = [output(x) for output, x in zip(self.output, merged, strict=True)]
-        return maps if len(maps) == len(self.strides) else [*maps, F.max_pool2d(maps[-1], 1, stride=2)]
+        return (
+            maps if len(maps) == len(self.strides) else [*maps, F.max_pool2d(maps[-1], 1, stride=2)]
+        )
 
 
-def begin(name: str, weights: str | None = None, *, style: str | None = None, channels: int | None = None) -> FPN:
+def begin(
+    name: str, weights: str | None = None, *, style: str | None = None, channels: int | None = None
+) -> FPN:
     """A feature pyramid to begin training with; see `trunks.begin` and `FPN` for the arguments."""
     return FPN(trunks.begin(name, weights, style=style), channels)
 
 
 def fpn(name: str, *, channels: int | None = None, **more) -> FPN:
-    """A feature pyramid on one of `trunks.TRUNKS`; see `FPN` for `channels` and `trunks.c4` for the others."""
+    """A feature pyramid on one of `trunks.TRUNKS`; see `FPN` for `channels` and `trunks.c4` for the
+    others.
+    """
     return FPN(c4(name, **more), channels)

@@ -1,6 +1,7 @@
 """Feature extractors for classification: images (n, 3, image_size, image_size) to vectors or maps.
 
-Four are built here, to be trained from random weights; any other comes from torchvision or timm (`pretrained`).
+Four are built here, to be trained from random weights; any other comes from torchvision or timm
+(`pretrained`).
 
 | name       | vector at 84 x 84 | map at 84 x 84 (pooled=False) | parameters |
 |------------|-------------------|-------------------------------|------------|
@@ -9,8 +10,8 @@ Four are built here, to be trained from random weights; any other comes from tor
 | `wrn28_10` | 640               | 640 x 21 x 21                 | 36.5 M     |
 | `resnet18` | 512               | 512 x 11 x 11                 | 11.2 M     |
 
-Each has three integers, `out_channels`, `map_size` and `out_features` = out_channels * map_size², and gives vectors
-(n, out_features) or maps (n, out_channels, map_size, map_size).
+Each has three integers, `out_channels`, `map_size` and `out_features` = out_channels * map_size²,
+and gives vectors (n, out_features) or maps (n, out_channels, map_size, map_size).
 """
 
 from __future__ import annotations
@@ -47,18 +48,22 @@ class Backbone(nn.Module):
     def _set_size(self, image_size: int, side: int, pooled: bool = False) -> None:
         """Note the size of the result, given the side of the last map."""
         if side < 1:
-            raise InputError(f"images of {image_size} pixels are too small for {type(self).__name__}: use larger ones")
+            raise InputError(
+                f"images of {image_size} pixels are too small for {type(self).__name__}: use larger ones"
+            )
         self.map_size = 1 if pooled else side
         self.out_features = self.out_channels * self.map_size**2
 
 
 class ConvNet(Backbone):
-    """3 x 3 convolutions of 64 channels with batch norm and ReLU (Vinyals et al., 2016, section 4.1).
+    """3 x 3 convolutions of 64 channels with batch norm and ReLU (Vinyals et al., 2016, section
+    4.1).
 
     Args:
         image_size: side of the images in pixels.
         pool: indices of the blocks that end in a 2 x 2 max-pool.
-        pad: indices of the blocks whose convolution keeps the map's size; the others take off a border of one.
+        pad: indices of the blocks whose convolution keeps the map's size; the others take off a
+            border of one.
         flatten: give vectors, else maps.
 
     Raises:
@@ -75,7 +80,8 @@ class ConvNet(Backbone):
     ):
         super().__init__()
         self.flatten, self.out_channels = flatten, 64
-        # on a CPU 1.5 times as fast, forward and backward; its rounding errors are larger, though, and second
+        # on a CPU 1.5 times as fast, forward and backward; its rounding errors are larger, though,
+        # and second
         # derivatives do not bear them: MAML turns it off
         self.channels_last = True
         blocks, side = [], image_size
@@ -98,27 +104,33 @@ class ConvNet(Backbone):
 
 
 def conv4(image_size: int, pooled: bool = True) -> ConvNet:
-    """Conv4; `pooled=False` is the variant for Relation Networks, which pools after the first two blocks only."""
+    """Conv4; `pooled=False` is the variant for Relation Networks, which pools after the first two
+    blocks only.
+    """
     if pooled:
         return ConvNet(image_size)
     return ConvNet(image_size, pool=(0, 1), pad=(2, 3), flatten=False)
 
 
 class ResNet12(Backbone):
-    """ResNet-12 of widths 64, 160, 320, 640 (Lee et al., 2019, https://arxiv.org/abs/1904.03758, section 4.1).
+    """ResNet-12 of widths 64, 160, 320, 640 (Lee et al., 2019, https://arxiv.org/abs/1904.03758,
+    section 4.1).
 
     Args:
         image_size: side of the images in pixels.
         pooled: give vectors, the mean over the last map; else the map.
-        drop_rate: of dropout after stages 1 and 2 and of DropBlock after stages 3 and 4. DropBlock's rate rises from
-            0 over the first 40,000 batches that a block has seen in training.
+        drop_rate: of dropout after stages 1 and 2 and of DropBlock after stages 3 and 4.
+            DropBlock's rate rises from 0 over the first 40,000 batches that a block has seen in
+            training.
         block_size: side of the squares that DropBlock drops.
 
     Raises:
         InputError: the images are too small for the four stages, or for DropBlock's squares.
     """
 
-    def __init__(self, image_size: int, pooled: bool = True, drop_rate: float = 0.0, block_size: int = 5):
+    def __init__(
+        self, image_size: int, pooled: bool = True, drop_rate: float = 0.0, block_size: int = 5
+    ):
         super().__init__()
         self.pooled, self.out_channels = pooled, 640
         if drop_rate and image_size // 16 < block_size:
@@ -128,7 +140,9 @@ class ResNet12(Backbone):
             )
         squares = (None, None, block_size, block_size)
         widths = (3, 64, 160, 320, 640)
-        self.stages = nn.Sequential(*map(ResNet12Block, widths[:-1], widths[1:], [drop_rate] * 4, squares))
+        self.stages = nn.Sequential(
+            *map(ResNet12Block, widths[:-1], widths[1:], [drop_rate] * 4, squares)
+        )
         self._set_size(image_size, image_size // 16, pooled)
         init_convs(self)
 
@@ -139,7 +153,9 @@ class ResNet12(Backbone):
 
 
 class ResNet12Block(nn.Module):
-    """Three convolutions and a projected shortcut, a 2 x 2 max-pool, then dropout or (given its size) DropBlock."""
+    """Three convolutions and a projected shortcut, a 2 x 2 max-pool, then dropout or (given its
+    size) DropBlock.
+    """
 
     def __init__(self, in_channels: int, channels: int, drop_rate: float, block_size: int | None):
         super().__init__()
@@ -150,7 +166,9 @@ class ResNet12Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm3 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in_channels, h, w) -> (n, channels, h // 2, w // 2)."""
@@ -167,10 +185,11 @@ class ResNet12Block(nn.Module):
 
 
 def drop_block(x: Tensor, rate: Tensor | float, size: int) -> Tensor:
-    """Zero squares of `size` x `size` in maps (n, c, h, w), and scale up the rest (Ghiasi et al., 2018, algorithm 1).
+    """Zero squares of `size` x `size` in maps (n, c, h, w), and scale up the rest (Ghiasi et al.,
+    2018, algorithm 1).
 
-    A square's corner is drawn for each place where the square fits, with the probability (equation 1) that drops a
-    share `rate` of the values if squares do not overlap.
+    A square's corner is drawn for each place where the square fits, with the probability (equation
+    1) that drops a share `rate` of the values if squares do not overlap.
     """
     n, c, h, w = x.shape
     places = (h - size + 1) * (w - size + 1)
@@ -182,7 +201,8 @@ def drop_block(x: Tensor, rate: Tensor | float, size: int) -> Tensor:
 
 
 class WideResNet(Backbone):
-    """WRN-`depth`-`widen`, by default WRN-28-10 (Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1605.07146).
+    """WRN-`depth`-`widen`, by default WRN-28-10 (Zagoruyko and Komodakis, 2016,
+    https://arxiv.org/abs/1605.07146).
 
     Args:
         image_size: side of the images in pixels.
@@ -190,7 +210,14 @@ class WideResNet(Backbone):
         drop_rate: of dropout between the two convolutions of a block.
     """
 
-    def __init__(self, image_size: int, pooled: bool = True, depth: int = 28, widen: int = 10, drop_rate: float = 0.5):
+    def __init__(
+        self,
+        image_size: int,
+        pooled: bool = True,
+        depth: int = 28,
+        widen: int = 10,
+        drop_rate: float = 0.5,
+    ):
         super().__init__()
         self.pooled, self.out_channels = pooled, 64 * widen
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
@@ -212,7 +239,9 @@ class WideResNet(Backbone):
 
 
 class WideBlock(nn.Module):
-    """Norm, ReLU and convolution, twice, with dropout between them; the shortcut starts before the first norm."""
+    """Norm, ReLU and convolution, twice, with dropout between them; the shortcut starts before the
+    first norm.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, drop_rate: float):
         super().__init__()
@@ -231,7 +260,8 @@ class WideBlock(nn.Module):
 
 
 class ResNet18(Backbone):
-    """ResNet-18 for small images: the first convolution is 3 x 3 of stride 1, and no max-pool follows it.
+    """ResNet-18 for small images: the first convolution is 3 x 3 of stride 1, and no max-pool
+    follows it.
 
     Args:
         image_size: side of the images in pixels.
@@ -244,7 +274,12 @@ class ResNet18(Backbone):
         net = torchvision.models.resnet18()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = net.bn1
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            net.layer1,
+            net.layer2,
+            net.layer3,
+            net.layer4,
+        )
         self._set_size(image_size, -(-image_size // 8), pooled)
         init_convs(self)
 
@@ -265,7 +300,9 @@ class Pretrained(Backbone):
             with torch.no_grad():
                 shape = self.net(torch.zeros(1, 3, image_size, image_size)).shape
         except RuntimeError as error:
-            raise InputError(f"{name} cannot take {image_size} pixels ({error}): give another --size") from None
+            raise InputError(
+                f"{name} cannot take {image_size} pixels ({error}): give another --size"
+            ) from None
         self.train()
         self.out_channels = shape[1]
         self._set_size(image_size, shape[-1], pooled)
@@ -280,39 +317,51 @@ class Pretrained(Backbone):
 BACKBONES = {"conv4": conv4, "resnet12": ResNet12, "wrn28_10": WideResNet, "resnet18": ResNet18}
 
 
-def build(name: str, image_size: int, pooled: bool = True, source: str = "none", **options: Any) -> Backbone:
+def build(
+    name: str, image_size: int, pooled: bool = True, source: str = "none", **options: Any
+) -> Backbone:
     """A classification backbone for images (n, 3, image_size, image_size).
 
     Args:
         name: one of `BACKBONES`, or "torchvision/..." or "timm/...".
         pooled: give one vector per image; else a map, as Relation Networks need.
-        source: of the weights: "none" for random ones, "pretrained", or a file; for one of `BACKBONES` that is a
-            model's file of this project, whose backbone is taken.
+        source: of the weights: "none" for random ones, "pretrained", or a file; for one of
+            `BACKBONES` that is a model's file of this project, whose backbone is taken.
         options: further arguments of that backbone's class, for instance `drop_rate`.
 
     Raises:
-        InputError: there is no such backbone, the images do not suit it, or there are no such weights for it.
+        InputError: there is no such backbone, the images do not suit it, or there are no such
+            weights for it.
     """
     if "/" in name:
         return Pretrained(name, image_size, pooled, source)
     if name not in BACKBONES:
         near = difflib.get_close_matches(name, pretrained.torchvision_names(), 2)
         others = ", ".join(f"torchvision/{other}" for other in near) or "torchvision/NAME"
-        raise InputError(f"no backbone is called {name!r}: choose {', '.join(BACKBONES)}, {others} or timm/NAME")
+        raise InputError(
+            f"no backbone is called {name!r}: choose {', '.join(BACKBONES)}, {others} or timm/NAME"
+        )
     net = BACKBONES[name](image_size, pooled, **options)
     if source == "pretrained":
-        raise InputError(f"{name} has no pretrained weights: give --weights a model's file, or leave it out")
+        raise InputError(
+            f"{name} has no pretrained weights: give --weights a model's file, or leave it out"
+        )
     if source != "none":
         weights.fill_part(net, source, "features.")
     return net
 
 
 def of(args: Any, image_size: int, pooled: bool = True) -> Backbone:
-    """The backbone that a recipe's `--backbone`, `--weights` and `--freeze` ask for. Raises InputError as `build` does.
+    """The backbone that a recipe's `--backbone`, `--weights` and `--freeze` ask for. Raises
+    InputError as `build` does.
 
     In `--test-only` its weights are left to the model's file.
     """
-    source = "none" if args.test_only else args.weights or ("pretrained" if "/" in args.backbone else "none")
+    source = (
+        "none"
+        if args.test_only
+        else args.weights or ("pretrained" if "/" in args.backbone else "none")
+    )
     net = build(args.backbone, image_size, pooled, source)
     if getattr(args, "freeze", False):  # MAML has no such flag: it adapts all of itself
         net.freeze()
@@ -320,7 +369,9 @@ def of(args: Any, image_size: int, pooled: bool = True) -> Backbone:
 
 
 def inputs(args: Any) -> dict[str, Any]:
-    """What `open_splits` should know of the pictures that `--backbone` and `--size` ask for: size and normalisation."""
+    """What `open_splits` should know of the pictures that `--backbone` and `--size` ask for: size
+    and normalisation.
+    """
     if "/" not in args.backbone:
         return {"size": args.size}
     size, normalisation = pretrained.inputs(args.backbone)
@@ -328,9 +379,11 @@ def inputs(args: Any) -> dict[str, Any]:
 
 
 def together(net: nn.Module, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (tasks, n, ...) and (tasks, m, ...) of images (tasks, n, 3, H, W) and (tasks, m, 3, H, W).
+    """Features (tasks, n, ...) and (tasks, m, ...) of images (tasks, n, 3, H, W) and (tasks, m, 3,
+    H, W).
 
-    They are one batch, so that batch norms have the statistics of both: those of one support of each class are poor.
+    They are one batch, so that batch norms have the statistics of both: those of one support of
+    each class are poor.
     """
     images = torch.cat([support, query], 1)
     features = net(images.flatten(0, 1)).unflatten(0, images.shape[:2])

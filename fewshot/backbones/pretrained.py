@@ -1,10 +1,13 @@
-"""Networks of torchvision and timm as backbones: `torchvision/resnet50`, `timm/vit_small_patch14_dinov2.lvd142m`, ...
+"""Networks of torchvision and timm as backbones: `torchvision/resnet50`,
+`timm/vit_small_patch14_dinov2.lvd142m`, ...
 
-A network comes without its classifier. Its vector is what its last linear layer would get (torchvision), or what its
-authors pool (timm, where for instance DINOv2 has the class token). Its map, for methods that compare places, is the
-last one of torchvision's convolutional networks, and the last stage's or the patches' of timm's.
+A network comes without its classifier. Its vector is what its last linear layer would get
+(torchvision), or what its authors pool (timm, where for instance DINOv2 has the class token). Its
+map, for methods that compare places, is the last one of torchvision's convolutional networks, and
+the last stage's or the patches' of timm's.
 
-timm is an extra: `pip install timm`. Its weights come from the Hugging Face hub, torchvision's from its server.
+timm is an extra: `pip install timm`. Its weights come from the Hugging Face hub, torchvision's from
+its server.
 """
 
 from __future__ import annotations
@@ -23,36 +26,45 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from fewshot import InputError, weights
 from fewshot.data.transforms import Normalisation
 
-# the layers whose output is a torchvision network's last map, as they are called in the several families
+# the layers whose output is a torchvision network's last map, as they are called in the several
+# families
 LAST_MAPS = "permute", "features", "layer4", "trunk_output", "conv5", "layers"
-SEVERAL_OUTPUTS = "googlenet", "inception_v3"  # in training they also give what auxiliary classifiers say
+# in training they also give what auxiliary classifiers say
+SEVERAL_OUTPUTS = "googlenet", "inception_v3"
 
 
 class Inputs(NamedTuple):
-    """The pictures that a network was trained on: their side in pixels, and how they were normalised."""
+    """The pictures that a network was trained on: their side in pixels, and how they were
+    normalised.
+    """
 
     size: int
     normalisation: Normalisation
 
 
-def network(name: str, image_size: int | None, pooled: bool = True, source: str = "pretrained") -> nn.Module:
+def network(
+    name: str, image_size: int | None, pooled: bool = True, source: str = "pretrained"
+) -> nn.Module:
     """A network from images (n, 3, image_size, image_size) to vectors (n, D) or maps (n, C, h, h).
 
     Args:
         name: "torchvision/..." or "timm/...".
-        image_size: any side that the network can take, whatever it was trained on: ViTs' position embeddings are
-            resampled. None: images of any size and shape; those that a ViT's patches do not fill up are padded with
-            zeros at the bottom and on the right.
+        image_size: any side that the network can take, whatever it was trained on: ViTs' position
+            embeddings are resampled. None: images of any size and shape; those that a ViT's patches
+            do not fill up are padded with zeros at the bottom and on the right.
         pooled: give vectors, else maps.
-        source: of the weights: "pretrained", a file of them (.safetensors or PyTorch's), or "none", random ones.
+        source: of the weights: "pretrained", a file of them (.safetensors or PyTorch's), or "none",
+            random ones.
 
     Raises:
-        InputError: there is no such network, timm is not installed, the size does not suit, the weights cannot be
-            downloaded or do not fit, or the network has no map.
+        InputError: there is no such network, timm is not installed, the size does not suit, the
+            weights cannot be downloaded or do not fit, or the network has no map.
     """
     check(name)
     library, _, short = name.partition("/")
-    return (_of_torchvision if library == "torchvision" else _of_timm)(short, image_size, pooled, source)
+    return (_of_torchvision if library == "torchvision" else _of_timm)(
+        short, image_size, pooled, source
+    )
 
 
 def check(name: str) -> None:
@@ -64,10 +76,15 @@ def check(name: str) -> None:
         timm = _timm()
         known = {*timm.list_models(), *timm.list_pretrained()}
     else:
-        raise InputError(f"backbone {name!r}: write torchvision/NAME or timm/NAME, or leave out the /")
+        raise InputError(
+            f"backbone {name!r}: write torchvision/NAME or timm/NAME, or leave out the /"
+        )
     if short not in known:
         near = difflib.get_close_matches(short, known, 4, 0.4)
-        raise InputError(f"{library} has no network {short!r}" + (f": did you mean {', '.join(near)}?" if near else ""))
+        raise InputError(
+            f"{library} has no network {short!r}"
+            + (f": did you mean {', '.join(near)}?" if near else "")
+        )
 
 
 def torchvision_names() -> set[str]:
@@ -85,23 +102,33 @@ def inputs(name: str) -> Inputs:
     else:
         published = _timm().get_pretrained_cfg(short)
         size, mean, std = published.input_size[1], published.mean, published.std
-    return Inputs(size, Normalisation(*(tuple(round(255 * x, 6) for x in values) for values in (mean, std))))
+    return Inputs(
+        size, Normalisation(*(tuple(round(255 * x, 6) for x in values) for values in (mean, std)))
+    )
 
 
 def _of_torchvision(name: str, image_size: int | None, pooled: bool, source: str) -> nn.Module:
     vit = name.startswith("vit_") and image_size is not None
-    net = tv.get_model(name, weights=None, **({"image_size": _divisible(name, image_size)} if vit else {}))
+    net = tv.get_model(
+        name, weights=None, **({"image_size": _divisible(name, image_size)} if vit else {})
+    )
     layers = dict(net.named_children())
     last = next((key for key in LAST_MAPS if key in layers), None)
     if last is None and not pooled:
-        raise InputError(f"torchvision/{name} gives no map: choose a convolutional network, or a ViT of timm's")
+        raise InputError(
+            f"torchvision/{name} gives no map: choose a convolutional network, or a ViT of timm's"
+        )
     linear = [key for key, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise InputError(f"torchvision/{name} ends without a linear layer: choose another network")
     if source != "none":
         published, advice = tv.get_model_weights(name).DEFAULT, "give --weights FILE, or none"
         pretrained = source == "pretrained"
-        state = weights.downloaded(published, name, advice) if pretrained else weights.read_state(Path(source))
+        state = (
+            weights.downloaded(published, name, advice)
+            if pretrained
+            else weights.read_state(Path(source))
+        )
         if vit:
             _check_positions(state, net, source)
             state = interpolate_embeddings(image_size, net.patch_size, state)
@@ -114,19 +141,29 @@ def _of_torchvision(name: str, image_size: int | None, pooled: bool, source: str
 
 
 def _check_positions(state: dict[str, Tensor], net: nn.Module, source: str) -> None:
-    """Raises InputError unless a ViT's state has position embeddings of a square of patches, to be resampled."""
+    """Raises InputError unless a ViT's state has position embeddings of a square of patches, to be
+    resampled.
+    """
     name = "encoder.pos_embedding"
     found = state.get(name, torch.zeros(0))
     side = round(max(found.shape[1] - 1, 0) ** 0.5) if found.ndim == 3 else 0
-    if side == 0 or found.shape != (1, side**2 + 1, net.hidden_dim) or not found.is_floating_point():
-        what = f"is {tuple(found.shape)} of {found.dtype} in" if name in state else "is missing from"
+    if (
+        side == 0
+        or found.shape != (1, side**2 + 1, net.hidden_dim)
+        or not found.is_floating_point()
+    ):
+        what = (
+            f"is {tuple(found.shape)} of {found.dtype} in" if name in state else "is missing from"
+        )
         raise InputError(f"{name} {what} {source}: give weights of this ViT")
 
 
 def _divisible(name: str, image_size: int) -> int:
     patch = int(name.rpartition("_")[2])
     if image_size % patch:
-        raise InputError(f"--size {image_size}: {name} needs a multiple of its patches' {patch} pixels")
+        raise InputError(
+            f"--size {image_size}: {name} needs a multiple of its patches' {patch} pixels"
+        )
     return image_size
 
 
@@ -141,7 +178,8 @@ def _timm() -> ModuleType:
 def _of_timm(name: str, image_size: int | None, pooled: bool, source: str) -> nn.Module:
     timm = _timm()
     published = timm.get_pretrained_cfg(name)
-    # with the weights' classifier at first: without, timm does not look whether they fit, and leaves the rest random
+    # with the weights' classifier at first: without, timm does not look whether they fit, and
+    # leaves the rest random
     options = {"pretrained": source != "none", "num_classes": published.num_classes}
     if source not in ("none", "pretrained"):
         weights.read_state(Path(source))  # errors of files have one wording
@@ -157,12 +195,20 @@ def _of_timm(name: str, image_size: int | None, pooled: bool, source: str) -> nn
         ) from None
     except (OSError, RuntimeError, KeyError) as error:  # the hub's errors are OSErrors
         reason = " ".join(str(error).split())[:200]
-        advice = "give --weights FILE, or none" if source == "pretrained" else "does the file fit the network?"
-        raise InputError(f"timm/{name} cannot be had with weights {source} ({reason}): {advice}") from error
+        advice = (
+            "give --weights FILE, or none"
+            if source == "pretrained"
+            else "does the file fit the network?"
+        )
+        raise InputError(
+            f"timm/{name} cannot be had with weights {source} ({reason}): {advice}"
+        ) from error
     net.reset_classifier(0)
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1, 1))
     if image_size is not None and image_size % patch[0]:
-        raise InputError(f"--size {image_size}: timm/{name} needs a multiple of its patches' {patch[0]} pixels")
+        raise InputError(
+            f"--size {image_size}: timm/{name} needs a multiple of its patches' {patch[0]} pixels"
+        )
     if not (pooled or hasattr(net, "forward_intermediates")):
         raise InputError(f"timm/{name} gives no map: choose a convolutional network or a ViT")
     return net if pooled else _Maps(net)

@@ -1,7 +1,9 @@
-"""Trunks of detectors: convolutional networks cut before their last stage, which detectors apply to RoIs.
+"""Trunks of detectors: convolutional networks cut before their last stage, which detectors apply to
+RoIs.
 
-`begin` makes them for training, `c4` as they say themselves that they were: `resnet18`, `resnet50`, `resnet101`,
-`mobilenet_v2`, `mobilenet_v3_large`, and `small` for small pictures on a CPU. Feature pyramids on them are in `fpn.py`.
+`begin` makes them for training, `c4` as they say themselves that they were: `resnet18`, `resnet50`,
+`resnet101`, `mobilenet_v2`, `mobilenet_v3_large`, and `small` for small pictures on a CPU. Feature
+pyramids on them are in `fpn.py`.
 """
 
 import re
@@ -36,7 +38,9 @@ TRUNKS: dict[str, tuple[tuple[str | None, ...], tuple[str, ...]]] = {
 
 
 class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
-    """Torchvision's, but its result has the type of its input: constants of float32 would promote bfloat16 to it."""
+    """Torchvision's, but its result has the type of its input: constants of float32 would promote
+    bfloat16 to it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, h, w) -> the same shape and type."""
@@ -48,9 +52,9 @@ class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
 class Pyramid(NamedTuple):
     """What a feature pyramid on a trunk is like.
 
-    widths: channels of the stages' maps, finest first. channels: of every level. strides: input pixels per cell of each
-    level; a stride more than stages adds a level. anchor_scales: sides of square anchors in units of a level's stride,
-    for all levels or for each.
+    widths: channels of the stages' maps, finest first. channels: of every level. strides: input
+    pixels per cell of each level; a stride more than stages adds a level. anchor_scales: sides of
+    square anchors in units of a level's stride, for all levels or for each.
     """
 
     widths: tuple[int, ...]
@@ -60,7 +64,8 @@ class Pyramid(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """What trunks of one map, `C4`, and of several, `fpn.FPN`, have in common: a stem, then `stages`.
+    """What trunks of one map, `C4`, and of several, `fpn.FPN`, have in common: a stem, then
+    `stages`.
 
     Attributes:
         normalisation: of the images.
@@ -77,12 +82,16 @@ class Trunk(nn.Module):
             InputError: there are not so many.
         """
         if stages not in range(len(self.stages) + 1):
-            raise InputError(f"this trunk can freeze 0 to {len(self.stages)} stages after its stem, not {stages}")
+            raise InputError(
+                f"this trunk can freeze 0 to {len(self.stages)} stages after its stem, not {stages}"
+            )
         for part in (self.conv1, self.bn1, *self.stages[:stages]):
             part.requires_grad_(False)
 
     def freeze_pretrained(self, stages: int) -> None:
-        """`freeze` where the trunk began with pretrained weights; else the stem alone, where random filters serve."""
+        """`freeze` where the trunk began with pretrained weights; else the stem alone, where random
+        filters serve.
+        """
         self.freeze(stages if self.architecture["pretrained"] else 0)
 
     def describe(self) -> dict[str, Any]:
@@ -91,13 +100,15 @@ class Trunk(nn.Module):
 
 
 class C4(Trunk):
-    """A convolutional trunk cut before its last stage: images to one map, and `stage4` for RoIs cut from that map.
+    """A convolutional trunk cut before its last stage: images to one map, and `stage4` for RoIs cut
+    from that map.
 
     Attributes:
         stages: the layers after the stem that give the map.
         stride: input pixels per cell of the map.
         out_channels: of the map.
-        stage4: RoI features (n, out_channels, k, k) -> (n, stage4_channels, k / 2, k / 2); `small`: one vector.
+        stage4: RoI features (n, out_channels, k, k) -> (n, stage4_channels, k / 2, k / 2); `small`:
+            one vector.
         stage4_channels: of stage 4's result.
         roi_size: the k that RoIs are best aligned to.
         anchor_scales: sides of square anchors in units of the stride.
@@ -105,15 +116,16 @@ class C4(Trunk):
         architecture: `c4(**architecture)` builds this trunk again, with fresh weights.
         least_side: cells that a map's side needs for stage 4.
 
-    A meta trunk has a second first convolution, `meta_conv`, for supports with a box mask as fourth channel; all that
-    follows is shared (Meta R-CNN, Yan et al., 2019, section 3.2).
+    A meta trunk has a second first convolution, `meta_conv`, for supports with a box mask as fourth
+    channel; all that follows is shared (Meta R-CNN, Yan et al., 2019, section 3.2).
     """
 
     least_side = 1
 
     def __init__(
         self,
-        stem: tuple[nn.Conv2d, nn.Module, nn.Module],  # convolution, norm, and activation with any pool
+        # convolution, norm, and activation with any pool
+        stem: tuple[nn.Conv2d, nn.Module, nn.Module],
         layers: Sequence[nn.Module],
         stage4: nn.Module,
         *,
@@ -132,7 +144,9 @@ class C4(Trunk):
         self.stage4 = stage4
         if architecture["meta"]:
             like = self.conv1
-            self.meta_conv = nn.Conv2d(4, like.out_channels, like.kernel_size, like.stride, like.padding, bias=False)
+            self.meta_conv = nn.Conv2d(
+                4, like.out_channels, like.kernel_size, like.stride, like.padding, bias=False
+            )
         self.stride, self.out_channels, self.stage4_channels = stride, out_channels, stage4_channels
         self.roi_size, self.anchor_scales, self.pyramid = roi_size, tuple(anchor_scales), pyramid
         self.normalisation, self.architecture = normalisation, architecture
@@ -149,9 +163,11 @@ class C4(Trunk):
         """Leave out what shrinks a RoI's map to a vector in `stage4`, if anything does."""
 
     def forward(self, images: Tensor, support: bool = False) -> Tensor:
-        """Normalised images (b, 3, H, W) -> maps (b, out_channels, H / stride, W / stride), rounded up.
+        """Normalised images (b, 3, H, W) -> maps (b, out_channels, H / stride, W / stride), rounded
+        up.
 
-        With `support`, a meta trunk takes (b, 4, S, S): a normalised image and the 0/1 mask of its object's box.
+        With `support`, a meta trunk takes (b, 4, S, S): a normalised image and the 0/1 mask of its
+        object's box.
         """
         x = self.meta_conv(images) if support else self.conv1(images)
         x = self.pool(self.bn1(x))
@@ -159,7 +175,9 @@ class C4(Trunk):
 
 
 class SmallC4(C4):
-    """`small`: its layers 2 and 3 have one stride, and its stage 4 ends in a convolution over a whole RoI."""
+    """`small`: its layers 2 and 3 have one stride, and its stage 4 ends in a convolution over a
+    whole RoI.
+    """
 
     least_side = 5
 
@@ -175,17 +193,22 @@ class MobileNetV3(C4):
     """`mobilenet_v3_large`: its pyramid is that of torchvision's detectors, two maps of stride 32."""
 
     def pyramid_stages(self) -> tuple[nn.Module, ...]:
-        blocks = OrderedDict(item for stage in (*self.stages, self.stage4) for item in stage.named_children())
+        blocks = OrderedDict(
+            item for stage in (*self.stages, self.stage4) for item in stage.named_children()
+        )
         coarse = nn.Sequential(OrderedDict((name, blocks.pop(name)) for name in ("14", "15", "16")))
         return nn.Sequential(blocks), coarse
 
 
-def begin(name: str, weights: str | None = None, *, style: str | None = None, meta: bool = False) -> C4:
+def begin(
+    name: str, weights: str | None = None, *, style: str | None = None, meta: bool = False
+) -> C4:
     """A trunk to begin training with.
 
     Args:
         name: one of `TRUNKS`.
-        weights: see `c4`; by default "imagenet", but "none" for `small`. A ResNet without has group norm.
+        weights: see `c4`; by default "imagenet", but "none" for `small`. A ResNet without has group
+            norm.
         style, meta: see `c4`.
 
     Raises:
@@ -194,7 +217,9 @@ def begin(name: str, weights: str | None = None, *, style: str | None = None, me
     weights = weights or ("none" if name == "small" else "imagenet")
     # frozen batch norm needs statistics to be frozen at
     norm = "group" if weights == "none" and name.startswith("resnet") else None
-    return c4(name, weights=weights, meta=meta, style=style, norm=norm, pretrained=weights != "none")
+    return c4(
+        name, weights=weights, meta=meta, style=style, norm=norm, pretrained=weights != "none"
+    )
 
 
 def c4(
@@ -210,19 +235,26 @@ def c4(
 
     Args:
         name: one of `TRUNKS`.
-        weights: "none" for random ones, "imagenet" for torchvision's (downloaded once), or a path (`load_pretrained`).
-        meta: add the entrance for supports with a box mask; it starts at random whatever the weights.
-        style: of a ResNet. "torchvision" (the default) has a bottleneck's stride on its 3 x 3 convolution and takes
-            RGB images; "caffe", the style of the papers' weights, has it on the first 1 x 1, and takes BGR images.
-        norm: of a ResNet. "frozen" batch norm (the default) has constants that come with pretrained weights. Without
-            them it normalises nothing and trains poorly: from scratch, use "group" norm.
-        pretrained: whether the trunk began with pretrained weights; older files do not say, but their norm does.
+        weights: "none" for random ones, "imagenet" for torchvision's (downloaded once), or a path
+            (`load_pretrained`).
+        meta: add the entrance for supports with a box mask; it starts at random whatever the
+            weights.
+        style: of a ResNet. "torchvision" (the default) has a bottleneck's stride on its 3 x 3
+            convolution and takes RGB images; "caffe", the style of the papers' weights, has it on
+            the first 1 x 1, and takes BGR images.
+        norm: of a ResNet. "frozen" batch norm (the default) has constants that come with pretrained
+            weights. Without them it normalises nothing and trains poorly: from scratch, use "group"
+            norm.
+        pretrained: whether the trunk began with pretrained weights; older files do not say, but
+            their norm does.
 
     Raises:
         InputError: the name, or a choice that this trunk does not have, or weights that do not fit.
     """
     if name not in TRUNKS:
-        raise InputError(f"no detection trunk is called {name!r}: choose one of {', '.join(TRUNKS)}")
+        raise InputError(
+            f"no detection trunk is called {name!r}: choose one of {', '.join(TRUNKS)}"
+        )
     styles, norms = TRUNKS[name]
     style = style or styles[0]
     norm = norm or norms[0]
@@ -231,18 +263,27 @@ def c4(
             allowed = " or ".join(choice or "left out" for choice in choices)
             raise InputError(f"trunk {name} has no {what} {value!r}: it must be {allowed}")
     pretrained = weights != "none" or norm != "group" if pretrained is None else pretrained
-    architecture = {"name": name, "style": style, "norm": norm, "meta": meta, "pretrained": pretrained}
+    architecture = {
+        "name": name,
+        "style": style,
+        "norm": norm,
+        "meta": meta,
+        "pretrained": pretrained,
+    }
     make = {"small": _small, "mobilenet_v2": _mobilenet_v2, "mobilenet_v3_large": _mobilenet_v3}
     trunk = make.get(name, _resnet)(architecture)
     if weights != "none":
         load_pretrained(trunk, weights)
-    # a convolution with such weights gives maps of that format, and so on to the end: up to 1.4 times as fast on a CPU
+    # a convolution with such weights gives maps of that format, and so on to the end: up to 1.4
+    # times as fast on a CPU
     return trunk.to(memory_format=torch.channels_last)
 
 
 def _resnet(architecture: dict) -> C4:
     caffe = architecture["style"] == "caffe"
-    norm_layer = FrozenBatchNorm2d if architecture["norm"] == "frozen" else partial(nn.GroupNorm, 32)
+    norm_layer = (
+        FrozenBatchNorm2d if architecture["norm"] == "frozen" else partial(nn.GroupNorm, 32)
+    )
     net = getattr(torchvision.models, architecture["name"])(norm_layer=norm_layer)
     if caffe:
         for layer in (net.layer2, net.layer3, net.layer4):
@@ -265,7 +306,9 @@ def _resnet(architecture: dict) -> C4:
 
 
 def _mobilenet_v2(architecture: dict) -> C4:
-    """MobileNetV2 (Sandler et al., 2018) in torchvision's form; the blocks keep the numbers that they have there."""
+    """MobileNetV2 (Sandler et al., 2018) in torchvision's form; the blocks keep the numbers that
+    they have there.
+    """
     features = torchvision.models.mobilenet_v2(norm_layer=FrozenBatchNorm2d).features
     return C4(
         tuple(features[0]),
@@ -283,7 +326,9 @@ def _mobilenet_v2(architecture: dict) -> C4:
 
 
 def _mobilenet_v3(architecture: dict) -> C4:
-    """MobileNetV3-Large (Howard et al., 2019) in torchvision's form; blocks keep the numbers that they have there."""
+    """MobileNetV3-Large (Howard et al., 2019) in torchvision's form; blocks keep the numbers that
+    they have there.
+    """
     norm = partial(FrozenBatchNorm2d, eps=0.001)
     features = torchvision.models.mobilenet_v3_large(norm_layer=norm).features
     sizes = 1.0, 2.0, 4.0, 8.0, 16.0
@@ -297,20 +342,33 @@ def _mobilenet_v3(architecture: dict) -> C4:
         roi_size=8,
         anchor_scales=(2, 4, 8, 16, 32),
         # anchors of 32 to 512 pixels on every level
-        pyramid=Pyramid((160, 960), 256, (32, 32, 64), (sizes, sizes, tuple(size / 2 for size in sizes))),
+        pyramid=Pyramid(
+            (160, 960), 256, (32, 32, 64), (sizes, sizes, tuple(size / 2 for size in sizes))
+        ),
         normalisation=IMAGENET,
         architecture=architecture,
     )
 
 
 def _small(architecture: dict) -> C4:
-    """A residual network for pictures of some 160 pixels: a step of eight takes about 0.1 s on two CPU cores."""
+    """A residual network for pictures of some 160 pixels: a step of eight takes about 0.1 s on two
+    CPU cores.
+    """
     trunk = SmallC4(
-        (nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, 24), nn.ReLU(inplace=True)),
-        (_small_layer(24, 32, 2, blocks=1), _small_layer(32, 64, 2, blocks=2), _small_layer(64, 96, 1, blocks=2)),
+        (
+            nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False),
+            nn.GroupNorm(8, 24),
+            nn.ReLU(inplace=True),
+        ),
+        (
+            _small_layer(24, 32, 2, blocks=1),
+            _small_layer(32, 64, 2, blocks=2),
+            _small_layer(64, 96, 1, blocks=2),
+        ),
         nn.Sequential(
             _small_layer(96, 128, 2, blocks=1),
-            # this sees a whole RoI: where strokes are tells a character, which a mean over the map would lose
+            # this sees a whole RoI: where strokes are tells a character, which a mean over the map
+            # would lose
             nn.Conv2d(128, 256, 3, bias=False),
             nn.GroupNorm(8, 256),
             nn.ReLU(inplace=True),
@@ -331,30 +389,42 @@ def _small(architecture: dict) -> C4:
 
 def _small_layer(in_channels: int, channels: int, stride: int, blocks: int) -> nn.Sequential:
     norm_layer = partial(nn.GroupNorm, 8)
-    shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), norm_layer(channels))
+    shortcut = nn.Sequential(
+        nn.Conv2d(in_channels, channels, 1, stride, bias=False), norm_layer(channels)
+    )
     first = BasicBlock(in_channels, channels, stride, shortcut, norm_layer=norm_layer)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, norm_layer=norm_layer) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        first, *(BasicBlock(channels, channels, norm_layer=norm_layer) for _ in range(blocks - 1))
+    )
 
 
 def load_pretrained(trunk: C4, weights: str | Path) -> None:
     """Fill a trunk with ImageNet weights; a `meta_conv` is left as it is.
 
     Args:
-        weights: "imagenet" for torchvision's, or a .safetensors or PyTorch file with torchvision's names (for
-            MobileNets those of their `features`). The classifier's tensors are not used.
+        weights: "imagenet" for torchvision's, or a .safetensors or PyTorch file with torchvision's
+            names (for MobileNets those of their `features`). The classifier's tensors are not used.
 
     Raises:
         InputError: the file cannot be read, or a tensor is missing, left over, or of another shape.
     """
     name = trunk.architecture["name"]
-    state = _imagenet_state(trunk.architecture) if weights == "imagenet" else read_state(Path(weights))
-    own = {_own_name(name, key): tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    state = (
+        _imagenet_state(trunk.architecture) if weights == "imagenet" else read_state(Path(weights))
+    )
+    own = {
+        _own_name(name, key): tensor
+        for key, tensor in state.items()
+        if not key.endswith("num_batches_tracked")
+    }
     own.pop(None, None)
     fill(trunk, own, weights, fresh=("meta_conv.",))
 
 
 def _own_name(trunk: str, key: str) -> str | None:
-    """The name that torchvision's tensor `key` has in our trunk; None if it belongs to the classifier."""
+    """The name that torchvision's tensor `key` has in our trunk; None if it belongs to the
+    classifier.
+    """
     if not trunk.startswith("mobilenet"):
         return None if key.startswith("fc.") else re.sub(r"^layer4\.", "stage4.", key)
     key = key.removeprefix("features.")
@@ -365,12 +435,18 @@ def _own_name(trunk: str, key: str) -> str | None:
     if block == "0":
         return re.sub(r"^0\.", "conv1.", re.sub(r"^1\.", "bn1.", rest))
     parts = (("layer1", 4), ("layer2", 7), ("layer3", third), ("stage4", last))
-    return next((f"{part}.{key}" for part, end in parts if block.isdigit() and int(block) < end), key)
+    return next(
+        (f"{part}.{key}" for part, end in parts if block.isdigit() and int(block) < end), key
+    )
 
 
 def _imagenet_state(architecture: dict) -> dict[str, Tensor]:
     name, style, norm = architecture["name"], architecture["style"], architecture["norm"]
     if norm != "frozen" or style == "caffe":
         chosen = " ".join(filter(None, (style, norm)))
-        raise InputError(f"there are no ImageNet weights for trunk {name} ({chosen}): use weights none, or a path")
-    return downloaded(torchvision.models.get_model_weights(name).IMAGENET1K_V1, name, "give a file's path")
+        raise InputError(
+            f"there are no ImageNet weights for trunk {name} ({chosen}): use weights none, or a path"
+        )
+    return downloaded(
+        torchvision.models.get_model_weights(name).IMAGENET1K_V1, name, "give a file's path"
+    )

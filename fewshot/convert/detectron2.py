@@ -1,4 +1,6 @@
-"""What DeFRCN's checkpoints, made with detectron2, are called here: names of tensors, variants, classes."""
+"""What DeFRCN's checkpoints, made with detectron2, are called here: names of tensors, variants,
+classes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from fewshot.data.annotations import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
 from fewshot.data.transforms import CAFFE
 from fewshot.detectors.faster_rcnn import anchor_grid
 
-ClassesOf = Literal["voc1", "voc2", "voc3", "coco"]  # whose classes: of one of VOC's splits, or COCO's
+# whose classes: of one of VOC's splits, or COCO's
+ClassesOf = Literal["voc1", "voc2", "voc3", "coco"]
 ANCHORS = "proposal_generator.anchor_generator.cell_anchors.0"
 # rewriting rules of names, in this order
 RULES = (
@@ -58,18 +61,34 @@ def convert(
         classes: their names in label order instead, and which of them are `novel`.
 
     Raises:
-        InputError: naming the tensor that is missing, left over or does not fit, or what has to be said of the classes.
+        InputError: naming the tensor that is missing, left over or does not fit, or what has to be
+            said of the classes.
     """
     tensors = dict(state)
     anchors = tensors.pop(ANCHORS, None)
-    for name in ("roi_heads.box_predictor.cls_score.weight", "proposal_generator.rpn_head.conv.weight"):
+    for name in (
+        "roi_heads.box_predictor.cls_score.weight",
+        "proposal_generator.rpn_head.conv.weight",
+    ):
         if name not in tensors or not tensors[name].ndim:
-            raise InputError(f"{name} is missing from {source}: is it DeFRCN's, and not one whose head was taken off?")
-    depth = {6: 50, 23: 101}.get(len({key.split(".")[2] for key in tensors if key.startswith("backbone.res4.")}))
+            raise InputError(
+                f"{name} is missing from {source}: is it DeFRCN's, and not one whose head was taken off?"
+            )
+    depth = {6: 50, 23: 101}.get(
+        len({key.split(".")[2] for key in tensors if key.startswith("backbone.res4.")})
+    )
     if depth is None:
-        raise InputError(f"{source} is neither of ResNet-50 nor of ResNet-101: its backbone.res4 has another length")
-    names = _classes(len(tensors["roi_heads.box_predictor.cls_score.weight"]) - 1, source, of, classes, novel)
-    sizes = {"rois": 512, "roi_size": 7, "rpn_channels": len(tensors["proposal_generator.rpn_head.conv.weight"])}
+        raise InputError(
+            f"{source} is neither of ResNet-50 nor of ResNet-101: its backbone.res4 has another length"
+        )
+    names = _classes(
+        len(tensors["roi_heads.box_predictor.cls_score.weight"]) - 1, source, of, classes, novel
+    )
+    sizes = {
+        "rois": 512,
+        "roi_size": 7,
+        "rpn_channels": len(tensors["proposal_generator.rpn_head.conv.weight"]),
+    }
     sizes |= {"train_proposals": (12000, 2000), "test_proposals": (6000, 1000)}
     about = {
         "method": "defrcn",
@@ -77,21 +96,37 @@ def convert(
         "stage": "finetune" if names["novel"] else "base",
     }
     about |= {"pictures": {"short": 800, "long": 1333, "multiple": 1}, "sizes": sizes, **names}
-    about |= {"architecture": {"name": f"resnet{depth}", "style": "caffe", "norm": "frozen", "pretrained": True}}
+    about |= {
+        "architecture": {
+            "name": f"resnet{depth}",
+            "style": "caffe",
+            "norm": "frozen",
+            "pretrained": True,
+        }
+    }
     about |= {"normalisation": CAFFE.to_dict()}
     with torch.device("meta"):  # without memory, however large the file says that it is
         model = methods.built(about)
     ours = {tensor_name(key): tensor for key, tensor in tensors.items()}
     shapes = {name: tensor.shape for name, tensor in ours.items()}
-    weights.check_fit(model, shapes, source)  # stops at what is missing, left over or of another shape
+    # stops at what is missing, left over or of another shape
+    weights.check_fit(model, shapes, source)
     grid = anchor_grid((1, 1), model.trunk.stride, model.rpn.scales[0], model.rpn.ratios)
-    if anchors is not None and not (anchors.shape == grid.shape and torch.allclose(anchors.float(), grid, atol=1e-3)):
-        raise InputError(f"{ANCHORS} in {source} are not the anchors that DeFRCN was published with")
+    if anchors is not None and not (
+        anchors.shape == grid.shape and torch.allclose(anchors.float(), grid, atol=1e-3)
+    ):
+        raise InputError(
+            f"{ANCHORS} in {source} are not the anchors that DeFRCN was published with"
+        )
     return ours, about
 
 
 def _classes(
-    number: int, source: str | Path, of: ClassesOf | None, given: Sequence[str], novel: Sequence[str]
+    number: int,
+    source: str | Path,
+    of: ClassesOf | None,
+    given: Sequence[str],
+    novel: Sequence[str],
 ) -> dict[str, list[str]]:
     """What `DetectionSet.describe` says of a set's classes, of the model's, in label order."""
     if bool(of) == bool(given):
@@ -110,6 +145,8 @@ def _classes(
     base = [name for name in every if name not in few]
     names = {len(few): few, len(base): base, len(every): every}.get(number) if of else every
     if names is None or len(names) != number:
-        raise InputError(f"{source} has {number} classes, which {of or '--classes'} has not: correct --of or --classes")
+        raise InputError(
+            f"{source} has {number} classes, which {of or '--classes'} has not: correct --of or --classes"
+        )
     described = {"classes": names, "base": base, "novel": few}
     return {key: [name for name in part if name in names] for key, part in described.items()}

@@ -1,4 +1,6 @@
-"""What checkpoints of mmfewshot 0.1.0, and of VFA, are called here: names of tensors, methods, variants, classes."""
+"""What checkpoints of mmfewshot 0.1.0, and of VFA, are called here: names of tensors, methods,
+variants, classes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ CLASSIFIER_NAMES = {
 # rewriting rules of names: backbones of classifiers, then heads
 BACKBONES = {
     "conv4": ((r"layers\.(\d)\.layers", r"blocks.\1"),),
-    "resnet12": ((r"layer(\d)\.0", lambda m: f"stages.{int(m[1]) - 1}"), ("downsample", "shortcut")),
+    "resnet12": (
+        (r"layer(\d)\.0", lambda m: f"stages.{int(m[1]) - 1}"),
+        ("downsample", "shortcut"),
+    ),
     "wrn28_10": (
         (r"layer(\d)", lambda m: f"stages.{int(m[1]) - 1}"),
         (r"shortcut\.0", "shortcut"),
@@ -94,7 +99,9 @@ PROTOTYPES = ("prototypes", "kernels", "maps", "known")  # buffers that checkpoi
 
 @dataclass
 class Converted:
-    """A model in this project's terms: what `weights.save_state` takes, and what became of the other tensors."""
+    """A model in this project's terms: what `weights.save_state` takes, and what became of the
+    other tensors.
+    """
 
     state: dict[str, Tensor]
     about: dict[str, Any]
@@ -102,7 +109,9 @@ class Converted:
 
 
 def backbone_name(key: str, backbone: str) -> str:
-    """The reference's name of a classifier's backbone tensor, without `backbone.`, -> ours, without `features.`."""
+    """The reference's name of a classifier's backbone tensor, without `backbone.`, -> ours, without
+    `features.`.
+    """
     return _rewritten(key, BACKBONES[backbone])
 
 
@@ -112,7 +121,9 @@ def head_name(key: str) -> str:
 
 
 def detector_name(key: str, method: str) -> str | None:
-    """The reference's name of a detector's tensor -> ours; None where it is no part of such a detector."""
+    """The reference's name of a detector's tensor -> ours; None where it is no part of such a
+    detector.
+    """
     if method in PYRAMIDS and (match := re.match(r"backbone\.layer(\d)\.(.+)", key)):
         return f"trunk.stages.{int(match[1]) - 1}.{match[2]}"
     if key.startswith("backbone."):
@@ -139,7 +150,8 @@ def _rewritten(key: str, rules: Sequence[tuple]) -> str:
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, meta) of a checkpoint. Nothing in it is executed: tensors, numbers, text and arrays are read.
+    """(state dict, meta) of a checkpoint. Nothing in it is executed: tensors, numbers, text and
+    arrays are read.
 
     Raises:
         InputError: it cannot be read, or holds other objects.
@@ -164,9 +176,13 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "{'state_dict': checkpoint['state_dict'], 'meta': {'CLASSES': checkpoint['meta']['CLASSES']}} anew"
         ) from None
     except weights.UNPICKLING_ERRORS as error:
-        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]:.300}") from None
+        raise InputError(
+            f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]:.300}"
+        ) from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict of tensors")
+        raise InputError(
+            f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict of tensors"
+        )
     state, meta = content.get("state_dict", content), content.get("meta")
     if flaw := weights.state_flaw(state):
         raise InputError(f"{path} is no checkpoint: {flaw}")
@@ -185,19 +201,22 @@ def convert(
 ) -> Converted:
     """A checkpoint's model in this project's terms.
 
-    Method, depth, number of classes and variants are read from names and shapes, from the file's `meta` and its name.
+    Method, depth, number of classes and variants are read from names and shapes, from the file's
+    `meta` and its name.
 
     Args:
         state, meta: of the checkpoint.
         name: of its file; published ones tell the method.
-        method: where none of these tell: proto_net and matching_net have the same tensors, as do tfa and fsce.
+        method: where none of these tell: proto_net and matching_net have the same tensors, as do
+            tfa and fsce.
         classes: names in label order, where `meta` has none.
         split: VOC's split, where neither does.
-        aligned: of MPSR, whether its RoIs are cut half a pixel off; by default as published: not in models fine-tuned
-            on VOC, nor in those converted from the authors'.
+        aligned: of MPSR, whether its RoIs are cut half a pixel off; by default as published: not in
+            models fine-tuned on VOC, nor in those converted from the authors'.
 
     Raises:
-        InputError: naming the tensor that is missing, left over or does not fit, or what has to be said by an argument.
+        InputError: naming the tensor that is missing, left over or does not fit, or what has to be
+            said by an argument.
     """
     try:
         return _converted(state, meta, name, method, classes, split, aligned)
@@ -223,25 +242,33 @@ def _converted(
         elif key.startswith("support_backbone."):
             twin = state.get(key.removeprefix("support_"))
             if twin is None or not torch.equal(twin, value):
-                raise InputError(f"{key} differs from backbone's: a support network of its own is not known here")
+                raise InputError(
+                    f"{key} differs from backbone's: a support network of its own is not known here"
+                )
             dropped["support_backbone.*: the same tensors as backbone.*"] += 1
         else:
             tensors[key] = value
     detector = any(key.startswith(("rpn_head.", "roi_head.")) for key in tensors)
-    task, possible = ("detector", DETECTORS) if detector else ("classifier", CLASSIFIER_NAMES.values())
+    task, possible = (
+        ("detector", DETECTORS) if detector else ("classifier", CLASSIFIER_NAMES.values())
+    )
     if method is not None and method not in possible:
         raise InputError(f"{name} is a {task}, and {method!r} is none of {', '.join(possible)}")
     text = f"{name} {meta.get('config', '')}"
     if detector:
         method = method or _detector_method(tensors, text)
-        about = _detector_about(tensors, method, _classes(tensors, meta, classes, split), aligned, text)
+        about = _detector_about(
+            tensors, method, _classes(tensors, meta, classes, split), aligned, text
+        )
         ours = {}
         for key, value in tensors.items():
             renamed = detector_name(key, method)
             if key.endswith("num_batches_tracked") and not key.startswith((AGGREGATOR, VAE)):
                 dropped["num_batches_tracked: of norms that are constants"] += 1
             elif renamed is None:
-                raise InputError(f"{key} in {name} is no part of {method}: is it of another method? (--method)")
+                raise InputError(
+                    f"{key} in {name} is no part of {method}: is it of another method? (--method)"
+                )
             else:
                 ours[renamed] = value
     else:
@@ -259,7 +286,9 @@ def _converted(
     with torch.device("meta"):  # it need not be there to be compared with
         model = methods.built(about)
     # no class is known yet
-    ours |= {n: torch.zeros_like(t, device="cpu") for n, t in model.named_buffers() if n in PROTOTYPES}
+    ours |= {
+        n: torch.zeros_like(t, device="cpu") for n, t in model.named_buffers() if n in PROTOTYPES
+    }
     weights.check_fit(model, {n: t.shape for n, t in ours.items()}, name, methods.unused(model))
     return Converted(ours, about, dropped)
 
@@ -289,15 +318,25 @@ def _classifier_method(state: Mapping[str, Tensor], text: str) -> str:
         return "relation_net"
     if any("weight_g" in key or "original0" in key for key in head):
         return "baseline_plus"
-    said = [ours for theirs, ours in CLASSIFIER_NAMES.items() if re.search(rf"type='{theirs}'|\b{theirs}\b", text)]
-    spelt = [n for n in CLASSIFIER_NAMES.values() if re.search(rf"(^|[/\s]){n.replace('_', '[-_]')}[-_]", text)]
+    said = [
+        ours
+        for theirs, ours in CLASSIFIER_NAMES.items()
+        if re.search(rf"type='{theirs}'|\b{theirs}\b", text)
+    ]
+    spelt = [
+        n
+        for n in CLASSIFIER_NAMES.values()
+        if re.search(rf"(^|[/\s]){n.replace('_', '[-_]')}[-_]", text)
+    ]
     possible = ("baseline", "maml") if head else ("proto_net", "matching_net")
     if told := [n for n in (*said, *spelt) if n in possible]:
         return told[0]
     if head:  # MAML never updates the running statistics of its norms
         means = [value for key, value in state.items() if key.endswith("running_mean")]
         return "baseline" if any(mean.any() for mean in means) else "maml"
-    raise InputError("a classifier without a head may be proto_net or matching_net: say which (--method)")
+    raise InputError(
+        "a classifier without a head may be proto_net or matching_net: say which (--method)"
+    )
 
 
 def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -305,7 +344,10 @@ def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _classes(
-    state: Mapping[str, Tensor], meta: Mapping[str, Any], given: Sequence[str] | None, split: int | None
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    given: Sequence[str] | None,
+    split: int | None,
 ) -> list[str]:
     """Class names in label order."""
     last = "roi_head.bbox_head.fc_cls.weight"
@@ -313,27 +355,37 @@ def _classes(
     names = _named(meta, given)
     if not names and split and number in (15, 20):
         novel = VOC_NOVEL[split].split()
-        names = [name for name in VOC_CLASSES if name not in novel] + (novel if number == 20 else [])
+        names = [name for name in VOC_CLASSES if name not in novel] + (
+            novel if number == 20 else []
+        )
     elif not names and number in (60, 80):
         names = [name for name in COCO_CLASSES if number == 80 or name not in COCO_NOVEL]
     if not names and number:
-        raise InputError(f"the names of its {number} classes are not in the file: give --split, or --classes")
+        raise InputError(
+            f"the names of its {number} classes are not in the file: give --split, or --classes"
+        )
     if number is not None and len(names) != number:
-        raise InputError(f"{len(names)} class names for a model of {number} classes: give --classes")
+        raise InputError(
+            f"{len(names)} class names for a model of {number} classes: give --classes"
+        )
     return names
 
 
 def _named(meta: Mapping[str, Any], given: Sequence[str] | None) -> list[str]:
     names = given or meta.get("CLASSES")
     if names is not None and not (isinstance(names, (list, tuple)) and all(map(is_text, names))):
-        raise InputError(f"CLASSES in its meta is {names!r:.60}, and no list of names: give --classes")
+        raise InputError(
+            f"CLASSES in its meta is {names!r:.60}, and no list of names: give --classes"
+        )
     return list(names or ())
 
 
 def _rows(state: Mapping[str, Tensor], key: str) -> int:
     """How many rows, or filters, a weight has."""
     if key not in state or not state[key].dim():
-        raise InputError(f"{key} is missing or a single number: is it a whole checkpoint of mmfewshot?")
+        raise InputError(
+            f"{key} is missing or a single number: is it a whole checkpoint of mmfewshot?"
+        )
     return len(state[key])
 
 
@@ -342,7 +394,9 @@ def _detector_about(
 ) -> dict[str, Any]:
     depth = {6: 50, 23: 101}.get(_blocks(state, "backbone.layer3."))
     if depth is None:
-        raise InputError("its backbone is neither a ResNet-50 nor a ResNet-101: backbone.layer3 has another length")
+        raise InputError(
+            "its backbone is neither a ResNet-50 nor a ResNet-101: backbone.layer3 has another length"
+        )
     novel = _novel(classes)
     architecture: dict[str, Any] = {"name": f"resnet{depth}", "style": "caffe", "norm": "frozen"}
     sizes: dict[str, Any] = {"rpn_channels": _rows(state, "rpn_head.rpn_conv.weight")}
@@ -358,7 +412,9 @@ def _detector_about(
         if method != "attention_rpn":
             architecture["meta"] = True
         large = {"short": 800, "long": 1333, "multiple": 32}
-        about["pictures"] = large if method == "vfa" else {"short": 600, "long": 1000, "multiple": 1}
+        about["pictures"] = (
+            large if method == "vfa" else {"short": 600, "long": 1000, "multiple": 1}
+        )
         about["support_size"] = 320 if method == "attention_rpn" else 224
     if method == "mpsr":
         voc = len(classes) == 20 and set(classes) == set(VOC_CLASSES)
@@ -369,10 +425,16 @@ def _detector_about(
         contrast = "roi_head.bbox_head.contrastive_head.2.weight"
         about["dimensions"] = _rows(state, contrast) if contrast in state else 0
     if method == "attention_rpn":
-        sizes["relation_channels"] = _rows(state, "roi_head.bbox_head.patch_relation_branch.0.weight")
+        sizes["relation_channels"] = _rows(
+            state, "roi_head.bbox_head.patch_relation_branch.0.weight"
+        )
         about["context"] = 16
     normalisation = CAFFE_MPSR if method == "mpsr" else CAFFE
-    return about | {"architecture": architecture, "sizes": sizes, "normalisation": normalisation.to_dict()}
+    return about | {
+        "architecture": architecture,
+        "sizes": sizes,
+        "normalisation": normalisation.to_dict(),
+    }
 
 
 def _novel(classes: Sequence[str]) -> list[str]:

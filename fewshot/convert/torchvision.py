@@ -1,4 +1,6 @@
-"""Torchvision's detectors trained on COCO, or fine-tuned elsewhere, as base models of TFA, FSCE and MPSR."""
+"""Torchvision's detectors trained on COCO, or fine-tuned elsewhere, as base models of TFA, FSCE and
+MPSR.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,15 @@ WEIGHTS = {
     "mobilenet_v3_large": detection.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1,
 }
 BACKGROUND = "__background__"
-NO_OBJECT = (BACKGROUND, "N/A")  # what torchvision calls the rows of its head that stand for no class
-SIZES = {"rois": 512, "width": 1024, "threshold": 0.5, "rpn_channels": 256, "convention": "torchvision"}
+# what torchvision calls the rows of its head that stand for no class
+NO_OBJECT = (BACKGROUND, "N/A")
+SIZES = {
+    "rois": 512,
+    "width": 1024,
+    "threshold": 0.5,
+    "rpn_channels": 256,
+    "convention": "torchvision",
+}
 SETTINGS = {
     "resnet50": {
         "pictures": {"short": 800, "long": 1333, "multiple": 32},
@@ -31,10 +40,12 @@ SETTINGS = {
     },
     "mobilenet_v3_large": {
         "pictures": {"short": 320, "long": 640, "multiple": 32},
-        "sizes": SIZES | {"train_proposals": (2000, 2000), "test_proposals": (150, 150), "proposal_score": 0.05},
+        "sizes": SIZES
+        | {"train_proposals": (2000, 2000), "test_proposals": (150, 150), "proposal_score": 0.05},
     },
 }
-# rewriting rules of names; some of the files are of a time when layers stood alone that are now in a Sequential
+# rewriting rules of names; some of the files are of a time when layers stood alone that are now in
+# a Sequential
 TRUNKS = {
     "resnet50": (
         (r"^backbone\.body\.(conv1|bn1)\.", r"trunk.\1."),
@@ -63,7 +74,8 @@ OTHERS = (
 def coco(backbone: Backbone = "resnet50") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`converted` of torchvision's detector trained on COCO, which torchvision downloads once.
 
-    "resnet50": `fasterrcnn_resnet50_fpn`; "mobilenet_v3_large": `fasterrcnn_mobilenet_v3_large_320_fpn`.
+    "resnet50": `fasterrcnn_resnet50_fpn`; "mobilenet_v3_large":
+    `fasterrcnn_mobilenet_v3_large_320_fpn`.
 
     Raises:
         InputError: it cannot be downloaded.
@@ -85,22 +97,32 @@ def categories(backbone: Backbone = "resnet50") -> list[str]:
 
 
 def converted(
-    state: Mapping[str, Tensor], categories: Sequence[str], source: str = "the state dict", *, eps: float | None = None
+    state: Mapping[str, Tensor],
+    categories: Sequence[str],
+    source: str = "the state dict",
+    *,
+    eps: float | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a base model, as TFA has them, and what describes it, for `rebuilt` and `weights.save_state`.
+    """The weights of a base model, as TFA has them, and what describes it, for `rebuilt` and
+    `weights.save_state`.
 
-    It detects what torchvision's model does, but for rows of its head that stand for no class, which are left out.
+    It detects what torchvision's model does, but for rows of its head that stand for no class,
+    which are left out.
 
     Args:
         state: of `fasterrcnn_resnet50_fpn` or `fasterrcnn_mobilenet_v3_large_320_fpn`.
         categories: the names of the head's rows, as torchvision has them: the background first.
         source: what errors and the description call it.
-        eps: that batch norms add to the variance, which the state does not tell: by default as in `default_eps`.
+        eps: that batch norms add to the variance, which the state does not tell: by default as in
+            `default_eps`.
 
     Raises:
-        InputError: naming the tensor that is missing, left over or does not fit, or what is wrong with the names.
+        InputError: naming the tensor that is missing, left over or does not fit, or what is wrong
+            with the names.
     """
-    backbone: Backbone = "resnet50" if "backbone.body.conv1.weight" in state else "mobilenet_v3_large"
+    backbone: Backbone = (
+        "resnet50" if "backbone.body.conv1.weight" in state else "mobilenet_v3_large"
+    )
     ours = {}
     for key, tensor in state.items():
         name = key
@@ -108,12 +130,16 @@ def converted(
             name = re.sub(pattern, replacement, name)
         if name == key:
             kinds = "fasterrcnn_resnet50_fpn or fasterrcnn_mobilenet_v3_large_320_fpn"
-            raise InputError(f"{key} in {source} is no part of torchvision's {kinds}: give a state dict of these")
+            raise InputError(
+                f"{key} in {source} is no part of torchvision's {kinds}: give a state dict of these"
+            )
         if not key.endswith("num_batches_tracked"):
             ours[name] = tensor
     classes = [name for name in categories if name not in NO_OBJECT]
     if repeated := [name for name in classes if classes.count(name) > 1]:
-        raise InputError(f"two classes of {source} are called {repeated[0]}: give each a name of its own")
+        raise InputError(
+            f"two classes of {source} are called {repeated[0]}: give each a name of its own"
+        )
     about = {
         "method": "tfa",
         "args": {"backbone": backbone},
@@ -123,7 +149,13 @@ def converted(
         "base": classes,
         "novel": [],
         "cosine": False,
-        "architecture": {"name": backbone, "style": None, "norm": "frozen", "pretrained": True, "channels": 256},
+        "architecture": {
+            "name": backbone,
+            "style": None,
+            "norm": "frozen",
+            "pretrained": True,
+            "channels": 256,
+        },
         "normalisation": IMAGENET.to_dict(),
         **SETTINGS[backbone],
     }
@@ -136,8 +168,11 @@ def converted(
     for kind in ("weight", "bias"):
         ours[f"cls.{kind}"] = ours[f"cls.{kind}"][[*rows, 0]]
         ours[f"reg.{kind}"] = ours[f"reg.{kind}"].unflatten(0, (-1, 4))[rows].flatten(0, 1)
-        for name in (f"rpn.cls.{kind}", f"rpn.reg.{kind}"):  # torchvision's anchors run ratio by ratio, ours by scale
-            by_anchor = ours[name].unflatten(0, (len(model.rpn.ratios), len(model.rpn.scales[0]), -1))
+        # torchvision's anchors run ratio by ratio, ours by scale
+        for name in (f"rpn.cls.{kind}", f"rpn.reg.{kind}"):
+            by_anchor = ours[name].unflatten(
+                0, (len(model.rpn.ratios), len(model.rpn.scales[0]), -1)
+            )
             ours[name] = by_anchor.transpose(0, 1).flatten(0, 2)
     model.load_state_dict(ours)
     eps = default_eps(state) if eps is None else eps
@@ -149,19 +184,28 @@ def converted(
 
 
 def default_eps(state: Mapping[str, Tensor]) -> float:
-    """What the batch norms of a model add to the variance: nothing, in torchvision's ResNet trained on COCO."""
-    trained = any(key.endswith("num_batches_tracked") for key in state)  # norms that were not frozen
+    """What the batch norms of a model add to the variance: nothing, in torchvision's ResNet trained
+    on COCO.
+    """
+    # norms that were not frozen
+    trained = any(key.endswith("num_batches_tracked") for key in state)
     return 0.0 if "backbone.body.conv1.weight" in state and not trained else 1e-5
 
 
 def _check_head(ours: Mapping[str, Tensor], categories: Sequence[str], source: str) -> None:
     for name, per_class in (("cls.weight", 1), ("cls.bias", 1), ("reg.weight", 4), ("reg.bias", 4)):
         if name not in ours:
-            raise InputError(f"{name} is missing from {source}: give the state dict of a whole detector")
+            raise InputError(
+                f"{name} is missing from {source}: give the state dict of a whole detector"
+            )
         shape, inner = tuple(ours[name].shape), (SIZES["width"],) if name.endswith("weight") else ()
         if shape[1:] != inner or not shape:
             rows = ", ".join(map(str, (per_class * len(categories), *inner)))
-            raise InputError(f"{name} is {shape} in {source}, a detector of torchvision's has ({rows})")
+            raise InputError(
+                f"{name} is {shape} in {source}, a detector of torchvision's has ({rows})"
+            )
         if shape[0] != per_class * len(categories):
             number = shape[0] // per_class - 1
-            raise InputError(f"{source} is a model of {number} classes, and {len(categories) - 1} names do not fit it")
+            raise InputError(
+                f"{source} is a model of {number} classes, and {len(categories) - 1} names do not fit it"
+            )

@@ -1,7 +1,9 @@
-"""Annotation files: VOC's xml, COCO's json and YOLO's txt, and the published sets, read into one `Record` per picture.
+"""Annotation files: VOC's xml, COCO's json and YOLO's txt, and the published sets, read into one
+`Record` per picture.
 
-Mistakes in a file are found while it is read, and named: the file, the picture, the box. Pictures are not opened here,
-but that all of them are there is checked at once. `layouts` reads one's own data with it.
+Mistakes in a file are found while it is read, and named: the file, the picture, the box. Pictures
+are not opened here, but that all of them are there is checked at once. `layouts` reads one's own
+data with it.
 """
 
 import json
@@ -19,7 +21,8 @@ import numpy as np
 from fewshot import InputError
 
 Part = Literal["train", "test"]
-Fault = Callable[[str], None]  # told of each flaw of a file; if it returns, what is flawed is left out
+# told of each flaw of a file; if it returns, what is flawed is left out
+Fault = Callable[[str], None]
 Dropped = dict[str, list[str]]  # why boxes were left out -> the picture of each
 
 VOC_CLASSES = (
@@ -27,23 +30,37 @@ VOC_CLASSES = (
     "diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor"
 ).split()
 # The novel classes of the published splits; the other classes are base.
-VOC_NOVEL = {1: "bird bus cow motorbike sofa", 2: "aeroplane bottle cow horse sofa", 3: "boat cat motorbike sheep sofa"}
-VOC_OFFSET = (-1, -1, 0, 0)  # VOC counts pixels from 1: added for training, and taken off predictions to be tested
-VOC_LISTS = {"train": (("VOC2007", "trainval"), ("VOC2012", "trainval")), "test": (("VOC2007", "test"),)}
+VOC_NOVEL = {
+    1: "bird bus cow motorbike sofa",
+    2: "aeroplane bottle cow horse sofa",
+    3: "boat cat motorbike sheep sofa",
+}
+# VOC counts pixels from 1: added for training, and taken off predictions to be tested
+VOC_OFFSET = (-1, -1, 0, 0)
+VOC_LISTS = {
+    "train": (("VOC2007", "trainval"), ("VOC2012", "trainval")),
+    "test": (("VOC2007", "test"),),
+}
 
 COCO_NOVEL = (
     "person,bicycle,car,motorcycle,airplane,bus,train,boat,bird,cat,dog,horse,sheep,cow,bottle,chair,couch,"
     "potted plant,dining table,tv"
 ).split(",")
-# Few-shot work keeps 5,000 validation pictures for testing and trains on the rest ("train" and "val", or
-# "trainvalno5k" and "5k"); COCO's own splits follow. Files of different rows overlap, so they are never mixed.
+# Few-shot work keeps 5,000 validation pictures for testing and trains on the rest ("train" and
+# "val", or "trainvalno5k" and "5k"); COCO's own splits follow. Files of different rows overlap, so
+# they are never mixed.
 COCO_FILES = (
     ("train.json", "val.json"),
     ("trainvalno5k.json", "5k.json"),
     ("instances_train2017.json", "instances_val2017.json"),
     ("instances_train2014.json", "instances_val2014.json"),
 )
-COCO_FOLDERS = ("annotations", "coco/annotations", "few_shot_ann/coco/annotations", "cocosplit/datasplit")
+COCO_FOLDERS = (
+    "annotations",
+    "coco/annotations",
+    "few_shot_ann/coco/annotations",
+    "cocosplit/datasplit",
+)
 
 
 @dataclass
@@ -56,8 +73,10 @@ class Record:
     height: int
     boxes: np.ndarray  # float32 (n, 4), xyxy
     labels: np.ndarray  # int64 (n,), positions in the set's classes
-    difficult: np.ndarray  # bool (n,): VOC's difficult objects, COCO's crowds; evaluation ignores them
-    areas: np.ndarray | None = None  # float32 (n,), of COCO's masks, for its size classes; None: the boxes' areas
+    # bool (n,): VOC's difficult objects, COCO's crowds; evaluation ignores them
+    difficult: np.ndarray
+    # float32 (n,), of COCO's masks, for its size classes; None: the boxes' areas
+    areas: np.ndarray | None = None
     scene: int | None = None  # number of the glyph scene to draw
     image_id: int | str | None = None  # as the json has it, for COCO's format
     annotated_in: str = ""  # the file that says its size; "" where the picture alone does
@@ -66,7 +85,11 @@ class Record:
         """The same picture with only the objects `which`: a mask, or positions in the order wanted."""
         areas = None if self.areas is None else self.areas[which]
         return replace(
-            self, boxes=self.boxes[which], labels=self.labels[which], difficult=self.difficult[which], areas=areas
+            self,
+            boxes=self.boxes[which],
+            labels=self.labels[which],
+            difficult=self.difficult[which],
+            areas=areas,
         )
 
 
@@ -83,7 +106,9 @@ def refuse(message: str) -> None:
     raise InputError(message)
 
 
-def make_record(id: str, path: str | Path, width: int, height: int, objects: Sequence[tuple]) -> Record:
+def make_record(
+    id: str, path: str | Path, width: int, height: int, objects: Sequence[tuple]
+) -> Record:
     """A record of objects (box, label, difficult), or (box, label, difficult, area)."""
     columns = list(zip(*objects)) or [(), (), ()]
     return Record(
@@ -95,14 +120,20 @@ def make_record(id: str, path: str | Path, width: int, height: int, objects: Seq
     )
 
 
-def read_voc(root: Path, part: Part, offset: Sequence[float], fault: Fault = refuse) -> tuple[list[Record], list[str]]:
-    """Records of VOC 07+12 trainval or 07 test, labelled by `VOC_CLASSES`, and what the user should hear.
+def read_voc(
+    root: Path, part: Part, offset: Sequence[float], fault: Fault = refuse
+) -> tuple[list[Record], list[str]]:
+    """Records of VOC 07+12 trainval or 07 test, labelled by `VOC_CLASSES`, and what the user should
+    hear.
 
-    `root` holds VOC2007 and VOC2012, or VOCdevkit with them. Ids are "VOC2007/000012". Boxes are the annotated
-    integers, plus `offset` in the training part.
+    `root` holds VOC2007 and VOC2012, or VOCdevkit with them. Ids are "VOC2007/000012". Boxes are
+    the annotated integers, plus `offset` in the training part.
     """
     lists = VOC_LISTS[part]
-    devkit = next((d for d in (root / "VOCdevkit", root) if any((d / year).is_dir() for year, _ in lists)), None)
+    devkit = next(
+        (d for d in (root / "VOCdevkit", root) if any((d / year).is_dir() for year, _ in lists)),
+        None,
+    )
     if devkit is None:
         raise InputError(
             f"{root}: no {' or '.join(y for y, _ in lists)} in it or in its VOCdevkit; {_missing_in(root)}"
@@ -115,7 +146,9 @@ def read_voc(root: Path, part: Part, offset: Sequence[float], fault: Fault = ref
         elif not ids.is_file():
             raise InputError(f"{ids} is missing: unpack {year} {name} there")
         else:
-            names = [inside(line.split()[0], ids) for line in read_text(ids).splitlines() if line.strip()]
+            names = [
+                inside(line.split()[0], ids) for line in read_text(ids).splitlines() if line.strip()
+            ]
             records += filter(None, (_voc_record(folder, name, ids, fault) for name in names))
     if part == "train":
         for record in records:
@@ -127,7 +160,9 @@ def read_voc(root: Path, part: Part, offset: Sequence[float], fault: Fault = ref
 def _voc_record(folder: Path, name: str, ids: Path, fault: Fault) -> Record | None:
     path = folder / "Annotations" / f"{name}.xml"
     if not path.is_file():
-        fault(f"{path}: missing though listed in ImageSets/Main/{ids.name}; unpack {folder.name} again")
+        fault(
+            f"{path}: missing though listed in ImageSets/Main/{ids.name}; unpack {folder.name} again"
+        )
     elif found := read_xml(path, published=True, fault=fault):
         width, height, objects = found
         picture = folder / "JPEGImages" / f"{name}.jpg"
@@ -140,17 +175,19 @@ def _voc_record(folder: Path, name: str, ids: Path, fault: Fault) -> Record | No
 def read_xml(
     path: Path, *, published: bool = False, fault: Fault = refuse
 ) -> tuple[int, int, list[tuple[list[float], str, bool]]] | None:
-    """The annotated picture's width and height, and its objects: xyxy box, class, difficult. None if it has no size.
+    """The annotated picture's width and height, and its objects: xyxy box, class, difficult. None
+    if it has no size.
 
-    `published` is for VOC's own files: only their classes, without fractions, and both ends of a box are inside, so
-    that one from 7 to 7 is one pixel wide.
+    `published` is for VOC's own files: only their classes, without fractions, and both ends of a
+    box are inside, so that one from 7 to 7 is one pixel wide.
     """
     try:
         tree = ElementTree.parse(path).getroot()
         width, height = (int(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
         if not (_finite(width, height) and min(width, height) > 0):
             raise ValueError(f"{width} x {height} pixels")
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # LookupError: of an encoding
+    # LookupError: of an encoding
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:
         fault(f"{path}: not a VOC annotation with a size ({error}); unpack or correct it")
         return None
     objects = []
@@ -159,7 +196,10 @@ def read_xml(
         if published and name not in VOC_CLASSES:
             continue
         try:
-            box = [float(item.findtext(f"bndbox/{end}", "")) for end in ("xmin", "ymin", "xmax", "ymax")]
+            box = [
+                float(item.findtext(f"bndbox/{end}", ""))
+                for end in ("xmin", "ymin", "xmax", "ymax")
+            ]
             whole = [int(end) for end in box]
         except (ValueError, OverflowError):  # also of NaN and infinity
             fault(f"{path}: a {name!r} without a whole bndbox; correct it or take it out")
@@ -180,7 +220,9 @@ def read_xml(
 def read_yolo(
     path: Path, names: Mapping[int, str], fault: Fault = refuse
 ) -> tuple[list[tuple[tuple[float, ...], str]], int]:
-    """The objects of a YOLO txt, xyxy box in fractions of the picture and class, and how many of them were polygons."""
+    """The objects of a YOLO txt, xyxy box in fractions of the picture and class, and how many of
+    them were polygons.
+    """
     objects, polygons = [], 0
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not (words := line.split()):
@@ -190,11 +232,17 @@ def read_yolo(
             category, *values = map(float, words)
         except ValueError:
             values = []
-        if not (_finite(*values) and (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0))):
-            fault(f"{what} is neither 'class x y width height' nor a polygon: {line!r:.60}; correct it or take it out")
+        if not (
+            _finite(*values) and (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0))
+        ):
+            fault(
+                f"{what} is neither 'class x y width height' nor a polygon: {line!r:.60}; correct it or take it out"
+            )
             continue
         if category not in names:
-            fault(f"{what}: class {words[0]} is not in data.yaml, whose last is {max(names)}; correct one of the two")
+            fault(
+                f"{what}: class {words[0]} is not in data.yaml, whose last is {max(names)}; correct one of the two"
+            )
             continue
         if len(values) > 4:
             polygons += 1
@@ -223,26 +271,34 @@ def read_coco(root: Path, part: Part, fault: Fault = refuse) -> Annotated:
     coco = read_json_annotations(path, "skip" if part == "train" else "take", fault)
     pictures = root / "coco" if (root / "coco").is_dir() else root
     for record in coco.records:
-        year = re.search(r"(train|val)20\d\d", record.path) or re.search(r"(train|val)20\d\d", path.name)
+        year = re.search(r"(train|val)20\d\d", record.path) or re.search(
+            r"(train|val)20\d\d", path.name
+        )
         record.path = str(pictures / (year[0] if year else "") / Path(record.path).name)
     return coco._replace(records=with_pictures(coco.records, path, fault))
 
 
-def read_coco_json(path: Path, flawed: Literal["skip", "take", "refuse"]) -> tuple[list[str], list[Record]]:
-    """Class names in order of category id, and records whose paths are file names as the json has them.
+def read_coco_json(
+    path: Path, flawed: Literal["skip", "take", "refuse"]
+) -> tuple[list[str], list[Record]]:
+    """Class names in order of category id, and records whose paths are file names as the json has
+    them.
 
-    `flawed` says what becomes of boxes without area (`InputError` if refused), and of those outside their picture,
-    smaller than a pixel or marked "ignore" (skipped unless taken).
+    `flawed` says what becomes of boxes without area (`InputError` if refused), and of those outside
+    their picture, smaller than a pixel or marked "ignore" (skipped unless taken).
     """
     category_ids, records, _ = read_json_annotations(path, flawed)
     return list(category_ids), records
 
 
-def read_json_annotations(path: Path, flawed: Literal["skip", "take", "refuse"], fault: Fault = refuse) -> Annotated:
+def read_json_annotations(
+    path: Path, flawed: Literal["skip", "take", "refuse"], fault: Fault = refuse
+) -> Annotated:
     """What a json in COCO's format holds: as `read_coco_json`, and with ids and notes."""
     categories, images, annotations = _coco_lists(path, fault)
     _check_unique(path, categories, images if flawed == "refuse" else [], fault)
-    categories = {category["name"]: category for category in categories}.values()  # the same unless a fault was passed
+    # the same unless a fault was passed
+    categories = {category["name"]: category for category in categories}.values()
     categories = sorted(categories, key=lambda category: category["id"])
     label = {category["id"]: i for i, category in enumerate(categories)}
     by_id = {image["id"]: image for image in images}
@@ -250,14 +306,19 @@ def read_json_annotations(path: Path, flawed: Literal["skip", "take", "refuse"],
     dropped: Dropped = {}
     for item in annotations:
         if flaw := _annotation_flaw(item, by_id, label, flawed == "refuse"):
-            fault(f"{path}: annotation {item.get('id')!r:.60} of image {item.get('image_id')!r:.60}: {flaw}")
+            fault(
+                f"{path}: annotation {item.get('id')!r:.60} of image {item.get('image_id')!r:.60}: {flaw}"
+            )
             continue
         x, y, w, h = item["bbox"]
         area = w * h if item.get("area") is None else item["area"]
         image = by_id[item["image_id"]]
         flaw = "marked ignore" if item.get("ignore") else "without area" if area <= 0 else None
-        # YOLO's six digits may make 0.9999 pixels of one, so own data have some leave; COCO's own are as published.
-        flaw = flaw or box_flaw(x, y, w, h, image["width"], image["height"], 0.99 if flawed == "refuse" else 1)
+        # YOLO's six digits may make 0.9999 pixels of one, so own data have some leave; COCO's own
+        # are as published.
+        flaw = flaw or box_flaw(
+            x, y, w, h, image["width"], image["height"], 0.99 if flawed == "refuse" else 1
+        )
         if flawed != "take" and flaw:
             dropped.setdefault(flaw, []).append(image["file_name"])
             continue
@@ -274,8 +335,12 @@ def read_json_annotations(path: Path, flawed: Literal["skip", "take", "refuse"],
     return Annotated({category["name"]: category["id"] for category in categories}, records, notes)
 
 
-def box_flaw(x: float, y: float, w: float, h: float, width: int, height: int, least: float) -> str | None:
-    """Why a box on a picture of this size is of no use, if it is; `least` is how long its sides must be, in pixels."""
+def box_flaw(
+    x: float, y: float, w: float, h: float, width: int, height: int, least: float
+) -> str | None:
+    """Why a box on a picture of this size is of no use, if it is; `least` is how long its sides
+    must be, in pixels.
+    """
     if w <= 0 or h <= 0:
         return "without area"
     if min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0):
@@ -283,9 +348,15 @@ def box_flaw(x: float, y: float, w: float, h: float, width: int, height: int, le
     return "smaller than a pixel" if w < least or h < least else None
 
 
-def check_unit(source: Any, records: list[Record], dropped: Dropped, unit: str, fault: Fault) -> None:
-    """One box may be odd. That not a single one reaches past the first pixel of its picture is another unit."""
-    strange = sum(len(dropped.get(flaw, ())) for flaw in ("outside their picture", "smaller than a pixel"))
+def check_unit(
+    source: Any, records: list[Record], dropped: Dropped, unit: str, fault: Fault
+) -> None:
+    """One box may be odd. That not a single one reaches past the first pixel of its picture is
+    another unit.
+    """
+    strange = sum(
+        len(dropped.get(flaw, ())) for flaw in ("outside their picture", "smaller than a pixel")
+    )
     n = strange + sum(len(record.boxes) for record in records)
     if n and not any((record.boxes > 1).any() for record in records):
         fault(
@@ -297,7 +368,10 @@ def check_unit(source: Any, records: list[Record], dropped: Dropped, unit: str, 
 
 def box_notes(source: Any, records: list[Record], dropped: Dropped) -> list[str]:
     """What was left out and why, and what will be cut off."""
-    left_out = [f"{source}: boxes {why}, left out: {len(on)} (first: {on[0]})" for why, on in dropped.items()]
+    left_out = [
+        f"{source}: boxes {why}, left out: {len(on)} (first: {on[0]})"
+        for why, on in dropped.items()
+    ]
     return left_out + _beyond(source, records)
 
 
@@ -333,12 +407,16 @@ def _check_unique(path: Path, categories: list[dict], images: list[dict], fault:
 
 
 def _coco_lists(path: Path, fault: Fault) -> tuple[list[dict], list[dict], list[dict]]:
-    """The categories, images and annotations of a json file, each known to have the fields that everything needs."""
+    """The categories, images and annotations of a json file, each known to have the fields that
+    everything needs.
+    """
     content = read_json(path)
     lists: dict[str, list[dict]] = {"categories": [], "images": [], "annotations": []}
     for (key, sound), check in zip(lists.items(), (_category_flaw, _image_flaw, None)):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"{path}: no list {key!r}; COCO's format has categories, images and annotations")
+            raise InputError(
+                f"{path}: no list {key!r}; COCO's format has categories, images and annotations"
+            )
         for number, item in enumerate(content[key]):
             what = f"{path}: entry {number} of {key!r}"
             if not isinstance(item, dict):
@@ -350,16 +428,26 @@ def _coco_lists(path: Path, fault: Fault) -> tuple[list[dict], list[dict], list[
     return tuple(lists.values())
 
 
-def _annotation_flaw(item: dict, images: Mapping[Any, dict], labels: Mapping[int, int], empty: bool) -> str | None:
+def _annotation_flaw(
+    item: dict, images: Mapping[Any, dict], labels: Mapping[int, int], empty: bool
+) -> str | None:
     """What makes an annotation useless; a box without area only if asked about `empty` ones."""
-    picture, category, bbox, area = (item.get(key) for key in ("image_id", "category_id", "bbox", "area"))
+    picture, category, bbox, area = (
+        item.get(key) for key in ("image_id", "category_id", "bbox", "area")
+    )
     if not (_is_id(picture) and _is_id(category) and picture in images and category in labels):
         return f"its image or category {category!r:.60} is not listed; correct the file"
     if not (isinstance(bbox, list) and len(bbox) == 4 and _finite(*bbox)):
-        return f"bbox {bbox!r:.60} is not [x, y, width, height] in pixels; correct it or take it out"
+        return (
+            f"bbox {bbox!r:.60} is not [x, y, width, height] in pixels; correct it or take it out"
+        )
     if empty and min(bbox[2:]) <= 0:
         return f"box {bbox} has no area; correct it or take it out"
-    return None if area is None or _finite(area) else f"area {area!r:.60} is no number; correct it or take it out"
+    return (
+        None
+        if area is None or _finite(area)
+        else f"area {area!r:.60} is no number; correct it or take it out"
+    )
 
 
 def _category_flaw(item: dict) -> str | None:
@@ -393,7 +481,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a file in UTF-8, with or without a byte order mark; `InputError` naming it when it is not that."""
+    """The content of a file in UTF-8, with or without a byte order mark; `InputError` naming it
+    when it is not that.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError:
@@ -403,9 +493,13 @@ def read_text(path: str | Path) -> str:
 
 
 def inside(name: str, source: str | Path) -> str:
-    """The name of a picture in the list `source`; `InputError` if it would lead out of the folder of the data."""
+    """The name of a picture in the list `source`; `InputError` if it would lead out of the folder
+    of the data.
+    """
     if _leads_out(name):
-        raise InputError(f"{source}: {name!r:.200} leads out of the data's folder; give its path in there")
+        raise InputError(
+            f"{source}: {name!r:.200} leads out of the data's folder; give its path in there"
+        )
     if not _names_file(name):
         raise InputError(f"{source}: no file can be called {name!r:.200}; correct it")
     return name
@@ -416,12 +510,20 @@ def _leads_out(name: str) -> bool:
 
 
 def _names_file(name: str) -> bool:
-    """Whether files can be called so: systems end in an error of their own over a NUL, and over names too long."""
-    return is_text(name) and len(name) < 1000 and all(len(part.encode()) < 256 for part in name.split("/"))
+    """Whether files can be called so: systems end in an error of their own over a NUL, and over
+    names too long.
+    """
+    return (
+        is_text(name)
+        and len(name) < 1000
+        and all(len(part.encode()) < 256 for part in name.split("/"))
+    )
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is text that can be written down: json's may hold a NUL, or halves of characters (surrogates)."""
+    """Whether it is text that can be written down: json's may hold a NUL, or halves of characters
+    (surrogates).
+    """
     return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
@@ -443,7 +545,8 @@ def _files(folder: str) -> set[str]:
 
 
 def with_pictures(records: list[Record], source: str | Path, fault: Fault = refuse) -> list[Record]:
-    """Find out now, not after hours, that pictures are missing: one listing per folder instead of a look at each.
+    """Find out now, not after hours, that pictures are missing: one listing per folder instead of a
+    look at each.
 
     `source` is what annotates them, for messages.
     """

@@ -1,8 +1,10 @@
-"""Decode once: the stored squares of an image set in one file, which all processes map into memory and share.
+"""Decode once: the stored squares of an image set in one file, which all processes map into memory
+and share.
 
-The file is a plain .npy of one record (aspect, pixels (3, S, S)) per picture. Squares are what a set hands out in any
-case, so a cache changes no number; their side S, chosen where the set is opened, is large enough for random crops: all
-but the smallest 3 % of those have at least as many pixels as the network sees.
+The file is a plain .npy of one record (aspect, pixels (3, S, S)) per picture. Squares are what a
+set hands out in any case, so a cache changes no number; their side S, chosen where the set is
+opened, is large enough for random crops: all but the smallest 3 % of those have at least as many
+pixels as the network sees.
 """
 
 from __future__ import annotations
@@ -25,12 +27,23 @@ from tqdm.auto import tqdm
 
 from fewshot import InputError
 
-LAYOUT = 1  # counts up when a picture comes to be stored in another way, so that no older file is taken for a new one
+# counts up when a picture comes to be stored in another way, so that no older file is taken for a
+# new one
+LAYOUT = 1
 CHUNK = 512  # pictures decoded before they are written
 
 
 # numpy reads the header as a line of Python
-HEADER_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, SyntaxError, TokenError, OverflowError)
+HEADER_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    SyntaxError,
+    TokenError,
+    OverflowError,
+)
 HEADER_ERRORS += (AttributeError, MemoryError, RecursionError)
 
 
@@ -40,7 +53,8 @@ def kind(side: int) -> np.dtype:
 
 
 class Squares:
-    """The squares in a file: `pixels` uint8 (n, 3, S, S) and `aspects` float64 (n,), read when they are looked at.
+    """The squares in a file: `pixels` uint8 (n, 3, S, S) and `aspects` float64 (n,), read when they
+    are looked at.
 
     Raises InputError naming a file that is damaged.
     """
@@ -63,11 +77,14 @@ class Squares:
         self.path = path
 
     def __reduce__(self) -> tuple:
-        return Squares, (self.path,)  # a loading process opens the file instead of being sent its contents
+        # a loading process opens the file instead of being sent its contents
+        return Squares, (self.path,)
 
 
 class Decoder(NamedTuple):
-    """What is decoded: `read(i)` gives the square, uint8 (3, side, side), and the aspect of picture i of `number`."""
+    """What is decoded: `read(i)` gives the square, uint8 (3, side, side), and the aspect of picture
+    i of `number`.
+    """
 
     name: str  # of the data set and its split
     number: int
@@ -78,9 +95,9 @@ class Decoder(NamedTuple):
 def squares(decoder: Decoder, folder: Path, version: object) -> Squares:
     """The squares of a data set, decoded into a file of `folder` unless they are there.
 
-    `version` is something whose repr changes when the pictures do. Files of the same set, split and S with another
-    version are stale and removed; whoever has one open keeps it. Of several processes that find no file one makes it,
-    and the others wait (`alone`).
+    `version` is something whose repr changes when the pictures do. Files of the same set, split and
+    S with another version are stale and removed; whoever has one open keeps it. Of several
+    processes that find no file one makes it, and the others wait (`alone`).
 
     Raises InputError when the folder cannot be written to, and for a picture that cannot be read.
     """
@@ -102,13 +119,16 @@ def squares(decoder: Decoder, folder: Path, version: object) -> Squares:
             ) from error
     found = Squares(path)
     if found.pixels.shape != (decoder.number, 3, decoder.side, decoder.side):
-        raise InputError(f"{path}: not readable as a cache of this set; delete it to have it made again")
+        raise InputError(
+            f"{path}: not readable as a cache of this set; delete it to have it made again"
+        )
     return found
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """A turn to make a file, if it is not there by then: other processes that want it wait until the block ends.
+    """A turn to make a file, if it is not there by then: other processes that want it wait until
+    the block ends.
 
     What processes of this machine that were killed have left of it is removed.
 
@@ -150,7 +170,11 @@ def _lives(process: str) -> bool:
 def _write(path: Path, decoder: Decoder) -> None:
     """Decode all pictures into a file of this process's own, which becomes `path` once it is whole."""
     n, side = decoder.number, decoder.side
-    header = {"descr": np.lib.format.dtype_to_descr(kind(side)), "fortran_order": False, "shape": (n,)}
+    header = {
+        "descr": np.lib.format.dtype_to_descr(kind(side)),
+        "fortran_order": False,
+        "shape": (n,),
+    }
 
     def record(index: int) -> bytes:
         pixels, aspect = decoder.read(index)
@@ -159,7 +183,8 @@ def _write(path: Path, decoder: Decoder) -> None:
     own = unfinished(path)
     progress = tqdm(total=n, desc=f"decoding {decoder.name}", leave=False, dynamic_ncols=True)
     try:
-        # Written, not mapped: on a full disk writing raises an error, storing through a memory map kills the process.
+        # Written, not mapped: on a full disk writing raises an error, storing through a memory map
+        # kills the process.
         with progress, own.open("wb") as file, ThreadPoolExecutor() as pool:
             np.lib.format.write_array_header_1_0(file, header)
             for first in range(0, n, CHUNK):

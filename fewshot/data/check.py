@@ -1,4 +1,5 @@
-"""A data set looked through before it is trained on: what would end a run, and what would spoil its result.
+"""A data set looked through before it is trained on: what would end a run, and what would spoil its
+result.
 
 `examine` opens every picture, for scripts/check_data.py; `quick` opens none, for recipes.
 """
@@ -53,9 +54,11 @@ def examine(
     novel: Sequence[str] = (),
     layout: Kind | None = None,
 ) -> tuple[list[str], list[Finding]]:
-    """What was recognised, in words, and all that is wrong with a set; every picture is decoded, by many threads.
+    """What was recognised, in words, and all that is wrong with a set; every picture is decoded, by
+    many threads.
 
-    Two pictures are the same if their pixels are: one that was resized or compressed again is not found.
+    Two pictures are the same if their pixels are: one that was resized or compressed again is not
+    found.
     """
     faults: list[str] = []
     notes: list[str] = []
@@ -63,7 +66,9 @@ def examine(
     try:
         split = detection.open_split(name, root, novel=novel, layout=layout, fault=faults.append)
         if name in detection.PUBLISHED:
-            notes = [f"{name}: pictures: {len(split.train)} to train on, {len(split.test)} to test on"]
+            notes = [
+                f"{name}: pictures: {len(split.train)} to train on, {len(split.test)} to test on"
+            ]
         notes = list(dict.fromkeys([*notes, *split.train.notes, *split.test.notes]))
         findings = [*_classes(split, shots), *_pictures(split)]
     except InputError as error:
@@ -119,11 +124,20 @@ def _pictures(split: DetectionSplit) -> Iterator[Finding]:
     work = [(dataset, i) for dataset in (split.train, split.test) for i in range(len(dataset))]
     seen: dict[str, dict[bytes, list[str]]] = {"train": {}, "test": {}}
     with ThreadPoolExecutor() as pool:
-        looks = tqdm(pool.map(_look, *zip(*work)) if work else (), total=len(work), unit="picture", leave=False)
+        looks = tqdm(
+            pool.map(_look, *zip(*work)) if work else (),
+            total=len(work),
+            unit="picture",
+            leave=False,
+        )
         for (dataset, i), (pixels, fault) in zip(work, looks):
             if fault:
                 damaged = "not readable" in fault
-                kind = "picture that cannot be read" if damaged else "picture of another size than annotated"
+                kind = (
+                    "picture that cannot be read"
+                    if damaged
+                    else "picture of another size than annotated"
+                )
                 yield Finding(kind, fault, True)
             else:
                 record = dataset.records[i]
@@ -137,11 +151,15 @@ def _look(dataset: DetectionSet, index: int) -> tuple[bytes, str]:
         image = dataset.image(index)
     except InputError as error:
         return b"", str(error)
-    return hashlib.blake2b(image.numpy().data, digest_size=16, salt=repr(image.shape[1:]).encode()[:16]).digest(), ""
+    return hashlib.blake2b(
+        image.numpy().data, digest_size=16, salt=repr(image.shape[1:]).encode()[:16]
+    ).digest(), ""
 
 
 def _same_files(split: DetectionSplit) -> Iterator[Finding]:
-    """Pictures of which both parts have the very file. Only files of sizes that both parts have are read."""
+    """Pictures of which both parts have the very file. Only files of sizes that both parts have are
+    read.
+    """
     paths = [[r.path for r in dataset.records if r.path] for dataset in (split.train, split.test)]
     sizes = [[os.path.getsize(path) for path in part] for part in paths]
     common = set(sizes[0]) & set(sizes[1])

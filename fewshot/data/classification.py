@@ -1,8 +1,8 @@
 """Image classification data sets: one `ImageSet` per split, whatever lies on the disk.
 
-`open_dataset` reads CUB-200-2011, mini- and tiered-ImageNet, CIFAR-FS, FC100, Omniglot, any folder of class folders
-(own_classes.py says how it is divided), and the embedded glyphs. Classes come in the order in which mmfewshot numbers
-them, where it has the data set.
+`open_dataset` reads CUB-200-2011, mini- and tiered-ImageNet, CIFAR-FS, FC100, Omniglot, any folder
+of class folders (own_classes.py says how it is divided), and the embedded glyphs. Classes come in
+the order in which mmfewshot numbers them, where it has the data set.
 """
 
 import csv
@@ -30,43 +30,55 @@ from fewshot.data.label_orders import CIFAR_FS, FC100, MINI_ORDER, TIERED_ORDER
 from fewshot.data.own_classes import class_folders, subfolders
 from fewshot.data.pictures import SUFFIXES
 
-DatasetName = Literal["glyphs", "omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "folder"]
+DatasetName = Literal[
+    "glyphs", "omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "folder"
+]
 
 CACHE_FOLDER = ".fewshot_cache"  # beside the data
 SIDE = 84  # what networks see of natural images, unless told otherwise
 
-GLYPH_CLASSES = {"train": range(64), "val": range(64, 80), "test": range(80, 100)}  # as many as mini-ImageNet's
+# as many as mini-ImageNet's
+GLYPH_CLASSES = {"train": range(64), "val": range(64, 80), "test": range(80, 100)}
 GLYPHS_PER_CLASS = 600
 
 OMNIGLOT_PARTS = "images_background", "images_evaluation"
 OMNIGLOT_CHARACTERS, OMNIGLOT_DRAWINGS = 1623, 20  # in both parts; of each character
 OMNIGLOT_SIDE = 105  # of the drawings, in pixels
 OMNIGLOT_BYTES = 100_000_000  # of an archive once unpacked: a dozen times what the larger one holds
-# The published split of 1200 and 423 characters is by chance, as is ours; 172 of the 1200 validate (Snell et al. 2017).
+# The published split of 1200 and 423 characters is by chance, as is ours; 172 of the 1200 validate
+# (Snell et al. 2017).
 OMNIGLOT_SPLITS = {"train": slice(0, 1028), "val": slice(1028, 1200), "test": slice(1200, 1623)}
 OMNIGLOT_SEED = 0
-CIFAR_LABELS = ("fine", 100), ("coarse", 20)  # what pictures are labelled by, and of how many classes
+# what pictures are labelled by, and of how many classes
+CIFAR_LABELS = ("fine", 100), ("coarse", 20)
 
 
 def open_splits(
     name: str, root: str | os.PathLike, novel: str | os.PathLike | None = None, **options: Any
 ) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """What trains, what validates and what tests: `open_dataset` of every split, with its options and errors."""
+    """What trains, what validates and what tests: `open_dataset` of every split, with its options
+    and errors.
+    """
     train_set, val_set, test_set = (
         open_dataset(name, root, split, novel=novel, **options) for split in get_args(Split)
     )
     return train_set, val_set, test_set
 
 
-def open_domain(name: str, root: str | os.PathLike, like: ImageSet, *, cache: bool = False) -> ImageSet:
-    """What another data set tests on, for a model that learnt on `like`: of the same size and normalisation.
+def open_domain(
+    name: str, root: str | os.PathLike, like: ImageSet, *, cache: bool = False
+) -> ImageSet:
+    """What another data set tests on, for a model that learnt on `like`: of the same size and
+    normalisation.
 
-    That is its test split or, of a folder of class folders that is not divided, all classes: none was learnt on.
-    See `open_dataset` for the other arguments and errors.
+    That is its test split or, of a folder of class folders that is not divided, all classes: none
+    was learnt on. See `open_dataset` for the other arguments and errors.
     """
     place = _folder(name, Path(root))
     if place is None or any((place / part).is_dir() for part in get_args(Split)):
-        return open_dataset(name, root, "test", size=like.size, normalisation=like.normalisation, cache=cache)
+        return open_dataset(
+            name, root, "test", size=like.size, normalisation=like.normalisation, cache=cache
+        )
     opened = _open_class_folders("folder", "test", subfolders(place), like.size)
     opened.origin, opened.normalisation = str(place), like.normalisation
     return opened.cached(place / CACHE_FOLDER) if cache else opened
@@ -86,15 +98,18 @@ def open_dataset(
     """The pictures of one split of a data set.
 
     Args:
-        name: a `DatasetName`, or the path, also one in `root`, of a folder of class folders; that set's name is
-            "folder".
-        root: the data set's folder, or one that holds it under its usual name. Glyphs need none but for the cache.
+        name: a `DatasetName`, or the path, also one in `root`, of a folder of class folders; that
+            set's name is "folder".
+        root: the data set's folder, or one that holds it under its usual name. Glyphs need none but
+            for the cache.
         novel: file that divides the classes of a folder, see `own_classes.listed`.
-        size: side in pixels of what networks see; by default 28 for Omniglot, 32 for glyphs and CIFAR, 84 for the rest.
+        size: side in pixels of what networks see; by default 28 for Omniglot, 32 for glyphs and
+            CIFAR, 84 for the rest.
         normalisation: by default ImageNet's, but from -1 to 1 for glyphs and Omniglot.
-        seed: of the pictures of glyphs, and of the class split of a folder without train, val and test folders. The
-            other data sets have one fixed split.
-        cache: keep decoded pictures in a memory map in `root`/.fewshot_cache, as `ImageSet.cached` does.
+        seed: of the pictures of glyphs, and of the class split of a folder without train, val and
+            test folders. The other data sets have one fixed split.
+        cache: keep decoded pictures in a memory map in `root`/.fewshot_cache, as `ImageSet.cached`
+            does.
 
     Raises InputError naming the folder or file that is missing, incomplete or unreadable.
     """
@@ -105,7 +120,9 @@ def open_dataset(
     if place is not None:
         name, root = "folder", place
     if novel is not None and name != "folder":
-        raise InputError(f"{novel}: {name} has a published split; leave --novel out, or give --dataset a folder")
+        raise InputError(
+            f"{novel}: {name} has a published split; leave --novel out, or give --dataset a folder"
+        )
     opened = _open(name, root, split, size, seed, novel and Path(novel))
     opened.normalisation = normalisation or opened.normalisation
     return opened.cached(root / CACHE_FOLDER) if cache else opened
@@ -122,7 +139,9 @@ def _folder(name: str, root: Path) -> Path | None:
     raise InputError(f"data set {name!r}: must be one of {known}, or a folder of class folders")
 
 
-def _open(name: DatasetName, root: Path, split: Split, size: int | None, seed: int, novel: Path | None) -> ImageSet:
+def _open(
+    name: DatasetName, root: Path, split: Split, size: int | None, seed: int, novel: Path | None
+) -> ImageSet:
     match name:
         case "glyphs":
             return _open_glyphs(split, size or 32, seed)
@@ -137,7 +156,9 @@ def _open(name: DatasetName, root: Path, split: Split, size: int | None, seed: i
         case "tiered_imagenet":
             return _open_tiered_imagenet(root, split, size or SIDE)
         case "folder":
-            opened = _open_class_folders("folder", split, class_folders(root, split, novel, seed), size or SIDE)
+            opened = _open_class_folders(
+                "folder", split, class_folders(root, split, novel, seed), size or SIDE
+            )
             opened.origin = f"{root} {split}" + (f" (as {novel} divides it)" if novel else "")
             return opened
 
@@ -171,7 +192,8 @@ class _Buffers:
 
 def _file_version(path: str) -> tuple[str, int, int]:
     status = os.stat(path)
-    return os.path.basename(path), status.st_size, status.st_mtime_ns  # of folders only what is in them counts
+    # of folders only what is in them counts
+    return os.path.basename(path), status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -194,7 +216,9 @@ class _Glyphs:
 
 @dataclass(frozen=True)
 class _Drawings:
-    """Omniglot's drawings (characters, drawings, S, S) uint8 with four classes per character, one per turn."""
+    """Omniglot's drawings (characters, drawings, S, S) uint8 with four classes per character, one
+    per turn.
+    """
 
     ink: np.ndarray
 
@@ -229,11 +253,25 @@ def _open_glyphs(split: Split, size: int, seed: int) -> ImageSet:
 
 
 def _drawn(
-    name: str, split: Split, classes: list[str], labels: np.ndarray, source: Source, size: int, stored: int
+    name: str,
+    split: Split,
+    classes: list[str],
+    labels: np.ndarray,
+    source: Source,
+    size: int,
+    stored: int,
 ) -> ImageSet:
     """An image set of characters, which are not augmented."""
     return ImageSet(
-        name, split, classes, labels, source, size=size, stored=stored, normalisation=transforms.HALF, augment=False
+        name,
+        split,
+        classes,
+        labels,
+        source,
+        size=size,
+        stored=stored,
+        normalisation=transforms.HALF,
+        augment=False,
     )
 
 
@@ -242,9 +280,10 @@ def _open_photographs(
 ) -> ImageSet:
     """An image set of natural images of any size.
 
-    The stored square's side is 3.05 times the network's (256 for 84), or the pictures' own longest side where that is
-    less, as sixteen of them show. Random crops cover 8 to 100 % of the area: at 3.05 all but the smallest 3 % of them
-    have at least as many pixels as the network sees, and those are enlarged by a sixth. More would be averaged away.
+    The stored square's side is 3.05 times the network's (256 for 84), or the pictures' own longest
+    side where that is less, as sixteen of them show. Random crops cover 8 to 100 % of the area: at
+    3.05 all but the smallest 3 % of them have at least as many pixels as the network sees, and
+    those are enlarged by a sixth. More would be averaged away.
     """
     some = np.unique(np.linspace(0, len(labels) - 1, 16).astype(int))
     longest = max(max(source(index).size) for index in some)
@@ -252,8 +291,12 @@ def _open_photographs(
     return ImageSet(name, split, classes, labels, source, size=size, stored=stored)
 
 
-def _find(root: Path, name: DatasetName, subfolders: tuple[str, ...], wanted: tuple[str, ...]) -> Path:
-    """The data set's folder: `root` or one of its usual subfolders, whichever holds one of the wanted entries."""
+def _find(
+    root: Path, name: DatasetName, subfolders: tuple[str, ...], wanted: tuple[str, ...]
+) -> Path:
+    """The data set's folder: `root` or one of its usual subfolders, whichever holds one of the
+    wanted entries.
+    """
     homes = [*(root / folder for folder in subfolders), root]
     for home in homes:
         if any((home / entry).exists() for entry in wanted):
@@ -267,7 +310,8 @@ def _find(root: Path, name: DatasetName, subfolders: tuple[str, ...], wanted: tu
 def _open_omniglot(root: Path, split: Split, size: int) -> ImageSet:
     archives = tuple(f"{part}.zip" for part in OMNIGLOT_PARTS)
     home = _find(root, "omniglot", ("omniglot-py", "omniglot"), OMNIGLOT_PARTS + archives)
-    characters: dict[str, list[tuple[str, bytes, Path]]] = {}  # ALPHABET/characterNN -> its drawings
+    # ALPHABET/characterNN -> its drawings
+    characters: dict[str, list[tuple[str, bytes, Path]]] = {}
     for part in OMNIGLOT_PARTS:
         place = home / part if (home / part).is_dir() else home / f"{part}.zip"
         for file, encoded in _omniglot_drawings(home, part):
@@ -283,7 +327,10 @@ def _open_omniglot(root: Path, split: Split, size: int) -> ImageSet:
     chosen = shuffled[OMNIGLOT_SPLITS[split]]
     stored = min(size, OMNIGLOT_SIDE)
     ink = np.stack(
-        [[_ink(x, f"{place}: {file}", stored) for file, x, place in sorted(characters[name])] for name in chosen]
+        [
+            [_ink(x, f"{place}: {file}", stored) for file, x, place in sorted(characters[name])]
+            for name in chosen
+        ]
     )
     classes = [f"{name}/rot{90 * turns:03d}" for name in chosen for turns in range(4)]
     labels = np.arange(len(classes)).repeat(OMNIGLOT_DRAWINGS)
@@ -294,7 +341,10 @@ def _omniglot_drawings(home: Path, part: str) -> list[tuple[str, bytes]]:
     """(ALPHABET/characterNN/FILE, contents) of every drawing of one part, unpacked or zipped."""
     folder, archive = home / part, home / f"{part}.zip"
     if folder.is_dir():
-        return [(path.relative_to(folder).as_posix(), path.read_bytes()) for path in folder.glob("*/*/*.png")]
+        return [
+            (path.relative_to(folder).as_posix(), path.read_bytes())
+            for path in folder.glob("*/*/*.png")
+        ]
     try:
         with zipfile.ZipFile(archive) as opened:
             if (size := sum(entry.file_size for entry in opened.infolist())) > OMNIGLOT_BYTES:
@@ -307,7 +357,8 @@ def _omniglot_drawings(home: Path, part: str) -> list[tuple[str, bytes]]:
         ) from error
 
 
-# whatever unpacks a broken archive stumbles over; a kind of compression that is not known is a RuntimeError
+# whatever unpacks a broken archive stumbles over; a kind of compression that is not known is a
+# RuntimeError
 ZIP_ERRORS = (OSError, EOFError, ValueError, RuntimeError, LookupError)
 ZIP_ERRORS += (zlib.error, lzma.LZMAError, struct.error, zipfile.BadZipFile)
 
@@ -318,20 +369,33 @@ def _ink(encoded: bytes, name: str, size: int) -> np.ndarray:
     return 255 - np.asarray(paper)
 
 
-def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, size: int) -> ImageSet:
-    """A part of CIFAR-100's classes with all their pictures, those for training and those for testing."""
+def _open_cifar(
+    name: Literal["cifar_fs", "fc100"], root: Path, split: Split, size: int
+) -> ImageSet:
+    """A part of CIFAR-100's classes with all their pictures, those for training and those for
+    testing.
+    """
     home = _find(root, name, ("cifar100",), ("cifar-100-python",)) / "cifar-100-python"
     parts = [
-        read_pickle(home / part, _cifar_flaw, "data", "fine_labels", "coarse_labels") for part in ("train", "test")
+        read_pickle(home / part, _cifar_flaw, "data", "fine_labels", "coarse_labels")
+        for part in ("train", "test")
     ]
-    names = read_pickle(home / "meta", lambda x: _names_flaw(x["fine_label_names"], 100), "fine_label_names")
+    names = read_pickle(
+        home / "meta", lambda x: _names_flaw(x["fine_label_names"], 100), "fine_label_names"
+    )
     names = names["fine_label_names"]
-    fine, coarse = (np.concatenate([part[f"{key}_labels"] for part in parts]) for key in ("fine", "coarse"))
+    fine, coarse = (
+        np.concatenate([part[f"{key}_labels"] for part in parts]) for key in ("fine", "coarse")
+    )
     if name == "fc100":
         chosen = np.unique(fine[np.isin(coarse, FC100[split])])
     else:
-        split_of = {listed: part for part, classes in CIFAR_FS.items() for listed in classes.split()}
-        chosen = np.array([i for i, listed in enumerate(names) if split_of.get(listed, "train") == split])
+        split_of = {
+            listed: part for part, classes in CIFAR_FS.items() for listed in classes.split()
+        }
+        chosen = np.array(
+            [i for i, listed in enumerate(names) if split_of.get(listed, "train") == split]
+        )
     ours = np.isin(fine, chosen)
     if missing := sorted(set(chosen.tolist()) - set(fine.tolist())):
         raise InputError(
@@ -344,34 +408,61 @@ def _open_cifar(name: Literal["cifar_fs", "fc100"], root: Path, split: Split, si
 
 def _cifar_flaw(found: dict[str, Any]) -> str | None:
     pixels = found["data"]
-    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (3 * 32 * 32,)):
+    if not (
+        isinstance(pixels, np.ndarray)
+        and pixels.dtype == np.uint8
+        and pixels.shape[1:] == (3 * 32 * 32,)
+    ):
         return "its 'data' are no rows of 3072 bytes"
-    return next(filter(None, (_numbers_flaw(found[f"{k}_labels"], n, len(pixels)) for k, n in CIFAR_LABELS)), None)
+    return next(
+        filter(
+            None, (_numbers_flaw(found[f"{k}_labels"], n, len(pixels)) for k, n in CIFAR_LABELS)
+        ),
+        None,
+    )
 
 
 def _numbers_flaw(numbers: Any, below: int, many: int | None = None) -> str | None:
     """What keeps `numbers` from being a list of whole ones from 0 on, `many` if that is given."""
     array = np.array([]) if isinstance(numbers, dict) else np.asarray(numbers)
-    if array.dtype.kind not in "iu" or array.ndim != 1 or len(array) != (len(array) if many is None else many):
+    if (
+        array.dtype.kind not in "iu"
+        or array.ndim != 1
+        or len(array) != (len(array) if many is None else many)
+    ):
         return f"its labels are not {many or 'some'} whole numbers"
-    return None if (array >= 0).all() and (array < below).all() else f"one of its labels is not from 0 to {below - 1}"
+    return (
+        None
+        if (array >= 0).all() and (array < below).all()
+        else f"one of its labels is not from 0 to {below - 1}"
+    )
 
 
 def _names_flaw(names: Any, many: int | None = None) -> str | None:
     """What keeps `names` from being a list of different texts."""
-    if not isinstance(names, list) or not all(map(is_text, names)) or len(set(names)) != (many or len(names)):
+    if (
+        not isinstance(names, list)
+        or not all(map(is_text, names))
+        or len(set(names)) != (many or len(names))
+    ):
         return f"its class names are not {many or 'some'} different texts"
     return None
 
 
 def _open_cub(root: Path, split: Split, size: int) -> ImageSet:
     images = _find(root, "cub", ("CUB_200_2011",), ("images",)) / "images"
-    folders = {int(path.name[:3]): path for path in subfolders(images) if re.match(r"\d{3}\.", path.name)}
+    folders = {
+        int(path.name[:3]): path for path in subfolders(images) if re.match(r"\d{3}\.", path.name)
+    }
     for number in range(1, 201):
         if number not in folders:
-            raise InputError(f"{images}: the folder of class {number:03d} is missing; unpack CUB_200_2011.tgz again")
+            raise InputError(
+                f"{images}: the folder of class {number:03d} is missing; unpack CUB_200_2011.tgz again"
+            )
     first, step = {"train": (1, 2), "val": (2, 4), "test": (4, 4)}[split]
-    return _open_class_folders("cub", split, [folders[number] for number in range(first, 201, step)], size)
+    return _open_class_folders(
+        "cub", split, [folders[number] for number in range(first, 201, step)], size
+    )
 
 
 def _open_class_folders(name: str, split: Split, folders: list[Path], size: int) -> ImageSet:
@@ -383,9 +474,13 @@ def _open_class_folders(name: str, split: Split, folders: list[Path], size: int)
 
 
 def _pictures(folder: Path) -> list[str]:
-    """The picture files in a folder, sorted by name; macOS archives scatter hidden ones that are no pictures."""
+    """The picture files in a folder, sorted by name; macOS archives scatter hidden ones that are no
+    pictures.
+    """
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+        names = [
+            entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()
+        ]
     found = sorted(name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
     if not found:
         raise InputError(f"{folder}: no picture in this class; add some or remove the folder")
@@ -408,7 +503,10 @@ def _open_mini_imagenet(root: Path, split: Split, size: int) -> ImageSet:
         names.setdefault(inside(wnid, table), []).append(inside(file, table))
     classes = _in_order(names, MINI_ORDER[split], table)
     try:
-        paths = {w: dict(zip(files, _mini_imagenet_files(home / "images", w, files))) for w, files in names.items()}
+        paths = {
+            w: dict(zip(files, _mini_imagenet_files(home / "images", w, files)))
+            for w, files in names.items()
+        }
     except InputError as error:
         raise InputError(f"{error} (listed in {table})") from None
     label = {wnid: i for i, wnid in enumerate(classes)}
@@ -420,8 +518,9 @@ def _open_mini_imagenet(root: Path, split: Split, size: int) -> ImageSet:
 def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path]:
     """The files of one class's pictures, which the split calls `names`, in one of three layouts.
 
-    Files called as in the split, in a folder per class or all in `images`; or ILSVRC12's whole folder of the class: the
-    last five digits of a name then count, from 1, its files by the number after the underscore.
+    Files called as in the split, in a folder per class or all in `images`; or ILSVRC12's whole
+    folder of the class: the last five digits of a name then count, from 1, its files by the number
+    after the underscore.
     """
     folder = images / wnid
     if not folder.is_dir():
@@ -431,7 +530,9 @@ def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path
     elif (folder / names[0]).is_file():
         files = [folder / name for name in names]
     else:
-        ranked = [path for path in folder.iterdir() if re.fullmatch(rf"{re.escape(wnid)}_\d+", path.stem)]
+        ranked = [
+            path for path in folder.iterdir() if re.fullmatch(rf"{re.escape(wnid)}_\d+", path.stem)
+        ]
         ranked.sort(key=lambda path: int(path.stem.rpartition("_")[2]))
         by_rank = {f"{rank:05d}": path for rank, path in enumerate(ranked, 1)}
         for name in names:
@@ -443,7 +544,9 @@ def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path
         return [by_rank[Path(name).stem[-5:]] for name in names]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file}: missing, though others of this class are there; unpack the data set again")
+            raise InputError(
+                f"{file}: missing, though others of this class are there; unpack the data set again"
+            )
     return files
 
 
@@ -456,19 +559,28 @@ def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     label = {name: i for i, name in enumerate(classes)}
     labels = np.array([label[name] for name in names])[specific]
     if empty := set(range(len(classes))) - set(labels.tolist()):
-        raise InputError(f"tiered_imagenet {split}: class {classes[min(empty)]} has no picture; get {table} again")
+        raise InputError(
+            f"tiered_imagenet {split}: class {classes[min(empty)]} has no picture; get {table} again"
+        )
 
     unpacked, pickled = home / split, home / f"{split}_images_png.pkl"
     if unpacked.is_dir():
-        files, there = [f"{split}_image_{i}.byte" for i in range(len(labels))], set(os.listdir(unpacked))
+        files, there = (
+            [f"{split}_image_{i}.byte" for i in range(len(labels))],
+            set(os.listdir(unpacked)),
+        )
         for file in files:
             if file not in there:
-                raise InputError(f"{unpacked / file}: missing; unpack {pickled.name} again, or remove {unpacked}")
+                raise InputError(
+                    f"{unpacked / file}: missing; unpack {pickled.name} again, or remove {unpacked}"
+                )
         source = _Files([str(unpacked / file) for file in files])
     else:
         source = _Buffers(str(pickled), read_pickle(pickled, _buffers_flaw))
         if len(source.buffers) != len(labels):
-            raise InputError(f"{pickled}: {len(source.buffers)} pictures for the {len(labels)} labels of {table.name}")
+            raise InputError(
+                f"{pickled}: {len(source.buffers)} pictures for the {len(labels)} labels of {table.name}"
+            )
     return _open_photographs("tiered_imagenet", split, classes, labels, source, size)
 
 
@@ -478,7 +590,9 @@ def _tiered_flaw(found: dict[str, Any]) -> str | None:
 
 
 def _buffers_flaw(buffers: Any) -> str | None:
-    sound = isinstance(buffers, list) and all(isinstance(b, np.ndarray) and b.dtype == np.uint8 for b in buffers)
+    sound = isinstance(buffers, list) and all(
+        isinstance(b, np.ndarray) and b.dtype == np.uint8 for b in buffers
+    )
     return None if sound else "not a list of arrays of bytes"
 
 
@@ -486,7 +600,9 @@ def _in_order(names: Collection[str], order: str, table: Path) -> list[str]:
     """Class names in label order: `order` says which of the sorted names comes next."""
     ranks = [int(rank) for rank in order.split()]
     if len(names) != len(ranks):
-        raise InputError(f"{table}: {len(names)} classes, this split has {len(ranks)}; get the published one")
+        raise InputError(
+            f"{table}: {len(names)} classes, this split has {len(ranks)}; get the published one"
+        )
     ranked = sorted(names)
     return [ranked[rank] for rank in ranks]
 
@@ -511,7 +627,8 @@ def _bytes(text: str, encoding: str) -> bytes:
     return text.encode({"latin1": "latin1"}[encoding])  # how Python 3 writes bytes for Python 2
 
 
-# All that the published pickles call. numpy's own functions would make objects of any bytes, and so crash.
+# All that the published pickles call. numpy's own functions would make objects of any bytes, and so
+# crash.
 HARMLESS = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
@@ -532,7 +649,9 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_pickle(path: Path, check: Callable[[Any], str | None], *keys: str) -> Any:
-    """The content of a pickle: a dictionary with these keys, if any are given, of which `check` finds no flaw."""
+    """The content of a pickle: a dictionary with these keys, if any are given, of which `check`
+    finds no flaw.
+    """
     try:
         with path.open("rb") as file:
             found = _Unpickler(file, encoding="latin1").load()  # Python 2 wrote the published ones
@@ -543,4 +662,6 @@ def read_pickle(path: Path, check: Callable[[Any], str | None], *keys: str) -> A
         return found
     except Exception as error:  # a broken pickle calls anything with anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: not readable ({reason:.300}); get the published archive again") from error
+        raise InputError(
+            f"{path}: not readable ({reason:.300}); get the published archive again"
+        ) from error

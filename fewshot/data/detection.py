@@ -1,7 +1,7 @@
 """Detection data: pictures with boxes, and which of their classes are base and novel.
 
-`open_split` gives the training and the test part as `DetectionSet`s, `k_shot` cuts one to K objects per class, and
-`pipeline` makes batches of them.
+`open_split` gives the training and the test part as `DetectionSet`s, `k_shot` cuts one to K objects
+per class, and `pipeline` makes batches of them.
 
 Boxes are xyxy in pixels throughout.
 """
@@ -41,12 +41,16 @@ class DetectionSet:
     novel: list[str]
     records: list[Record]
     metric: Literal["voc", "coco"]  # how results on it are published
-    offset: tuple[float, ...] = (0, 0, 0, 0)  # taken off predictions to compare them with the boxes of the test part
+    # taken off predictions to compare them with the boxes of the test part
+    offset: tuple[float, ...] = (0, 0, 0, 0)
     train_difficult: bool = False  # difficult objects are objects like others in training
-    skipped: frozenset[str] = frozenset()  # ids of pictures not trained on: too small, or nothing usable on them
+    # ids of pictures not trained on: too small, or nothing usable on them
+    skipped: frozenset[str] = frozenset()
     cut_to_shots: bool = False  # whether `k_shot` left only K objects of each class
-    notes: list[str] = field(default_factory=list)  # what the user should hear about, such as a missing year
-    category_ids: dict[str, int] = field(default_factory=dict)  # of each class in the json, for COCO's format
+    # what the user should hear about, such as a missing year
+    notes: list[str] = field(default_factory=list)
+    # of each class in the json, for COCO's format
+    category_ids: dict[str, int] = field(default_factory=dict)
     target: Path | None = None  # the folder of a `cd_fsod` target, whose files fix the shots
 
     @property
@@ -55,7 +59,9 @@ class DetectionSet:
 
     @property
     def inclusive_pixels(self) -> bool:
-        """Whether a box from pixel 7 to pixel 7 is one pixel wide when results are compared: only for VOC."""
+        """Whether a box from pixel 7 to pixel 7 is one pixel wide when results are compared: only
+        for VOC.
+        """
         return self.name == "voc"
 
     def describe(self) -> dict[str, list[str]]:
@@ -83,7 +89,11 @@ class DetectionSet:
                 if turned
                 else "so its boxes are of another picture: correct the annotation or the picture"
             )
-            says = f"{record.annotated_in} says" if record.annotated_in else "when the data set was opened it was"
+            says = (
+                f"{record.annotated_in} says"
+                if record.annotated_in
+                else "when the data set was opened it was"
+            )
             raise InputError(
                 f"{record.path} is {image.shape[2]} x {image.shape[1]} pixels, {says} {record.width} x "
                 f"{record.height}, {reason}"
@@ -100,15 +110,21 @@ class DetectionSet:
     def restrict(self, classes: Sequence[str]) -> "DetectionSet":
         """The set with these classes alone, labelled in their order.
 
-        Objects of other classes go; in the training part so do pictures that keep none. Testing keeps every picture,
-        since whatever is detected on an empty one is wrong.
+        Objects of other classes go; in the training part so do pictures that keep none. Testing
+        keeps every picture, since whatever is detected on an empty one is wrong.
         """
         if not classes:
-            raise InputError(f"{self.name} has no base classes, all are novel: give --base a model of other data")
+            raise InputError(
+                f"{self.name} has no base classes, all are novel: give --base a model of other data"
+            )
         for name in classes:
             if name not in self.classes:
-                raise InputError(f"{self.name} has no class {name!r}; it has {', '.join(self.classes)}")
-        to_new = np.array([classes.index(name) if name in classes else -1 for name in self.classes], np.int64)
+                raise InputError(
+                    f"{self.name} has no class {name!r}; it has {', '.join(self.classes)}"
+                )
+        to_new = np.array(
+            [classes.index(name) if name in classes else -1 for name in self.classes], np.int64
+        )
         records = []
         for record in self.records:
             labels = to_new[record.labels]
@@ -126,9 +142,13 @@ class DetectionSet:
         for name in names:
             if name not in self.classes:
                 has = ", ".join(self.classes)
-                raise InputError(f"{self.name} has no object of a class {name!r} to be novel; its classes are {has}")
+                raise InputError(
+                    f"{self.name} has no object of a class {name!r} to be novel; its classes are {has}"
+                )
         novel = list(dict.fromkeys(names))
-        return replace(self, novel=novel).restrict([*(c for c in self.classes if c not in novel), *novel])
+        return replace(self, novel=novel).restrict(
+            [*(c for c in self.classes if c not in novel), *novel]
+        )
 
 
 class DetectionSplit(NamedTuple):
@@ -154,10 +174,16 @@ def open_split(
 ) -> DetectionSplit:
     """Both parts of a set: `open_detection` has the arguments and errors.
 
-    Of the test part only `test_images` pictures are taken: the first ones, but of one's own data, which are sorted by
-    name, every so-manieth. None of them having a novel object is an error.
+    Of the test part only `test_images` pictures are taken: the first ones, but of one's own data,
+    which are sorted by name, every so-manieth. None of them having a novel object is an error.
     """
-    choice = {"split": split, "difficult": difficult, "novel": novel, "offset": offset, "layout": layout}
+    choice = {
+        "split": split,
+        "difficult": difficult,
+        "novel": novel,
+        "offset": offset,
+        "layout": layout,
+    }
     parts = _open(name, root, ("train", "test"), **choice, fault=fault)
     train, test = parts["train"], parts["test"]
     records = test.records[:test_images]
@@ -167,7 +193,9 @@ def open_split(
     test = test.with_records(records)
     wanted = [test.classes.index(c) for c in novel]
     if wanted and not any(np.isin(r.labels[~r.difficult], wanted).any() for r in test.records):
-        fault(f"{test.name}: none of the {len(test)} test pictures has a novel object; add some (or --test-images)")
+        fault(
+            f"{test.name}: none of the {len(test)} test pictures has a novel object; add some (or --test-images)"
+        )
     return DetectionSplit(train, test, train.base, train.novel)
 
 
@@ -185,13 +213,14 @@ def open_detection(
     """The training or test part of a set, with all its classes.
 
     Args:
-        name: "glyphs" (drawn, needs no files), "voc" (07+12 trainval, 07 test), "coco", a target of `cd_fsod`, whose
-            classes are all novel, or one's own data in one of the `layouts`: a folder, or one json file in COCO's
-            format, found in `root` or by itself.
+        name: "glyphs" (drawn, needs no files), "voc" (07+12 trainval, 07 test), "coco", a target of
+            `cd_fsod`, whose classes are all novel, or one's own data in one of the `layouts`: a
+            folder, or one json file in COCO's format, found in `root` or by itself.
         root: folder that holds the data, e.g. the one that holds VOCdevkit/ or coco/.
         split: 1, 2 or 3: which five of the twenty classes of voc and glyphs are novel.
-        difficult: whether to train on VOC's difficult objects, which its tests ignore; those of one's own data are
-            like others. Crowds in COCO's sense are never trained on, and ignored in tests.
+        difficult: whether to train on VOC's difficult objects, which its tests ignore; those of
+            one's own data are like others. Crowds in COCO's sense are never trained on, and ignored
+            in tests.
         novel: the novel classes of one's own data, by name.
         offset: for voc alone, instead of `annotations.VOC_OFFSET`.
         layout: of one's own data, coco, voc or yolo, if the folder is laid out as two of them.
@@ -199,7 +228,13 @@ def open_detection(
     Raises:
         InputError: naming the folder, file, picture, box or class that is missing or wrong.
     """
-    choice = {"split": split, "difficult": difficult, "novel": novel, "offset": offset, "layout": layout}
+    choice = {
+        "split": split,
+        "difficult": difficult,
+        "novel": novel,
+        "offset": offset,
+        "layout": layout,
+    }
     return _open(name, root, (part,), **choice, fault=refuse)[part]
 
 
@@ -216,10 +251,14 @@ def _open(
     fault: Fault,
 ) -> dict[Part, DetectionSet]:
     if not set(parts) <= {"train", "test"} or difficult not in ("keep", "drop"):
-        raise ValueError(f"part is train or test, difficult is keep or drop; got {parts!r}, {difficult!r}")
+        raise ValueError(
+            f"part is train or test, difficult is keep or drop; got {parts!r}, {difficult!r}"
+        )
     root, opened = Path(root), {}
     target = cd_fsod.find(name, root)
-    _check_choice(name, split, novel, offset, layout, published=name in PUBLISHED or target is not None)
+    _check_choice(
+        name, split, novel, offset, layout, published=name in PUBLISHED or target is not None
+    )
     if name == "glyphs":
         classes = [f"glyph-{i:02d}" for i in range(GLYPH_CLASSES)]
         novel = [classes[i] for i in GLYPH_NOVEL[split]]
@@ -229,14 +268,20 @@ def _open(
         offset, novel = offset or annotations.VOC_OFFSET, annotations.VOC_NOVEL[split].split()
         for part in parts:
             records, notes = annotations.read_voc(root, part, offset, fault)
-            voc = DetectionSet(name, part, annotations.VOC_CLASSES, [], records, "voc", offset, notes=notes)
+            voc = DetectionSet(
+                name, part, annotations.VOC_CLASSES, [], records, "voc", offset, notes=notes
+            )
             opened[part] = replace(voc, train_difficult=difficult == "keep")
     elif name == "coco":
         for part in parts:
             ids, records, notes = annotations.read_coco(root, part, fault)
             if missing := [c for c in annotations.COCO_NOVEL if c not in ids]:
-                raise InputError(f"coco in {root} has no category {missing[0]!r} to be novel; it has {', '.join(ids)}")
-            coco = DetectionSet(name, part, list(ids), annotations.COCO_NOVEL, records, "coco", notes=notes)
+                raise InputError(
+                    f"coco in {root} has no category {missing[0]!r} to be novel; it has {', '.join(ids)}"
+                )
+            coco = DetectionSet(
+                name, part, list(ids), annotations.COCO_NOVEL, records, "coco", notes=notes
+            )
             # Published with base and novel classes interleaved, so these are not sorted.
             opened[part] = replace(coco, category_ids=ids).restrict(coco.classes)
         return opened
@@ -244,7 +289,9 @@ def _open(
         read = cd_fsod.read(target, parts, fault)
         classes = list(read[parts[0]].category_ids)
         if novel and set(novel) != set(classes):
-            raise InputError(f"all {len(classes)} classes of {name} are novel: leave out --novel-classes")
+            raise InputError(
+                f"all {len(classes)} classes of {name} are novel: leave out --novel-classes"
+            )
         for part, (ids, records, notes) in read.items():
             opened[part] = DetectionSet(name, part, list(ids), [], records, "coco", notes=notes)
             opened[part] = replace(opened[part], category_ids=ids, target=target)
@@ -252,29 +299,53 @@ def _open(
     else:
         place = next((p for p in (root / name, Path(name)) if p.exists()), None)
         if place is None:
-            raise InputError(f"no data set {name!r}: not glyphs, voc or coco, nor a folder or json here or in {root}")
+            raise InputError(
+                f"no data set {name!r}: not glyphs, voc or coco, nor a folder or json here or in {root}"
+            )
         read = layouts.read_all(place, layout=layout, fault=fault)
         for part in parts:
             if part not in read:
                 raise InputError(f"{place} has no {part} part, only {next(iter(read))}; add one")
             ids, records, notes = read[part]
-            if part == "train" and (small := sum(min(r.width, r.height) < MIN_SIDE for r in records)):
-                notes = [*notes, f"pictures with a side below {MIN_SIDE} pixels, not trained on: {small}"]
-            own = DetectionSet(place.stem or place.resolve().stem, part, list(ids), [], records, "coco", notes=notes)
+            if part == "train" and (
+                small := sum(min(r.width, r.height) < MIN_SIDE for r in records)
+            ):
+                notes = [
+                    *notes,
+                    f"pictures with a side below {MIN_SIDE} pixels, not trained on: {small}",
+                ]
+            own = DetectionSet(
+                place.stem or place.resolve().stem,
+                part,
+                list(ids),
+                [],
+                records,
+                "coco",
+                notes=notes,
+            )
             opened[part] = replace(own, category_ids=ids)
     return {part: dataset.with_novel(novel) for part, dataset in opened.items()}
 
 
 def _check_choice(
-    name: str, split: int, novel: Sequence[str], offset: tuple[float, ...] | None, layout: str | None, published: bool
+    name: str,
+    split: int,
+    novel: Sequence[str],
+    offset: tuple[float, ...] | None,
+    layout: str | None,
+    published: bool,
 ) -> None:
     splits = (1, 2, 3) if name in PUBLISHED_SPLITS else (1,)
     if split not in splits:
         raise InputError(f"{name} has no split {split}; choose from {', '.join(map(str, splits))}")
     if layout and published:
-        raise InputError(f"the layout of {name} is fixed; leave out --layout, which is for your own data")
+        raise InputError(
+            f"the layout of {name} is fixed; leave out --layout, which is for your own data"
+        )
     if novel and name in PUBLISHED:
-        raise InputError(f"the novel classes of {name} are fixed; name novel classes only for your own data")
+        raise InputError(
+            f"the novel classes of {name} are fixed; name novel classes only for your own data"
+        )
     if offset is not None and name != "voc":
         raise InputError(f"only voc counts pixels from 1; leave out the offset for {name}")
 
@@ -289,13 +360,17 @@ def _glyph_records(part: Part) -> list[Record]:
     for number in GLYPH_SCENES[part]:
         scene = _scene(number)
         objects = [(box, label, False) for box, label in zip(scene.boxes, scene.labels)]
-        record = annotations.make_record(f"glyphs/{number:04d}", "", GLYPH_SIZE, GLYPH_SIZE, objects)
+        record = annotations.make_record(
+            f"glyphs/{number:04d}", "", GLYPH_SIZE, GLYPH_SIZE, objects
+        )
         records.append(replace(record, scene=number))
     return records
 
 
 def objects_by_class(dataset: DetectionSet) -> list[list[tuple[int, int]]]:
-    """For each class the positions (record, object) of all its objects that are not difficult, in order of records."""
+    """For each class the positions (record, object) of all its objects that are not difficult, in
+    order of records.
+    """
     found: list[list[tuple[int, int]]] = [[] for _ in dataset.classes]
     for position, record in enumerate(dataset.records):
         for i, label in enumerate(record.labels.tolist()):
@@ -307,7 +382,8 @@ def objects_by_class(dataset: DetectionSet) -> list[list[tuple[int, int]]]:
 class Detections(NamedTuple):
     """What was found on one image: boxes (n, 4) xyxy, scores (n,), labels (n,).
 
-    A detector gives tensors, best first, in pixels of its input; evaluation takes arrays, in those of the picture.
+    A detector gives tensors, best first, in pixels of its input; evaluation takes arrays, in those
+    of the picture.
     """
 
     boxes: Tensor | np.ndarray

@@ -1,4 +1,6 @@
-"""Episodes, and the loaders that bring pictures, normalised, to a device in an order that follows from the seed."""
+"""Episodes, and the loaders that bring pictures, normalised, to a device in an order that follows
+from the seed.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +22,8 @@ TRAIN_FLAGS = "--train-ways", "--train-shots", "--train-queries"
 
 @dataclass
 class Episode:
-    """Tasks with one number of ways, shots and queries; support and query images come class by class.
+    """Tasks with one number of ways, shots and queries; support and query images come class by
+    class.
 
     support:         (tasks, ways * shots, 3, H, W) normalised float images, all shots of class 0 first
     support_labels:  (tasks, ways * shots) int64 in [0, ways)
@@ -39,7 +42,9 @@ class Episode:
 
 
 class Draw(NamedTuple):
-    """Classes (ways,) and image indices, support (ways, shots) and query (ways, queries), of one task."""
+    """Classes (ways,) and image indices, support (ways, shots) and query (ways, queries), of one
+    task.
+    """
 
     classes: np.ndarray
     support: np.ndarray
@@ -53,22 +58,38 @@ def check(
     queries: int,
     flags: tuple[str, str, str] = TEST_FLAGS,
 ) -> None:
-    """Raises InputError if some episode could not be drawn: to be called before an hour of training, not after it.
+    """Raises InputError if some episode could not be drawn: to be called before an hour of
+    training, not after it.
 
     `flags` are those that ways, shots and queries came from.
     """
     _check_numbers(dataset, ways, shots, queries, flags)
     by_class = _by_class(dataset)
-    _check_class(dataset, min(range(len(by_class)), key=lambda label: len(by_class[label])), shots, queries, flags)
+    _check_class(
+        dataset,
+        min(range(len(by_class)), key=lambda label: len(by_class[label])),
+        shots,
+        queries,
+        flags,
+    )
 
 
-def draw(dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, seed: int, index: int) -> Draw:
+def draw(
+    dataset: ImageSet | Sequence[np.ndarray],
+    ways: int,
+    shots: int,
+    queries: int,
+    seed: int,
+    index: int,
+) -> Draw:
     """Episode `index` of the endless stream of `seed`: a pure function of its arguments.
 
-    Classes are a random permutation cut to `ways`; of each, a permutation of its images is cut to size, the queries
-    first. So episodes that differ in shots only share classes and queries, and the fewer shots are among the more.
+    Classes are a random permutation cut to `ways`; of each, a permutation of its images is cut to
+    size, the queries first. So episodes that differ in shots only share classes and queries, and
+    the fewer shots are among the more.
 
-    `dataset` may also be just the image indices of each class. Raises InputError when there are not enough.
+    `dataset` may also be just the image indices of each class. Raises InputError when there are not
+    enough.
     """
     _check_numbers(dataset, ways, shots, queries, TEST_FLAGS)
     by_class = _by_class(dataset)
@@ -81,12 +102,20 @@ def draw(dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, querie
 
 
 def draw_imbalanced(
-    dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, alpha: float, seed: int, index: int
+    dataset: ImageSet | Sequence[np.ndarray],
+    ways: int,
+    shots: int,
+    queries: int,
+    alpha: float,
+    seed: int,
+    index: int,
 ) -> tuple[Draw, np.ndarray]:
-    """`draw` of a task whose ways * queries queries are distributed over its classes as `dirichlet_queries` says.
+    """`draw` of a task whose ways * queries queries are distributed over its classes as
+    `dirichlet_queries` says.
 
     Returns:
-        The draw, its queries (ways * queries,) class by class, and how many of them each class has (ways,).
+        The draw, its queries (ways * queries,) class by class, and how many of them each class has
+        (ways,).
 
     Raises:
         InputError: as `check_imbalanced`.
@@ -105,7 +134,9 @@ def draw_imbalanced(
 def check_imbalanced(
     dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, alpha: float
 ) -> None:
-    """Raises InputError if some task of `draw_imbalanced` could not be drawn, in which one class has all queries."""
+    """Raises InputError if some task of `draw_imbalanced` could not be drawn, in which one class
+    has all queries.
+    """
     if alpha <= 0:
         raise InputError(f"--imbalance {alpha:g}: give a number above 0, as published 2")
     _check_numbers(dataset, ways, shots, queries, TEST_FLAGS)
@@ -122,10 +153,11 @@ def check_imbalanced(
 def dirichlet_queries(
     rng: np.random.Generator | np.random.RandomState, ways: int, total: int, alpha: float = 2.0
 ) -> np.ndarray:
-    """Numbers of a task's queries (ways,), `total` in all: the realistic protocol (Veilleux et al., 2021, section 3).
+    """Numbers of a task's queries (ways,), `total` in all: the realistic protocol (Veilleux et al.,
+    2021, section 3).
 
-    Shares are drawn from the symmetric Dirichlet distribution, published with alpha 2, 5 ways and 75 queries. A class
-    may have none.
+    Shares are drawn from the symmetric Dirichlet distribution, published with alpha 2, 5 ways and
+    75 queries. A class may have none.
     """
     return rounded(rng.dirichlet(np.full(ways, alpha)), total)
 
@@ -144,12 +176,19 @@ def rounded(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 def reference_episodes(
-    dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, count: int, seed: int
+    dataset: ImageSet | Sequence[np.ndarray],
+    ways: int,
+    shots: int,
+    queries: int,
+    count: int,
+    seed: int,
 ) -> list[Draw]:
-    """The first `count` episodes of mmfewshot's own stream, for comparing results with its published ones.
+    """The first `count` episodes of mmfewshot's own stream, for comparing results with its
+    published ones.
 
-    It tests on 2000 of seed 0, and trains and validates on those of seed 0 too. There is no jumping ahead: classes are
-    shuffled on from one episode to the next with numpy's legacy generator. Raises InputError as `draw` does.
+    It tests on 2000 of seed 0, and trains and validates on those of seed 0 too. There is no jumping
+    ahead: classes are shuffled on from one episode to the next with numpy's legacy generator.
+    Raises InputError as `draw` does.
     """
     check(dataset, ways, shots, queries)
     by_class = _by_class(dataset)
@@ -159,20 +198,31 @@ def reference_episodes(
     for _ in range(count):
         rng.shuffle(order)
         classes = order[:ways].copy()
-        images = np.stack([rng.choice(by_class[label], shots + queries, replace=False) for label in classes])
+        images = np.stack(
+            [rng.choice(by_class[label], shots + queries, replace=False) for label in classes]
+        )
         drawn.append(Draw(classes, images[:, :shots], images[:, shots:]))
     return drawn
 
 
 def episode_loader(
-    dataset: ImageSet, ways: int, shots: int, queries: int, feed: Feed, transform: Transform, *, tasks: int
+    dataset: ImageSet,
+    ways: int,
+    shots: int,
+    queries: int,
+    feed: Feed,
+    transform: Transform,
+    *,
+    tasks: int,
 ) -> Iterator[Episode]:
     """This process's share of the training episodes of the feed's steps, on its device.
 
-    Step t (from 0) is of episodes t * tasks to (t + 1) * tasks - 1, of which process `rank` of `world` takes every
-    world-th. `tasks`, the episodes of a step over all processes, must be a multiple of `world`.
+    Step t (from 0) is of episodes t * tasks to (t + 1) * tasks - 1, of which process `rank` of
+    `world` takes every world-th. `tasks`, the episodes of a step over all processes, must be a
+    multiple of `world`.
 
-    Raises InputError at once for episodes that cannot be drawn, and while loading for a picture that cannot be read.
+    Raises InputError at once for episodes that cannot be drawn, and while loading for a picture
+    that cannot be read.
     """
     check(dataset, ways, shots, queries, TRAIN_FLAGS)
     feed.check(tasks, "episodes")
@@ -183,7 +233,8 @@ def episode_loader(
     def episodes() -> Iterator[Episode]:
         for images, planned in batches:
             tasks = len(planned.numbers)
-            images = images.unflatten(0, (tasks, -1))  # (tasks / world, ways * (shots + queries), 3, H, W)
+            # (tasks / world, ways * (shots + queries), 3, H, W)
+            images = images.unflatten(0, (tasks, -1))
             labels = torch.arange(ways, device=images.device).repeat(tasks, 1)
             yield Episode(
                 support=images[:, :supports],
@@ -202,28 +253,38 @@ def class_batch_loader(
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Batches (images (b, 3, H, W), labels (b,), image indices) of ordinary supervised training.
 
-    Samples come from an endless row of permutations of the data set, so that batches are always full. Step t is of
-    samples t * batch_size to (t + 1) * batch_size - 1, of which process `rank` of `world` takes every world-th:
-    b = batch_size / world. Raises InputError when that is not whole, and for a picture that cannot be read.
+    Samples come from an endless row of permutations of the data set, so that batches are always
+    full. Step t is of samples t * batch_size to (t + 1) * batch_size - 1, of which process `rank`
+    of `world` takes every world-th: b = batch_size / world. Raises InputError when that is not
+    whole, and for a picture that cannot be read.
     """
     feed.check(batch_size, "images")
     plan = partial(_plan_batch, dataset.labels, batch_size, feed, transform.draws)
     batches = _load(dataset, plan, range(feed.start, feed.steps), feed, transform)
     return (
-        (images, planned.labels.to(images.device, non_blocking=True), planned.numbers) for images, planned in batches
+        (images, planned.labels.to(images.device, non_blocking=True), planned.numbers)
+        for images, planned in batches
     )
 
 
 def image_loader(
-    dataset: ImageSet, indices: Sequence[int] | np.ndarray, feed: Feed, transform: Transform, *, batch_size: int = 256
+    dataset: ImageSet,
+    indices: Sequence[int] | np.ndarray,
+    feed: Feed,
+    transform: Transform,
+    *,
+    batch_size: int = 256,
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """These pictures of a data set in this order, as batches (images (b, 3, H, W), indices), the last one short.
+    """These pictures of a data set in this order, as batches (images (b, 3, H, W), indices), the
+    last one short.
 
-    The feed gives device and workers. `transform` must not be a random one. Raises InputError for a picture that cannot
-    be read.
+    The feed gives device and workers. `transform` must not be a random one. Raises InputError for a
+    picture that cannot be read.
     """
     if transform.draws:
-        raise ValueError("image_loader has no random numbers for a training transform; give it a test transform")
+        raise ValueError(
+            "image_loader has no random numbers for a training transform; give it a test transform"
+        )
     indices = np.asarray(indices, np.int64)
     batches = range(-(-len(indices) // batch_size))
     loaded = _load(dataset, partial(_plan_list, indices, batch_size), batches, feed, transform)
@@ -243,10 +304,15 @@ class _Planned:
 
     def to(self, device: torch.device | str) -> "_Planned":
         move = partial(Tensor.to, device=device, non_blocking=True)
-        return replace(self, pixels=move(self.pixels), aspects=move(self.aspects), uniforms=move(self.uniforms))
+        return replace(
+            self, pixels=move(self.pixels), aspects=move(self.aspects), uniforms=move(self.uniforms)
+        )
 
     def pin_memory(self) -> "_Planned":
-        pinned = {name: getattr(self, name).pin_memory() for name in ("pixels", "aspects", "uniforms", "labels")}
+        pinned = {
+            name: getattr(self, name).pin_memory()
+            for name in ("pixels", "aspects", "uniforms", "labels")
+        }
         return replace(self, **pinned)
 
 
@@ -265,8 +331,12 @@ def _plan_episodes(
 def _plan_batch(labels: np.ndarray, batch_size: int, feed: Feed, draws: int, step: int) -> _Planned:
     samples, n = feed.numbers(step, batch_size), len(labels)
     images = np.array([_order(n, feed.seed, sample // n)[sample % n] for sample in samples])
-    uniforms = np.stack([_rng(Word.EPISODE_AUGMENT, feed.seed, i).random(draws, np.float32) for i in samples])
-    return _Planned(images, torch.from_numpy(uniforms), torch.from_numpy(labels[images]), images.tolist())
+    uniforms = np.stack(
+        [_rng(Word.EPISODE_AUGMENT, feed.seed, i).random(draws, np.float32) for i in samples]
+    )
+    return _Planned(
+        images, torch.from_numpy(uniforms), torch.from_numpy(labels[images]), images.tolist()
+    )
 
 
 def _plan_list(indices: np.ndarray, batch_size: int, step: int) -> _Planned:
@@ -277,12 +347,18 @@ def _plan_list(indices: np.ndarray, batch_size: int, step: int) -> _Planned:
 def _read(dataset: ImageSet, plan: Callable[[int], _Planned], step: int) -> _Planned:
     planned = plan(step)
     pixels = torch.stack([dataset.pixels(i) for i in planned.images.tolist()])
-    aspects = torch.tensor([dataset.aspect(i) for i in planned.images.tolist()], dtype=torch.float32)
+    aspects = torch.tensor(
+        [dataset.aspect(i) for i in planned.images.tolist()], dtype=torch.float32
+    )
     return replace(planned, pixels=pixels, aspects=aspects)
 
 
 def _load(
-    dataset: ImageSet, plan: Callable[[int], _Planned], steps: range, feed: Feed, transform: Transform
+    dataset: ImageSet,
+    plan: Callable[[int], _Planned],
+    steps: range,
+    feed: Feed,
+    transform: Transform,
 ) -> Iterator[tuple[Tensor, _Planned]]:
     """Images (n, 3, H, W) of each of these steps, on the feed's device, and what was planned."""
     for planned in stream(partial(_read, dataset, plan), steps, feed):
@@ -311,24 +387,38 @@ def _origin(dataset: ImageSet | Sequence[np.ndarray]) -> str:
 
 
 def _check_numbers(
-    dataset: ImageSet | Sequence[np.ndarray], ways: int, shots: int, queries: int, flags: tuple[str, str, str]
+    dataset: ImageSet | Sequence[np.ndarray],
+    ways: int,
+    shots: int,
+    queries: int,
+    flags: tuple[str, str, str],
 ) -> None:
     for number, flag in zip((ways, shots, queries), flags, strict=True):
         if number < 1:
             raise InputError(f"{flag} {number}: an episode needs at least 1")
     if ways > (classes := len(_by_class(dataset))):
         has = f"{classes} class{'es' * (classes > 1)}"
-        raise InputError(f"{flags[0]} {ways}: {_origin(dataset)} has {has}; ask for fewer, or add classes")
+        raise InputError(
+            f"{flags[0]} {ways}: {_origin(dataset)} has {has}; ask for fewer, or add classes"
+        )
 
 
 def _check_class(
-    dataset: ImageSet | Sequence[np.ndarray], label: int, shots: int, queries: int, flags: tuple[str, str, str]
+    dataset: ImageSet | Sequence[np.ndarray],
+    label: int,
+    shots: int,
+    queries: int,
+    flags: tuple[str, str, str],
 ) -> None:
     images = len(_by_class(dataset)[label])
     if images < shots + queries:
         name = dataset.classes[label] if isinstance(dataset, ImageSet) else label
         has = f"{images} picture{'s' * (images > 1)}"
-        fewer = f"at most {flags[2]} {images - shots}" if images > shots else f"fewer {flags[1]} and {flags[2]}"
+        fewer = (
+            f"at most {flags[2]} {images - shots}"
+            if images > shots
+            else f"fewer {flags[1]} and {flags[2]}"
+        )
         raise InputError(
             f"class {name} of {_origin(dataset)}: has {has}, {flags[1]} {shots} and {flags[2]} {queries} take "
             f"{shots + queries}; give {fewer}, or add pictures"

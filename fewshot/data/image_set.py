@@ -24,7 +24,9 @@ class Source(Protocol):
         """Picture `index`, RGB and upright."""
 
     def version(self) -> object:
-        """Something whose repr changes when the pictures do, or None when they are in memory anyway."""
+        """Something whose repr changes when the pictures do, or None when they are in memory
+        anyway.
+        """
 
 
 class ImageSet:
@@ -38,8 +40,8 @@ class ImageSet:
         stored: side S in pixels of the square that a picture is squashed to.
         augment: whether the augmentation of natural images suits these pictures.
 
-    Further attributes: `by_class`, for each class the indices of its pictures, ascending; `origin`, what errors call
-    the set.
+    Further attributes: `by_class`, for each class the indices of its pictures, ascending; `origin`,
+    what errors call the set.
 
     Raises InputError when a class has no picture.
     """
@@ -59,11 +61,18 @@ class ImageSet:
     ):
         self.name, self.split, self.classes, self.origin = name, split, classes, f"{name} {split}"
         self.source: Source | Squares = source
-        self.size, self.stored, self.normalisation, self.augment = size, stored, normalisation, augment
+        self.size, self.stored, self.normalisation, self.augment = (
+            size,
+            stored,
+            normalisation,
+            augment,
+        )
         self.labels = np.asarray(labels, np.int64)
         counts = np.bincount(self.labels, minlength=len(classes))
         if not counts.all():
-            raise InputError(f"{self.origin}: class {classes[counts.argmin()]} has no picture; add some or remove it")
+            raise InputError(
+                f"{self.origin}: class {classes[counts.argmin()]} has no picture; add some or remove it"
+            )
         self.by_class = np.split(np.argsort(self.labels, kind="stable"), np.cumsum(counts)[:-1])
         self._aspects = np.full(len(self.labels), np.nan)
 
@@ -71,7 +80,9 @@ class ImageSet:
         return len(self.labels)
 
     def pixels(self, index: int) -> Tensor:
-        """Picture `index` squashed to a square: uint8 RGB (3, S, S). Raises InputError when it cannot be read."""
+        """Picture `index` squashed to a square: uint8 RGB (3, S, S). Raises InputError when it
+        cannot be read.
+        """
         if isinstance(self.source, Squares):
             return torch.from_numpy(self.source.pixels[index].copy())
         picture = self.source(index)
@@ -92,10 +103,11 @@ class ImageSet:
         return self.pixels(index), self.aspect(index)
 
     def cached(self, folder: str | os.PathLike) -> "ImageSet":
-        """The same set with its squares in a memory map, decoded into a file of `folder` unless they are there.
+        """The same set with its squares in a memory map, decoded into a file of `folder` unless
+        they are there.
 
-        Sets whose pictures are in memory anyway (Omniglot, CIFAR) are returned as they are. See `cache.squares` for
-        what makes a file stale, for several processes, and for errors.
+        Sets whose pictures are in memory anyway (Omniglot, CIFAR) are returned as they are. See
+        `cache.squares` for what makes a file stale, for several processes, and for errors.
         """
         if isinstance(self.source, Squares) or (version := self.source.version()) is None:
             return self
@@ -105,7 +117,9 @@ class ImageSet:
         return twin
 
     def describe(self) -> dict[str, Any]:
-        """What a model trained on this should say of its data, for json: whatever it takes to feed it pictures."""
+        """What a model trained on this should say of its data, for json: whatever it takes to feed
+        it pictures.
+        """
         return {
             "dataset": self.name,
             "classes": self.classes,

@@ -1,6 +1,7 @@
 """Which classes the published splits have, and in which order they are numbered.
 
-The label order of mini- and tiered-ImageNet is mmfewshot's, so that its episodes and its classifiers carry over.
+The label order of mini- and tiered-ImageNet is mmfewshot's, so that its episodes and its
+classifiers carry over.
 """
 
 # Places in the sorted class names of the split: wnids here, tiered-ImageNet's full names below.
@@ -43,7 +44,8 @@ TIERED_ORDER = {
     ),
 }
 
-# CIFAR-FS (Bertinetto et al. 2019, https://arxiv.org/abs/1805.08136); training has the other 64 of CIFAR-100's classes.
+# CIFAR-FS (Bertinetto et al. 2019, https://arxiv.org/abs/1805.08136); training has the other 64 of
+# CIFAR-100's classes.
 CIFAR_FS = {
     "val": (
         "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark "
@@ -54,8 +56,8 @@ CIFAR_FS = {
         "telephone wardrobe whale woman worm"
     ),
 }
-# FC100 (Oreshkin et al. 2018, https://arxiv.org/abs/1805.10123): whole superclasses, as CIFAR-100 numbers them, so that
-# no class is like one of another split.
+# FC100 (Oreshkin et al. 2018, https://arxiv.org/abs/1805.10123): whole superclasses, as CIFAR-100
+# numbers them, so that no class is like one of another split.
 FC100 = {
     "train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19),
     "val": (8, 11, 13, 16),

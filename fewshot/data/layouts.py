@@ -1,11 +1,13 @@
-"""One's own data in whichever layout the annotation tool left them: recognised, divided into parts, and read.
+"""One's own data in whichever layout the annotation tool left them: recognised, divided into parts,
+and read.
 
-COCO: train.json, test.json, or annotations/*train*.json, or train/_annotations.coco.json, or the one json there is.
-VOC: JPEGImages, Annotations, and lists in ImageSets/Main if there are any. YOLO: data.yaml (or classes.txt), and txt
-files in labels/ as pictures are in images/.
+COCO: train.json, test.json, or annotations/*train*.json, or train/_annotations.coco.json, or the
+one json there is. VOC: JPEGImages, Annotations, and lists in ImageSets/Main if there are any. YOLO:
+data.yaml (or classes.txt), and txt files in labels/ as pictures are in images/.
 
-The same data give the same records from each: sorted by picture, their ids the pictures' places in the folder that
-holds all of a part, classes in alphabetical order. Boxes are taken as they are written: none is moved by a pixel.
+The same data give the same records from each: sorted by picture, their ids the pictures' places in
+the folder that holds all of a part, classes in alphabetical order. Boxes are taken as they are
+written: none is moved by a pixel.
 """
 
 import hashlib
@@ -27,7 +29,8 @@ from fewshot.data import annotations, pictures
 from fewshot.data.annotations import Annotated, Fault, Part, Record, refuse
 
 Kind = Literal["coco", "voc", "yolo"]
-Source = tuple[Path, ...]  # what one part is read from: a json; a list of names or a folder of xml; folders of pictures
+# what one part is read from: a json; a list of names or a folder of xml; folders of pictures
+Source = tuple[Path, ...]
 KNOWN = (
     "COCO (train.json, annotations/*train*.json or train/_annotations.coco.json), VOC (JPEGImages and Annotations) or "
     "YOLO (data.yaml, images and labels)"
@@ -58,27 +61,38 @@ class Layout:
 
 
 def recognise(place: Path, layout: Kind | None = None) -> Layout:
-    """The layout of a folder, or of one json in COCO's format; `layout` chooses where there are two.
+    """The layout of a folder, or of one json in COCO's format; `layout` chooses where there are
+    two.
 
     Raises:
         InputError: it is none of those known, or two at once, or not the one asked for.
     """
     if place.is_file():
         if layout not in (None, "coco"):
-            raise InputError(f"{place} is one file, which only COCO's layout has: leave out --layout {layout}")
+            raise InputError(
+                f"{place} is one file, which only COCO's layout has: leave out --layout {layout}"
+            )
         notes = [f"{place} is one file: test a model on other pictures than it was trained on"]
         return Layout("coco", place, {"train": (place,), "test": (place,)}, notes)
     looks = {"coco": _coco_files(place), "voc": _voc_lists(place), "yolo": _yolo_names_file(place)}
-    jsons = [path for folder in (place, place / "annotations") for path in sorted(folder.glob("*.json"))]
+    jsons = [
+        path for folder in (place, place / "annotations") for path in sorted(folder.glob("*.json"))
+    ]
     if len(jsons) == 1 and layout in (None, "coco") and not any(looks.values()):
         looks["coco"] = {"train": (jsons[0],)}
     found = [kind for kind, files in looks.items() if files]
     if not found:
-        raise InputError(f"{place}: not a layout known here, {KNOWN}; {annotations.holds(place, 8)}")
+        raise InputError(
+            f"{place}: not a layout known here, {KNOWN}; {annotations.holds(place, 8)}"
+        )
     if layout is None and len(found) > 1:
-        raise InputError(f"{place} is laid out as {' and as '.join(found)} at once; choose by --layout {found[0]}")
+        raise InputError(
+            f"{place} is laid out as {' and as '.join(found)} at once; choose by --layout {found[0]}"
+        )
     if layout is not None and layout not in found:
-        raise InputError(f"{place} is not laid out as {layout} but as {' and '.join(found)}; choose by --layout")
+        raise InputError(
+            f"{place} is not laid out as {layout} but as {' and '.join(found)}; choose by --layout"
+        )
     kind = layout or found[0]
     sources, notes = _yolo_folders(place) if kind == "yolo" else (looks[kind], [])
     parts, more = _divide(sources)
@@ -102,7 +116,9 @@ def _divide(sources: dict[str, Source]) -> tuple[dict[Part, Source], list[str]]:
     return {part: parts[part] for part in ("train", "test") if part in parts}, notes
 
 
-def read_own(place: Path, part: Part, *, layout: Kind | None = None, fault: Fault = refuse) -> Annotated:
+def read_own(
+    place: Path, part: Part, *, layout: Kind | None = None, fault: Fault = refuse
+) -> Annotated:
     """One part of `read_all`."""
     read = read_all(place, layout=layout, fault=fault)
     if part not in read:
@@ -110,14 +126,17 @@ def read_own(place: Path, part: Part, *, layout: Kind | None = None, fault: Faul
     return read[part]
 
 
-def read_all(place: Path, *, layout: Kind | None = None, fault: Fault = refuse) -> dict[Part, Annotated]:
-    """Both parts, or what there is of them. Classes that have no object are left out if both are there.
+def read_all(
+    place: Path, *, layout: Kind | None = None, fault: Fault = refuse
+) -> dict[Part, Annotated]:
+    """Both parts, or what there is of them. Classes that have no object are left out if both are
+    there.
 
     Where there is no test part, a fifth of the pictures is one, chosen by their names alone.
 
     Raises:
-        InputError: as `recognise`, and naming the file, picture, box or class that is missing or wrong, unless `fault`
-            takes it.
+        InputError: as `recognise`, and naming the file, picture, box or class that is missing or
+            wrong, unless `fault` takes it.
     """
     found = recognise(place, layout)
     reader = {"coco": _read_coco, "voc": _read_voc, "yolo": _read_yolo}[found.kind]
@@ -126,15 +145,25 @@ def read_all(place: Path, *, layout: Kind | None = None, fault: Fault = refuse) 
     for part, (_, records, flaws) in read.items():
         notes += flaws
         if not any(len(record.labels) for record in records):
-            fault(f"{_listed(found.parts[part])}: not one object on its {len(records)} pictures; annotate some")
+            fault(
+                f"{_listed(found.parts[part])}: not one object on its {len(records)} pictures; annotate some"
+            )
     if set(read) == {"train"}:
         if len(read["train"].records) < 2:
-            fault(f"{place}: one picture alone cannot be divided for training and testing; add some")
+            fault(
+                f"{place}: one picture alone cannot be divided for training and testing; add some"
+            )
         read |= _hold_out(read["train"])
         count = len(read["test"].records)
-        notes.append(f"no test part: a fifth of the pictures, {count}, is held out for it, always the same ones")
+        notes.append(
+            f"no test part: a fifth of the pictures, {count}, is held out for it, always the same ones"
+        )
     by_number = [{name: n for n, name in enumerate(r.category_ids)} for r in read.values()]
-    if found.kind == "coco" and len(by_number) == 2 and (differ := set(by_number[0]) ^ set(by_number[1])):
+    if (
+        found.kind == "coco"
+        and len(by_number) == 2
+        and (differ := set(by_number[0]) ^ set(by_number[1]))
+    ):
         files = " and ".join(str(path) for (path,) in found.parts.values())
         fault(f"{files} differ in category {min(differ)!r}; make them agree")
     counts = {part: _counts(annotated) for part, annotated in read.items()}
@@ -146,7 +175,10 @@ def read_all(place: Path, *, layout: Kind | None = None, fault: Fault = refuse) 
             notes.append(f"classes without any object, left out: {', '.join(unused)}")
             classes = [name for name in classes if name in used]
     notes[:0] = _summary(found, read, classes, counts)
-    return {part: _ordered(annotated, classes, found.kind)._replace(notes=notes) for part, annotated in read.items()}
+    return {
+        part: _ordered(annotated, classes, found.kind)._replace(notes=notes)
+        for part, annotated in read.items()
+    }
 
 
 def _named(read: Annotated) -> Annotated:
@@ -157,7 +189,9 @@ def _named(read: Annotated) -> Annotated:
     records = []
     for record in read.records:
         id = Path(record.path).relative_to(folder).as_posix()
-        records.append(replace(record, id=id, image_id=id if record.image_id is None else record.image_id))
+        records.append(
+            replace(record, id=id, image_id=id if record.image_id is None else record.image_id)
+        )
     return read._replace(records=sorted(records, key=lambda record: record.id))
 
 
@@ -168,7 +202,9 @@ def _hold_out(whole: Annotated) -> dict[Part, Annotated]:
     drawn = sorted(whole.records, key=lot)
     test = {record.id for record in drawn[: max(1, round(len(drawn) / HELD_OUT))]}
     return {
-        "train": whole._replace(records=[record for record in whole.records if record.id not in test]),
+        "train": whole._replace(
+            records=[record for record in whole.records if record.id not in test]
+        ),
         "test": whole._replace(records=[record for record in whole.records if record.id in test]),
     }
 
@@ -176,13 +212,21 @@ def _hold_out(whole: Annotated) -> dict[Part, Annotated]:
 def _counts(read: Annotated) -> Counter[str]:
     """Objects of each class, but for crowds."""
     names = list(read.category_ids)
-    return Counter(names[label] for record in read.records for label in record.labels[~record.difficult])
+    return Counter(
+        names[label] for record in read.records for label in record.labels[~record.difficult]
+    )
 
 
 def _ordered(read: Annotated, classes: list[str], kind: Kind) -> Annotated:
-    """With these classes, by name: two files may number the same classes differently, and VOC's have no numbers."""
-    ids = {name: number for number, name in enumerate(classes, 1)} | (read.category_ids if kind != "voc" else {})
-    to_new = np.array([classes.index(name) if name in classes else -1 for name in read.category_ids], np.int64)
+    """With these classes, by name: two files may number the same classes differently, and VOC's
+    have no numbers.
+    """
+    ids = {name: number for number, name in enumerate(classes, 1)} | (
+        read.category_ids if kind != "voc" else {}
+    )
+    to_new = np.array(
+        [classes.index(name) if name in classes else -1 for name in read.category_ids], np.int64
+    )
     records = [replace(record, labels=to_new[record.labels]) for record in read.records]
     return read._replace(category_ids={name: ids[name] for name in classes}, records=records)
 
@@ -192,7 +236,9 @@ def _check_spelling(place: Path, classes: Iterable[str], fault: Fault) -> None:
     for name in classes:
         other = spelt.setdefault("".join(name.casefold().split()), name)
         if other != name:
-            fault(f"{place}: classes {other!r} and {name!r} differ only in case or blanks; spell them alike")
+            fault(
+                f"{place}: classes {other!r} and {name!r} differ only in case or blanks; spell them alike"
+            )
 
 
 def _summary(
@@ -202,33 +248,48 @@ def _summary(
     aims = {"train": "to train on", "test": "to test on"}
     numbers = [f"{len(read[part].records)} {aims[part]}" for part in read]
     sources = [_listed(source, found.place) for source in dict.fromkeys(found.parts.values())]
-    objects = ", ".join(f"{name} {' + '.join(str(counts[part][name]) for part in read)}" for name in classes)
+    objects = ", ".join(
+        f"{name} {' + '.join(str(counts[part][name]) for part in read)}" for name in classes
+    )
     notes = [
         f"{found.place}: laid out as {found.kind.upper()} ({'; '.join(sources)}), pictures: {', '.join(numbers)}",
         f"objects {' + '.join(aims[part] for part in read)}: {objects}",
     ]
     empty = {part: sum(not len(record.labels) for record in read[part].records) for part in read}
     if any(empty.values()):
-        kept = {"train": "passed over in training", "test": "kept, since whatever is found there is wrong"}
+        kept = {
+            "train": "passed over in training",
+            "test": "kept, since whatever is found there is wrong",
+        }
         where = ", ".join(f"{n} {aims[part]} ({kept[part]})" for part, n in empty.items() if n)
         notes.append(f"pictures without objects, background: {where}")
-    if crowds := sum(int(record.difficult.sum()) for annotated in read.values() for record in annotated.records):
+    if crowds := sum(
+        int(record.difficult.sum()) for annotated in read.values() for record in annotated.records
+    ):
         notes.append(f"crowds, neither trained on nor counted in tests: {crowds}")
     return notes
 
 
 def _listed(source: Source, place: Path = Path()) -> str:
-    return ", ".join(str(path.relative_to(place)) if path.is_relative_to(place) else str(path) for path in source)
+    return ", ".join(
+        str(path.relative_to(place)) if path.is_relative_to(place) else str(path) for path in source
+    )
 
 
 # COCO
 
 
 def _coco_files(place: Path) -> dict[str, Source]:
-    """Json files by part: those beside each other, those in annotations/, or those of annotation services."""
+    """Json files by part: those beside each other, those in annotations/, or those of annotation
+    services.
+    """
     for patterns in ("{}.json", "{}/_annotations.coco.json"):
-        names = {part: [place / patterns.format(s) for s in spelt] for part, spelt in SPELLINGS.items()}
-        if found := {part: (path,) for part, paths in names.items() for path in paths if path.is_file()}:
+        names = {
+            part: [place / patterns.format(s) for s in spelt] for part, spelt in SPELLINGS.items()
+        }
+        if found := {
+            part: (path,) for part, paths in names.items() for path in paths if path.is_file()
+        }:
             return found
     found: dict[str, Source] = {}
     for path in sorted((place / "annotations").glob("*.json")):
@@ -236,7 +297,10 @@ def _coco_files(place: Path) -> dict[str, Source]:
         if part := next((p for p in ("train", "test", "val") if p in path.stem.lower()), None):
             found[part] = (*found.get(part, ()), path)
     # COCO's own captions and keypoints lie beside its instances.
-    return {part: tuple(p for p in files if p.name.startswith("instances")) or files for part, files in found.items()}
+    return {
+        part: tuple(p for p in files if p.name.startswith("instances")) or files
+        for part, files in found.items()
+    }
 
 
 def _read_coco(place: Path, source: Source, fault: Fault) -> Annotated:
@@ -273,9 +337,14 @@ def _voc_folders(place: Path) -> tuple[Path, Path] | None:
 
 
 def _voc_lists(place: Path) -> dict[str, Source]:
-    """Lists of names by part; or the folder of all xml; or folders where pictures have their xml beside them."""
+    """Lists of names by part; or the folder of all xml; or folders where pictures have their xml
+    beside them.
+    """
     if folders := _voc_folders(place):
-        paths = {name: place / "ImageSets" / "Main" / f"{name}.txt" for name in ("train", "val", "trainval", "test")}
+        paths = {
+            name: place / "ImageSets" / "Main" / f"{name}.txt"
+            for name in ("train", "val", "trainval", "test")
+        }
         found = {name: (path,) for name, path in paths.items() if path.is_file()}
         trainval = found.pop("trainval", None)
         if trainval and ("test" in found or "train" not in found):
@@ -283,7 +352,10 @@ def _voc_lists(place: Path) -> dict[str, Source]:
             found["train"] = trainval
         return found or {"train": (folders[1],)}
     beside = {part: [place / name for name in spelt] for part, spelt in SPELLINGS.items()}
-    found = {part: tuple(f for f in folders if next(f.glob("*.xml"), None)) for part, folders in beside.items()}
+    found = {
+        part: tuple(f for f in folders if next(f.glob("*.xml"), None))
+        for part, folders in beside.items()
+    }
     whole = {"train": (place,)} if next(place.glob("*.xml"), None) else {}
     return {part: folders[:1] for part, folders in found.items() if folders} or whole
 
@@ -297,14 +369,17 @@ def _read_voc(place: Path, source: Source, fault: Fault) -> Annotated:
     if listed.suffix == ".txt":
         names = []
         for line in filter(None, map(str.strip, annotations.read_text(listed).splitlines())):
-            first = line.split()[0]  # in lists of one class 1 or -1 follows; but a name may have blanks
+            # in lists of one class 1 or -1 follows; but a name may have blanks
+            first = line.split()[0]
             spelt = (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0])
             names.append(next((name for name in spelt if name in files or name in xmls), line))
     items: list[Item] = []
     difficult = 0
     for name in dict.fromkeys(names):
         if name not in files:
-            fault(f"{xmls.get(name, listed)}: no picture {name!r} in {folder}; put it there or take its name out")
+            fault(
+                f"{xmls.get(name, listed)}: no picture {name!r} in {folder}; put it there or take its name out"
+            )
         elif name not in xmls:
             items.append(Item(files[name], []))
         elif content := annotations.read_xml(xmls[name], fault=fault):
@@ -313,9 +388,13 @@ def _read_voc(place: Path, source: Source, fault: Fault) -> Annotated:
             items.append(Item(files[name], labelled, (width, height), str(xmls[name])))
             difficult += sum(marked for _, _, marked in objects)
     classes = sorted({name for item in items for _, name in item.objects})
-    read = _annotated(listed, items, {name: number for number, name in enumerate(classes, 1)}, "pixels", fault)
+    read = _annotated(
+        listed, items, {name: number for number, name in enumerate(classes, 1)}, "pixels", fault
+    )
     # A rule of that benchmark: other layouts cannot say it, and would give other numbers.
-    as_others = [f"{listed}: objects marked difficult, taken like others: {difficult}"] if difficult else []
+    as_others = (
+        [f"{listed}: objects marked difficult, taken like others: {difficult}"] if difficult else []
+    )
     return read._replace(notes=as_others + read.notes)
 
 
@@ -328,7 +407,9 @@ def _yolo_names_file(place: Path) -> Path | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: of ten that stand for lists of the ones before, a message would be gigabytes long."""
+    """Without aliases: of ten that stand for lists of the ones before, a message would be gigabytes
+    long.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -345,8 +426,17 @@ def _yolo_names(place: Path) -> tuple[dict[int, str], dict[str, Any]]:
     try:
         content = yaml.load(text, _Loader)
     # of what a tag or a look asks for yaml makes a date, say, without a look at whether it is one
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not yaml ({' '.join(str(error).split()):.300}); correct it") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        raise InputError(
+            f"{path}: not yaml ({' '.join(str(error).split()):.300}); correct it"
+        ) from None
     names = content.get("names") if isinstance(content, dict) else None
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if not (isinstance(names, dict) and names and all(isinstance(number, int) for number in names)):
@@ -365,7 +455,9 @@ def _yolo_names(place: Path) -> tuple[dict[int, str], dict[str, Any]]:
 
 
 def _yolo_folders(place: Path) -> tuple[dict[str, Source], list[str]]:
-    """Folders of pictures, or lists of pictures, by part: those of data.yaml, or those that there are; notes."""
+    """Folders of pictures, or lists of pictures, by part: those of data.yaml, or those that there
+    are; notes.
+    """
     path, (_, content) = _yolo_names_file(place), _yolo_names(place)
     found: dict[str, Source] = {}
     notes = []
@@ -373,7 +465,9 @@ def _yolo_folders(place: Path) -> tuple[dict[str, Source], list[str]]:
         given = next((content[name] for name in spelt if content.get(name)), None)
         values = given if isinstance(given, list) else [given] if given else []
         if not all(isinstance(value, str) for value in values):
-            raise InputError(f"{path}: its {part} {values!r:.60} is no path, nor a list of paths; correct it")
+            raise InputError(
+                f"{path}: its {part} {values!r:.60} is no path, nor a list of paths; correct it"
+            )
         places = [_yolo_place(place, content.get("path"), value, path) for value in values]
         if missing := [str(p) for p in places if not p.exists()]:
             if part == "train":
@@ -382,7 +476,11 @@ def _yolo_folders(place: Path) -> tuple[dict[str, Source], list[str]]:
         elif places:
             found[part] = tuple(places)
     for part, spelt in SPELLINGS.items() if not found else ():
-        folders = [folder for name in spelt for folder in (place / "images" / name, place / name / "images")]
+        folders = [
+            folder
+            for name in spelt
+            for folder in (place / "images" / name, place / name / "images")
+        ]
         if there := tuple(folder for folder in folders if folder.is_dir()):
             found[part] = there
     if not found and not (place / "images").is_dir():
@@ -393,13 +491,19 @@ def _yolo_folders(place: Path) -> tuple[dict[str, Source], list[str]]:
 
 
 def _yolo_place(place: Path, root: str | None, value: str, path: Path) -> Path:
-    """The place that a path in data.yaml or in a list means: services write ../train/images for train/images."""
+    """The place that a path in data.yaml or in a list means: services write ../train/images for
+    train/images.
+    """
     if os.path.isabs(value):
         if not Path(value).is_relative_to(place.resolve()):
             raise InputError(f"{path}: {value!r} is not in {place}; give its path in there")
         return place / Path(value).relative_to(place.resolve())
     value = annotations.inside(re.sub(r"^(\.{1,2}/)+", "", value), path)
-    bases = [place / root] if isinstance(root, str) and not os.path.isabs(root) and ".." not in root else []
+    bases = (
+        [place / root]
+        if isinstance(root, str) and not os.path.isabs(root) and ".." not in root
+        else []
+    )
     return next((base / value for base in bases if (base / value).exists()), place / value)
 
 
@@ -413,10 +517,15 @@ def _read_yolo(place: Path, source: Source, fault: Fault) -> Annotated:
             found |= dict.fromkeys(files.values(), entry)
             labels = _by_stem(_label_place(place, entry), {".txt"}, fault)
             for stem in labels.keys() - files.keys() - {"classes"}:
-                fault(f"{labels[stem]}: no picture {stem!r} in {entry}{by}; put it there or take the file out")
+                fault(
+                    f"{labels[stem]}: no picture {stem!r} in {entry}{by}; put it there or take the file out"
+                )
         else:
             lines = filter(None, map(str.strip, annotations.read_text(entry).splitlines()))
-            listed = (_yolo_place(place, str(entry.parent.relative_to(place)), line, entry) for line in lines)
+            listed = (
+                _yolo_place(place, str(entry.parent.relative_to(place)), line, entry)
+                for line in lines
+            )
             found |= dict.fromkeys(listed, entry)
     items: list[Item] = []
     polygons = 0
@@ -441,7 +550,9 @@ def _read_yolo(place: Path, source: Source, fault: Fault) -> Annotated:
 
 
 def _label_place(place: Path, picture: Path) -> Path:
-    """Where the txt of a picture, or those of a folder of pictures, are: in labels, as the picture is in images."""
+    """Where the txt of a picture, or those of a folder of pictures, are: in labels, as the picture
+    is in images.
+    """
     parts = list(picture.relative_to(place).parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
@@ -452,7 +563,9 @@ def _label_place(place: Path, picture: Path) -> Path:
 
 
 def _by_stem(folder: Path, suffixes: set[str], fault: Fault) -> dict[str, Path]:
-    """Files below a folder by their place in it without the suffix, in order; hidden ones are none of ours."""
+    """Files below a folder by their place in it without the suffix, in order; hidden ones are none
+    of ours.
+    """
     found: dict[str, Path] = {}
     for base, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != ".")
@@ -462,12 +575,18 @@ def _by_stem(folder: Path, suffixes: set[str], fault: Fault) -> dict[str, Path]:
             if name[0] != "." and suffix.lower() in suffixes:
                 other = found.setdefault(below + stem, path := Path(base, name))
                 if other != path:
-                    fault(f"{path}: {other.name!r} beside it would share its annotation; rename or remove one")
+                    fault(
+                        f"{path}: {other.name!r} beside it would share its annotation; rename or remove one"
+                    )
     return found
 
 
-def _annotated(source: Any, items: list[Item], ids: dict[str, int], unit: str, fault: Fault) -> Annotated:
-    """Records of pictures and their objects, without the boxes that are of no use; sizes not known are looked up."""
+def _annotated(
+    source: Any, items: list[Item], ids: dict[str, int], unit: str, fault: Fault
+) -> Annotated:
+    """Records of pictures and their objects, without the boxes that are of no use; sizes not known
+    are looked up.
+    """
     unsized = [item.path for item in items if item.size is None]
     with ThreadPoolExecutor() as pool:
         sizes = dict(zip(unsized, pool.map(lambda path: _size(path, fault), unsized)))
@@ -483,7 +602,9 @@ def _annotated(source: Any, items: list[Item], ids: dict[str, int], unit: str, f
                 dropped.setdefault(flaw, []).append(str(path))
             else:
                 kept.append(((x1, y1, x2, y2), labels[name], False))
-        records.append(replace(annotations.make_record("", path, *size, kept), annotated_in=annotated_in))
+        records.append(
+            replace(annotations.make_record("", path, *size, kept), annotated_in=annotated_in)
+        )
     annotations.check_unit(source, records, dropped, unit, fault)
     return Annotated(ids, records, annotations.box_notes(source, records, dropped))
 
@@ -495,5 +616,7 @@ def _size(path: Path, fault: Fault) -> tuple[int, int] | None:
             lies = file.getexif().get(ORIENTATION, 1) > 4
             return file.size[::-1] if lies else file.size
     except Exception as error:  # damage makes PIL stumble anywhere
-        fault(f"{path}: not readable as a picture ({' '.join(str(error).split())}); replace or remove it")
+        fault(
+            f"{path}: not readable as a picture ({' '.join(str(error).split())}); replace or remove it"
+        )
         return None

@@ -1,4 +1,6 @@
-"""Single objects cut out of their pictures at several sizes: what MPSR trains on beside whole pictures."""
+"""Single objects cut out of their pictures at several sizes: what MPSR trains on beside whole
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def cut(image: Tensor, box: np.ndarray | Tensor) -> Tensor:
     height, width = image.shape[-2:]
     side = int(max(x2 - x1, y2 - y1) * (1 + CONTEXT))
     square = torch.zeros(3, side, side, dtype=torch.uint8)
-    inside, outside = [], []  # rows and columns of the square, and those of the picture that they show
+    # rows and columns of the square, and those of the picture that they show
+    inside, outside = [], []
     for low, high, limit in ((y1, y2, height), (x1, x2, width)):
         first = int((low + high - side) / 2)
         start, stop = max(-first, 0), min(int((low + high + side) / 2), limit, first + side) - first
@@ -47,7 +50,8 @@ def cut(image: Tensor, box: np.ndarray | Tensor) -> Tensor:
 class CropBatch:
     """n objects at several scales."""
 
-    images: list[Tensor]  # for each scale s uint8 (n, 3, s, s); float and normalised where a loader gives them
+    # for each scale s uint8 (n, 3, s, s); float and normalised where a loader gives them
+    images: list[Tensor]
     labels: Tensor  # int64 (n,)
 
     def to(self, device: torch.device | str) -> CropBatch:
@@ -96,10 +100,14 @@ class ObjectCrops:
             large = dataset.usable(record) & (sides >= smallest).all(1)
             self.entries += [(position, i) for i in np.flatnonzero(large).tolist()]
         if not self.entries:
-            raise InputError(f"{dataset.name}: no object of {smallest} pixels or more to cut out; add pictures")
+            raise InputError(
+                f"{dataset.name}: no object of {smallest} pixels or more to cut out; add pictures"
+            )
 
     def draw(self, seed: int, step: int) -> CropBatch:
-        """This process's crops of a step: a pure function of (seed, step). Objects come in endless permutations."""
+        """This process's crops of a step: a pure function of (seed, step). Objects come in endless
+        permutations.
+        """
         crops, labels = [], []
         for number in self.feed.numbers(step, self.number):
             epoch, place = divmod(number, len(self.entries))
@@ -112,7 +120,9 @@ class ObjectCrops:
         return CropBatch([torch.stack(scale) for scale in zip(*crops)], torch.tensor(labels))
 
     def _pyramid(self, square: Tensor, rng: np.random.Generator) -> list[Tensor]:
-        """The square at every scale, each crop of the scale's size with a place and a mirror of its own."""
+        """The square at every scale, each crop of the scale's size with a place and a mirror of its
+        own.
+        """
         crops = []
         for scale in self.scales:
             side = int(scale * (1 + CONTEXT) + 0.5)

@@ -1,7 +1,8 @@
-"""Pictures with boxes to batches: resized, mirrored, padded, normalised, in an order that follows from the seed.
+"""Pictures with boxes to batches: resized, mirrored, padded, normalised, in an order that follows
+from the seed.
 
-`Pipeline` makes samples of a `DetectionSet`'s pictures; `train_loader` and `test_loader` stream them in batches. Boxes
-are xyxy in pixels throughout.
+`Pipeline` makes samples of a `DetectionSet`'s pictures; `train_loader` and `test_loader` stream
+them in batches. Boxes are xyxy in pixels throughout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,12 +35,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How pictures become samples: resized with their aspect ratio kept, and mirrored half the time if `flip`.
+    """How pictures become samples: resized with their aspect ratio kept, and mirrored half the time
+    if `flip`.
 
-    The factor is the largest for which the shorter side is at most `short` and the longer one at most `long` pixels;
-    without either, sizes stay, and without `enlarge` it is at most 1. Of several `short` training draws one per sample.
-    Batches are padded to a multiple of `multiple`. Testing neither flips nor draws: it takes the largest `short`, as
-    all published settings do.
+    The factor is the largest for which the shorter side is at most `short` and the longer one at
+    most `long` pixels; without either, sizes stay, and without `enlarge` it is at most 1. Of
+    several `short` training draws one per sample. Batches are padded to a multiple of `multiple`.
+    Testing neither flips nor draws: it takes the largest `short`, as all published settings do.
     """
 
     short: int | tuple[int, ...] | None = None
@@ -49,9 +51,16 @@ class Pipeline:
     enlarge: bool = True
 
     def describe(self) -> dict[str, int | bool | None]:
-        """What a saved model says of the pictures that it is tested on: `Pipeline(**this)` makes such again."""
+        """What a saved model says of the pictures that it is tested on: `Pipeline(**this)` makes
+        such again.
+        """
         short = max(self.short) if isinstance(self.short, tuple) else self.short
-        return {"short": short, "long": self.long, "multiple": self.multiple, "enlarge": self.enlarge}
+        return {
+            "short": short,
+            "long": self.long,
+            "multiple": self.multiple,
+            "enlarge": self.enlarge,
+        }
 
     def resized(self, height: int, width: int, short: int | None = None) -> tuple[int, int]:
         """What pictures of such a height and width become, by default in tests."""
@@ -70,13 +79,22 @@ class Pipeline:
             image = F.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=False)
         return image, torch.tensor([width / old[1], height / old[0]])
 
-    def sample(self, dataset: DetectionSet, index: int, rng: np.random.Generator | None = None) -> Sample:
-        """Picture `index` with the objects that may be trained on; `rng` is what training draws from."""
+    def sample(
+        self, dataset: DetectionSet, index: int, rng: np.random.Generator | None = None
+    ) -> Sample:
+        """Picture `index` with the objects that may be trained on; `rng` is what training draws
+        from.
+        """
         record, image = dataset.records[index], dataset.image(index)
         usable = dataset.usable(record)
-        boxes, labels = torch.from_numpy(record.boxes[usable]), torch.from_numpy(record.labels[usable])
+        boxes, labels = (
+            torch.from_numpy(record.boxes[usable]),
+            torch.from_numpy(record.labels[usable]),
+        )
         shorts = self.short if isinstance(self.short, tuple) else (self.short,)
-        short = max(shorts) if rng is None or len(shorts) == 1 else shorts[rng.integers(len(shorts))]
+        short = (
+            max(shorts) if rng is None or len(shorts) == 1 else shorts[rng.integers(len(shorts))]
+        )
         image, scale = self.resize(image, short)
         height, width = image.shape[-2:]
         boxes = boxes * scale.repeat(2)
@@ -92,7 +110,8 @@ class Pipeline:
 class Batch:
     """b samples, padded at the bottom and on the right to one size."""
 
-    images: Tensor  # uint8 (b, 3, H, W), zero where padded; float and normalised where a loader gives them
+    # uint8 (b, 3, H, W), zero where padded; float and normalised where a loader gives them
+    images: Tensor
     sizes: list[tuple[int, int]]  # b times (height, width) without padding
     scales: Tensor  # float32 (b, 2): x and y factors from the original pictures; stays on the CPU
     boxes: list[Tensor]  # b times float32 (n, 4), in the pixels of `images`
@@ -110,7 +129,9 @@ class Batch:
         return replace(self, images=change(self.images), boxes=boxes, labels=labels)
 
     def normalised(self, normalisation: Normalisation) -> "Batch":
-        """With float images for the network: zero where padded, whatever zero grey would have become."""
+        """With float images for the network: zero where padded, whatever zero grey would have
+        become.
+        """
         images = normalisation(self.images)
         for image, (height, width) in zip(images, self.sizes):
             image[:, height:] = 0
@@ -119,7 +140,9 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
-    """Pad samples to the largest height and width among them, rounded up to a multiple of `multiple`."""
+    """Pad samples to the largest height and width among them, rounded up to a multiple of
+    `multiple`.
+    """
     return Batch(
         images=collate_images([s.image for s in samples], multiple),
         sizes=[tuple(s.image.shape[-2:]) for s in samples],
@@ -145,8 +168,9 @@ class Shuffle:
 
     Args:
         n: number of pictures.
-        wide: for each, whether it is, as bytes: the pictures of a batch are all wide or all tall, so that little is
-            padded; a last batch of either kind is filled up with its first pictures. Empty: batches are mixed.
+        wide: for each, whether it is, as bytes: the pictures of a batch are all wide or all tall,
+            so that little is padded; a last batch of either kind is filled up with its first
+            pictures. Empty: batches are mixed.
         batch_size: of such batches.
     """
 
@@ -163,7 +187,11 @@ class Shuffle:
     def picture(self, seed: int, number: int) -> int:
         """Position of sample `number`'s picture: a pure function of (seed, number)."""
         kinds = [self.wide.count(kind) for kind in (0, 1)]
-        samples = sum(-(-count // self.batch_size) for count in kinds) * self.batch_size if self.wide else self.n
+        samples = (
+            sum(-(-count // self.batch_size) for count in kinds) * self.batch_size
+            if self.wide
+            else self.n
+        )
         epoch, position = divmod(number, samples)
         return int(_order(self, seed, epoch)[position])
 
@@ -194,11 +222,11 @@ def train_loader(
 ) -> Iterator[Any]:
     """This process's share of the batches of the feed's steps, normalised, on its device.
 
-    Samples are numbered through an endless row of permutations of the pictures; step t trains on the `batch_size`
-    samples from t * batch_size on, of which process `rank` of `world` takes every world-th. Sample i is a pure function
-    of (seed, i). With `group` a batch's pictures are all wide or all tall. With `extra`, items are
-    (batch, extra(seed, step)): made by the same worker, the same on all processes, and with the methods `to`,
-    `pin_memory` and `normalised`.
+    Samples are numbered through an endless row of permutations of the pictures; step t trains on
+    the `batch_size` samples from t * batch_size on, of which process `rank` of `world` takes every
+    world-th. Sample i is a pure function of (seed, i). With `group` a batch's pictures are all wide
+    or all tall. With `extra`, items are (batch, extra(seed, step)): made by the same worker, the
+    same on all processes, and with the methods `to`, `pin_memory` and `normalised`.
 
     Raises:
         InputError: `batch_size` is not a multiple of `world`, or a picture cannot be read.
@@ -223,18 +251,28 @@ def _train_item(
     samples = []
     for number in feed.numbers(step, batch_size):
         index = shuffle.picture(feed.seed, number)
-        samples.append(pipeline.sample(dataset, index, np.random.default_rng((Word.AUGMENT, feed.seed, number))))
+        samples.append(
+            pipeline.sample(
+                dataset, index, np.random.default_rng((Word.AUGMENT, feed.seed, number))
+            )
+        )
     batch = collate(samples, pipeline.multiple)
     return (batch, extra(feed.seed, step)) if extra is not None else batch
 
 
 def test_loader(
-    dataset: DetectionSet, pipeline: Pipeline, feed: Feed, normalisation: Normalisation, *, batch_size: int = 1
+    dataset: DetectionSet,
+    pipeline: Pipeline,
+    feed: Feed,
+    normalisation: Normalisation,
+    *,
+    batch_size: int = 1,
 ) -> Iterator[Batch]:
-    """Every picture of process `rank`, which has those at rank, rank + world, ..., in order and without augmentation.
+    """Every picture of process `rank`, which has those at rank, rank + world, ..., in order and
+    without augmentation.
 
-    Padding depends on what else is in a batch, and so, a little, do detections: pictures of several sizes are best
-    tested one at a time.
+    Padding depends on what else is in a batch, and so, a little, do detections: pictures of several
+    sizes are best tested one at a time.
     """
     mine = range(feed.rank, len(dataset), feed.world)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]

@@ -1,4 +1,6 @@
-"""Episodes of Attention-RPN: a picture with the objects of one class, and supports of that class and of others."""
+"""Episodes of Attention-RPN: a picture with the objects of one class, and supports of that class
+and of others.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,11 @@ from fewshot.data.transforms import Normalisation
 ATTEMPTS = 100  # pictures tried for one on which enough classes are absent
 
 
-def support_crop(image: Tensor, box: Sequence[float] | Tensor, size: int, context: int) -> tuple[Tensor, Tensor]:
-    """A square around an object, with `context` pixels more on both ends of its longer side, black outside the picture.
+def support_crop(
+    image: Tensor, box: Sequence[float] | Tensor, size: int, context: int
+) -> tuple[Tensor, Tensor]:
+    """A square around an object, with `context` pixels more on both ends of its longer side, black
+    outside the picture.
 
     Args:
         image: uint8 RGB (3, H, W).
@@ -97,10 +102,20 @@ class QueryAware:
         context: pixels of a support's picture around its object.
 
     Raises:
-        InputError: too few classes for so many ways, or naming a class without an object that may serve as support.
+        InputError: too few classes for so many ways, or naming a class without an object that may
+            serve as support.
     """
 
-    def __init__(self, dataset: DetectionSet, pipeline: Pipeline, *, ways: int, shots: int, size: int, context: int):
+    def __init__(
+        self,
+        dataset: DetectionSet,
+        pipeline: Pipeline,
+        *,
+        ways: int,
+        shots: int,
+        size: int,
+        context: int,
+    ):
         self.dataset, self.pipeline, self.ways, self.shots = dataset, pipeline, ways, shots
         self.size, self.context = size, context
         if len(dataset.classes) < ways:
@@ -111,16 +126,20 @@ class QueryAware:
         self.entries = objects_by_class(dataset)  # (record, object) of each class
         for name, entries in zip(dataset.classes, self.entries):
             if not entries:
-                raise InputError(f"{dataset.name}: class {name} has no object that can serve as support; add pictures")
+                raise InputError(
+                    f"{dataset.name}: class {name} has no object that can serve as support; add pictures"
+                )
 
     def loader(
         self, feed: Feed, normalisation: Normalisation, *, batch_size: int, group: bool = False
     ) -> Iterator[tuple[Batch, BoxedSupports]]:
-        """This process's share of the feed's steps: b pictures, supports (b, ways, shots, ...), both normalised.
+        """This process's share of the feed's steps: b pictures, supports (b, ways, shots, ...),
+        both normalised.
 
-        A picture keeps the objects of the class that is searched for on it, which its first supports show. As in
-        `pipeline.train_loader` sample i is a pure function of (seed, i), process `rank` of `world` takes every
-        world-th, and `group` has batches of only wide or only tall pictures.
+        A picture keeps the objects of the class that is searched for on it, which its first
+        supports show. As in `pipeline.train_loader` sample i is a pure function of (seed, i),
+        process `rank` of `world` takes every world-th, and `group` has batches of only wide or only
+        tall pictures.
 
         Raises:
             InputError: `batch_size` is not a multiple of `world`, or a picture cannot be read.
@@ -137,12 +156,18 @@ class QueryAware:
     def table(
         self, most: int | None, feed: Feed, normalisation: Normalisation, *, batch_size: int = 16
     ) -> Iterator[BoxedSupports]:
-        """Every class's supports, or `most` drawn by the feed's seed, normalised: prototypes are means of them."""
+        """Every class's supports, or `most` drawn by the feed's seed, normalised: prototypes are
+        means of them.
+        """
         chosen = []
         for label, entries in enumerate(self.entries):
             order = range(len(entries))
             if most is not None and most < len(entries):
-                order = sorted(np.random.default_rng((Word.TABLE, feed.seed, label)).permutation(len(entries))[:most])
+                order = sorted(
+                    np.random.default_rng((Word.TABLE, feed.seed, label)).permutation(len(entries))[
+                        :most
+                    ]
+                )
             chosen += [entries[i] for i in order]
         batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
         return stream(self.supports, batches, feed, normalisation)
@@ -152,7 +177,9 @@ class QueryAware:
         images, boxes, labels = [], [], []
         for position, i in entries:
             record = self.dataset.records[position]
-            image, box = support_crop(self.dataset.image(position), record.boxes[i], self.size, self.context)
+            image, box = support_crop(
+                self.dataset.image(position), record.boxes[i], self.size, self.context
+            )
             images.append(image)
             boxes.append(box)
             labels.append(int(record.labels[i]))
@@ -161,18 +188,24 @@ class QueryAware:
     def draw(
         self, seed: int, number: int, shuffle: Shuffle | None = None
     ) -> tuple[int, int, list[list[tuple[int, int]]]]:
-        """Picture, class searched for, and for it and each absent class its supports, as (record, object)."""
+        """Picture, class searched for, and for it and each absent class its supports, as (record,
+        object).
+        """
         rng = np.random.default_rng((Word.QUERY, seed, number))
         index = (shuffle or Shuffle(len(self.dataset))).picture(seed, number)
         for _ in range(ATTEMPTS):
-            # As published: objects are counted, not classes, so that crowded pictures are left out too.
+            # As published: objects are counted, not classes, so that crowded pictures are left out
+            # too.
             if len(self.dataset.classes) - len(self.labels[index]) >= self.ways - 1:
                 break
             index = int(rng.integers(len(self.dataset)))
         else:
-            raise InputError(f"{self.dataset.name}: no picture found on which {self.ways - 1} classes are absent")
+            raise InputError(
+                f"{self.dataset.name}: no picture found on which {self.ways - 1} classes are absent"
+            )
         present = self.labels[index]
-        query = int(rng.choice(present))  # an object each, so that frequent classes are drawn more often
+        # an object each, so that frequent classes are drawn more often
+        query = int(rng.choice(present))
         absent = np.setdiff1d(np.arange(len(self.dataset.classes)), present)
         negative = rng.choice(absent, self.ways - 1, replace=False).tolist()
         return index, query, [self._shots(rng, label, index) for label in (query, *negative)]
@@ -207,6 +240,10 @@ class _Episodes:
             samples.append(replace(sample, boxes=sample.boxes[mine], labels=sample.labels[mine]))
             supports.append(source.supports([entry for way in ways for entry in way]))
         shape = (len(samples), source.ways, source.shots)
-        images, boxes, labels = (torch.cat([getattr(s, k) for s in supports]) for k in ("images", "boxes", "labels"))
+        images, boxes, labels = (
+            torch.cat([getattr(s, k) for s in supports]) for k in ("images", "boxes", "labels")
+        )
         images, boxes = images.view(*shape, *images.shape[1:]), boxes.view(*shape, 4)
-        return collate(samples, source.pipeline.multiple), BoxedSupports(images, boxes, labels.view(shape))
+        return collate(samples, source.pipeline.multiple), BoxedSupports(
+            images, boxes, labels.view(shape)
+        )

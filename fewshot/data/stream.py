@@ -1,7 +1,7 @@
 """The one way from (seed, step) to a batch on the device, for classification and detection alike.
 
-Whatever a step holds is a pure function of the seed and the step's number. So a run that was resumed equals one that
-never stopped, and neither processes nor workers change what is seen.
+Whatever a step holds is a pure function of the seed and the step's number. So a run that was
+resumed equals one that never stopped, and neither processes nor workers change what is seen.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Word:
 
 @dataclass(frozen=True)
 class Feed:
-    """Which steps a process loads, where to, and how: what a run's `Record.feed` tells every loader.
+    """Which steps a process loads, where to, and how: what a run's `Record.feed` tells every
+    loader.
 
     Attributes:
         seed: of the run.
@@ -53,13 +54,17 @@ class Feed:
     workers: int = 0
 
     def numbers(self, step: int, total: int) -> range:
-        """Which of the endless row of samples this process makes for a step of `total`: every world-th of them."""
+        """Which of the endless row of samples this process makes for a step of `total`: every
+        world-th of them.
+        """
         return range(step * total + self.rank, (step + 1) * total, self.world)
 
     def check(self, total: int, what: str) -> None:
         """Raises InputError unless a step, if there is one, can be divided among the processes."""
         if self.start < self.steps and (total < 1 or total % self.world):
-            raise InputError(f"{total} {what} a step cannot be divided among {self.world} processes: use a multiple")
+            raise InputError(
+                f"{total} {what} a step cannot be divided among {self.world} processes: use a multiple"
+            )
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: must not be negative")
 
@@ -81,17 +86,21 @@ class _Made(Dataset):
     def __getitem__(self, order: Any) -> Any:
         try:
             return self.make(order)
-        except InputError as error:  # raised in a worker, its one line would be buried under tracebacks
+        # raised in a worker, its one line would be buried under tracebacks
+        except InputError as error:
             return error
 
 
 def stream(
-    make: Callable[[Any], Any], orders: Sequence, feed: Feed, normalisation: Normalisation | None = None
+    make: Callable[[Any], Any],
+    orders: Sequence,
+    feed: Feed,
+    normalisation: Normalisation | None = None,
 ) -> Iterator[Any]:
     """make(order) of every order, in turn, on the feed's device, made by its workers ahead of time.
 
-    `make` gives something `Movable`, or a tuple of such; with a `normalisation` these are normalised on the device. An
-    `InputError` that it raises is raised here.
+    `make` gives something `Movable`, or a tuple of such; with a `normalisation` these are
+    normalised on the device. An `InputError` that it raises is raised here.
     """
 
     def delivered(part: Any) -> Any:
@@ -105,7 +114,8 @@ def stream(
         sampler=orders,
         num_workers=feed.workers,
         pin_memory=device.type == "cuda",
-        # of its own: making an iterator must not draw from the global stream, or resumed runs would differ
+        # of its own: making an iterator must not draw from the global stream, or resumed runs would
+        # differ
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_run,
     )
@@ -117,11 +127,14 @@ def stream(
 
 
 def _received(loader: DataLoader) -> Iterator[Any]:
-    """What the workers make. One that is killed while it hands over a batch breaks the connection, not only itself."""
+    """What the workers make. One that is killed while it hands over a batch breaks the connection,
+    not only itself.
+    """
     try:
         yield from loader
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        if not loader.num_workers or str(error).startswith("Caught "):  # from the data, in a worker or here
+        # from the data, in a worker or here
+        if not loader.num_workers or str(error).startswith("Caught "):
             raise
         reason = f"{type(error).__name__} {error}".strip()
         raise InputError(
@@ -131,16 +144,21 @@ def _received(loader: DataLoader) -> Iterator[Any]:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach a whole process group; the run decides when its workers end."""
+    """Ctrl-C and a scheduler's SIGTERM reach a whole process group; the run decides when its
+    workers end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Of a stream that an error left open: Python would end them by SIGTERM, which they ignore, and wait forever."""
+    """Of a stream that an error left open: Python would end them by SIGTERM, which they ignore, and
+    wait forever.
+    """
     children = [child for child in multiprocessing.active_children() if child.daemon]
     if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that they were killed
+        # torch's handler would raise that they were killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in children:
         child.kill()

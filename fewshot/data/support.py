@@ -1,4 +1,6 @@
-"""Support sets for detectors: for every class a few pictures, each with the box of the one object that is meant."""
+"""Support sets for detectors: for every class a few pictures, each with the box of the one object
+that is meant.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from fewshot.data.transforms import Normalisation
 
 
 def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 224) -> Tensor:
-    """A whole picture squeezed to a square, and where its object is: Meta R-CNN's four-channel support.
+    """A whole picture squeezed to a square, and where its object is: Meta R-CNN's four-channel
+    support.
 
     Args:
         image: uint8 RGB (3, H, W).
@@ -26,7 +29,8 @@ def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 22
         size: side of the square in pixels; None leaves the picture as it is.
 
     Returns:
-        uint8 (4, size, size): the picture without regard to its aspect ratio, and a mask, 1 inside the box.
+        uint8 (4, size, size): the picture without regard to its aspect ratio, and a mask, 1 inside
+        the box.
     """
     height, width = image.shape[-2:]
     # Not antialiased, like the pictures to be searched (`detection.Pipeline`).
@@ -34,7 +38,9 @@ def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 22
     squeezed = F.resize(image, new, InterpolationMode.BILINEAR, antialias=False)
     # float32, as what is truncated below depends on it
     factors = torch.tensor([new[1] / width, new[0] / height]).repeat(2)
-    x1, y1, x2, y2 = (torch.as_tensor(box, dtype=torch.float32) * factors).int().clamp(min=0).tolist()
+    x1, y1, x2, y2 = (
+        (torch.as_tensor(box, dtype=torch.float32) * factors).int().clamp(min=0).tolist()
+    )
     mask = torch.zeros(1, *new, dtype=torch.uint8)
     mask[:, y1:y2, x1:x2] = 1
     return torch.cat([squeezed, mask])
@@ -44,18 +50,25 @@ def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 22
 class SupportBatch:
     """n supports."""
 
-    images: Tensor  # uint8 (n, 4, S, S): RGB and the mask of the object; float and normalised where a loader gives them
+    # uint8 (n, 4, S, S): RGB and the mask of the object; float and normalised where a loader gives
+    # them
+    images: Tensor
     labels: Tensor  # int64 (n,)
 
     def to(self, device: torch.device | str) -> SupportBatch:
-        return SupportBatch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        return SupportBatch(
+            self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
+        )
 
     def pin_memory(self) -> SupportBatch:
         return SupportBatch(self.images.pin_memory(), self.labels.pin_memory())
 
     def normalised(self, normalisation: Normalisation) -> SupportBatch:
         """With float images for the network: normalised colours, and the mask as it is."""
-        return replace(self, images=torch.cat([normalisation(self.images[:, :3]), self.images[:, 3:].float()], 1))
+        return replace(
+            self,
+            images=torch.cat([normalisation(self.images[:, :3]), self.images[:, 3:].float()], 1),
+        )
 
 
 class NWayKShot:
@@ -72,9 +85,18 @@ class NWayKShot:
         InputError: naming a class that has no object.
     """
 
-    def __init__(self, dataset: DetectionSet, shots: int, *, used: int, one_per_image: bool = False, size: int = 224):
+    def __init__(
+        self,
+        dataset: DetectionSet,
+        shots: int,
+        *,
+        used: int,
+        one_per_image: bool = False,
+        size: int = 224,
+    ):
         self.dataset, self.shots, self.size = dataset, shots, size
-        self.entries: list[list[tuple[int, int]]] = [[] for _ in dataset.classes]  # (record, object) of each class
+        # (record, object) of each class
+        self.entries: list[list[tuple[int, int]]] = [[] for _ in dataset.classes]
         for position, record in enumerate(dataset.records):
             for i in np.flatnonzero(~record.difficult).tolist():
                 entries = self.entries[record.labels[i]]
@@ -84,12 +106,16 @@ class NWayKShot:
                         break
         for name, entries in zip(dataset.classes, self.entries):
             if not entries:
-                raise InputError(f"{dataset.name}: class {name} has no object that can serve as support; add pictures")
+                raise InputError(
+                    f"{dataset.name}: class {name} has no object that can serve as support; add pictures"
+                )
 
     def draw(self, seed: int, step: int) -> SupportBatch:
-        """The episode of a step: `shots` distinct supports of every class, classes in random order, (W * shots) in all.
+        """The episode of a step: `shots` distinct supports of every class, classes in random order,
+        (W * shots) in all.
 
-        A pure function of (seed, step). A class with fewer objects than shots shows some of them more than once.
+        A pure function of (seed, step). A class with fewer objects than shots shows some of them
+        more than once.
         """
         rng = np.random.default_rng((Word.SUPPORT, seed, step))
         chosen = []
@@ -100,8 +126,12 @@ class NWayKShot:
             chosen += [entries[i] for i in rng.choice(len(entries), self.shots, replace=False)]
         return self._make(chosen)
 
-    def table(self, feed: Feed, normalisation: Normalisation, *, batch_size: int = 16) -> Iterator[SupportBatch]:
-        """Every support there is, in order of classes, in batches, normalised: what prototypes are averaged from."""
+    def table(
+        self, feed: Feed, normalisation: Normalisation, *, batch_size: int = 16
+    ) -> Iterator[SupportBatch]:
+        """Every support there is, in order of classes, in batches, normalised: what prototypes are
+        averaged from.
+        """
         every = [entry for entries in self.entries for entry in entries]
         batches = [every[i : i + batch_size] for i in range(0, len(every), batch_size)]
         return stream(self._make, batches, feed, normalisation)

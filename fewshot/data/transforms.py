@@ -1,10 +1,12 @@
-"""Pictures to network inputs: a whole batch at once, on its device, each picture with its own crop, flip and colours.
+"""Pictures to network inputs: a whole batch at once, on its device, each picture with its own crop,
+flip and colours.
 
-A data set hands out every picture squashed to one square of side S, with the aspect ratio (width / height) that it
-had. Crops are laid out in the geometry of the original and resampled from the square in one go.
+A data set hands out every picture squashed to one square of side S, with the aspect ratio (width /
+height) that it had. Crops are laid out in the geometry of the original and resampled from the
+square in one go.
 
-A transform is a pure function of (pixels, aspect, uniforms): the random numbers come from outside, `draws` uniform
-ones per picture, so that whoever loads pictures decides what they depend on.
+A transform is a pure function of (pixels, aspect, uniforms): the random numbers come from outside,
+`draws` uniform ones per picture, so that whoever loads pictures decides what they depend on.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torchvision.ops import roi_align
 
 @dataclass(frozen=True)
 class Normalisation:
-    """(x - mean) / std per channel, of pixels on the 0..255 scale; both are written in RGB order, whatever `bgr`.
+    """(x - mean) / std per channel, of pixels on the 0..255 scale; both are written in RGB order,
+    whatever `bgr`.
 
     With `bgr` the result's channels are in BGR order, as networks that come from caffe expect.
     """
@@ -70,7 +73,9 @@ class Transform(Protocol):
     draws: int  # random numbers per picture
 
     def __call__(self, pixels: Tensor, aspect: Tensor, uniforms: Tensor) -> Tensor:
-        """uint8 RGB (b, 3, S, S), (b,) and [0, 1) numbers (b, draws) -> normalised float32 (b, 3, size, size)."""
+        """uint8 RGB (b, 3, S, S), (b,) and [0, 1) numbers (b, draws) -> normalised float32 (b, 3,
+        size, size).
+        """
 
 
 class Pictures(Protocol):
@@ -83,14 +88,18 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class Whole:
-    """The whole picture, squashed: for characters, whose colours and place say what they should. Nothing is random."""
+    """The whole picture, squashed: for characters, whose colours and place say what they should.
+    Nothing is random.
+    """
 
     size: int
     normalisation: Normalisation
     draws: ClassVar[int] = 0
 
     def __call__(self, pixels: Tensor, aspect: Tensor, uniforms: Tensor | None = None) -> Tensor:
-        """uint8 RGB (b, 3, S, S) -> float32 (b, 3, size, size). The aspect ratios (b,) are of no account."""
+        """uint8 RGB (b, 3, S, S) -> float32 (b, 3, size, size). The aspect ratios (b,) are of no
+        account.
+        """
         if pixels.shape[-1] == self.size:
             return self.normalisation(pixels)
         everything = torch.ones(len(pixels), device=pixels.device)
@@ -99,7 +108,9 @@ class Whole:
 
 @dataclass(frozen=True)
 class TestCrop:
-    """Shorter side to int(ratio * size), then the central size x size: one box of the original. Nothing is random."""
+    """Shorter side to int(ratio * size), then the central size x size: one box of the original.
+    Nothing is random.
+    """
 
     size: int
     normalisation: Normalisation
@@ -108,21 +119,26 @@ class TestCrop:
 
     def __call__(self, pixels: Tensor, aspect: Tensor, uniforms: Tensor | None = None) -> Tensor:
         """uint8 RGB (b, 3, S, S) of pictures of aspect ratio (b,) -> float32 (b, 3, size, size)."""
-        side = self.size / int(self.ratio * self.size)  # of the crop, in shorter sides of the original
+        # of the crop, in shorter sides of the original
+        side = self.size / int(self.ratio * self.size)
         boxes = _centred(side / aspect.clamp(min=1), side * aspect.clamp(max=1))
         return self.normalisation(_resample(pixels, boxes, self.size))
 
 
 @dataclass(frozen=True)
 class TrainAugment:
-    """Random resized crop, horizontal flip and colour jitter, as torchvision's: mmfewshot's training pipeline."""
+    """Random resized crop, horizontal flip and colour jitter, as torchvision's: mmfewshot's
+    training pipeline.
+    """
 
     size: int
     normalisation: Normalisation
     draws: ClassVar[int] = 2 * ATTEMPTS + 2 + 1 + 3 + 3
 
     def __call__(self, pixels: Tensor, aspect: Tensor, uniforms: Tensor) -> Tensor:
-        """uint8 RGB (b, 3, S, S), aspect ratios (b,), uniforms (b, draws) -> float32 (b, 3, size, size)."""
+        """uint8 RGB (b, 3, S, S), aspect ratios (b,), uniforms (b, draws) -> float32 (b, 3, size,
+        size).
+        """
         shape, place, flip, strength, order = uniforms.split((2 * ATTEMPTS, 2, 1, 3, 3), dim=1)
         images = _resample(pixels, _random_boxes(aspect, shape, place), self.size)
         images = torch.where(flip[..., None, None] < 0.5, images.flip(-1), images)
@@ -142,7 +158,9 @@ def test_transform(dataset: Pictures) -> Transform:
 
 @lru_cache(maxsize=32)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Constants (3, 1, 1), brought to a device once: doing so at every step would make the step wait."""
+    """Constants (3, 1, 1), brought to a device once: doing so at every step would make the step
+    wait.
+    """
     return torch.tensor(values, device=device)[:, None, None]
 
 
@@ -153,16 +171,20 @@ def _centred(width: Tensor, height: Tensor) -> Tensor:
 
 
 def _random_boxes(aspect: Tensor, shape: Tensor, place: Tensor) -> Tensor:
-    """Random crops xyxy (b, 4) in fractions of pictures of aspect ratio (b,): area and ratio are the original's.
+    """Random crops xyxy (b, 4) in fractions of pictures of aspect ratio (b,): area and ratio are
+    the original's.
 
-    The first of the attempts (b, 2 * ATTEMPTS) that fits is put anywhere by `place` (b, 2). If none does, it is the
-    centred crop that is as large as a ratio within bounds allows.
+    The first of the attempts (b, 2 * ATTEMPTS) that fits is put anywhere by `place` (b, 2). If none
+    does, it is the centred crop that is as large as a ratio within bounds allows.
     """
     area, ratio = shape.chunk(2, dim=1)  # (b, ATTEMPTS) each
     low, high = map(math.log, RATIO)
     area, ratio = AREA[0] + (AREA[1] - AREA[0]) * area, torch.exp(low + (high - low) * ratio)
-    # with the original's height as unit: crop width² = aspect * area * ratio, height² = aspect * area / ratio
-    sides = torch.stack([(area * ratio / aspect[:, None]).sqrt(), (area / ratio * aspect[:, None]).sqrt()], -1)
+    # with the original's height as unit: crop width² = aspect * area * ratio, height² = aspect *
+    # area / ratio
+    sides = torch.stack(
+        [(area * ratio / aspect[:, None]).sqrt(), (area / ratio * aspect[:, None]).sqrt()], -1
+    )
     fits = (sides <= 1).all(-1)  # (b, ATTEMPTS)
     first = fits.int().argmax(1)  # argmax takes the first of equals
     sides = sides[torch.arange(len(sides), device=sides.device), first]  # (b, 2)
@@ -172,10 +194,12 @@ def _random_boxes(aspect: Tensor, shape: Tensor, place: Tensor) -> Tensor:
 
 
 def _resample(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """The box (b, 4) of each picture (b, 3, S, S), in fractions, as float (b, 3, size, size) on the 0..255 scale.
+    """The box (b, 4) of each picture (b, 3, S, S), in fractions, as float (b, 3, size, size) on the
+    0..255 scale.
 
-    RoIAlign is bilinear where it enlarges, and averages as many bilinear samples as there are source pixels where it
-    reduces: the result is as smooth as an antialiased resize of the crop, and costs one call for the whole batch.
+    RoIAlign is bilinear where it enlarges, and averages as many bilinear samples as there are
+    source pixels where it reduces: the result is as smooth as an antialiased resize of the crop,
+    and costs one call for the whole batch.
     """
     number = torch.arange(len(pixels), device=pixels.device)[:, None]
     rois = torch.cat([number, boxes * pixels.shape[-1]], 1)  # (b, 5)
@@ -183,7 +207,8 @@ def _resample(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation of (b, 3, H, W), 0..255, by factors (b, 3), in any order (b, 3).
+    """Change brightness, contrast and saturation of (b, 3, H, W), 0..255, by factors (b, 3), in any
+    order (b, 3).
 
     Each of the three mixes an image with another: black, its mean grey, and its grey version.
     """

@@ -1,7 +1,9 @@
-"""Prototypical calibration (Qiao et al., 2021, https://arxiv.org/abs/2108.09017, section 4.3), for any detector.
+"""Prototypical calibration (Qiao et al., 2021, https://arxiv.org/abs/2108.09017, section 4.3), for
+any detector.
 
-A network that never saw the detector compares what was found with the shots: half of a detection's new score is its
-old one, half the cosine of its box's vector and the mean vector of the shots of its class. Nothing is trained.
+A network that never saw the detector compares what was found with the shots: half of a detection's
+new score is its old one, half the cosine of its box's vector and the mean vector of the shots of
+its class. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ class Regions(nn.Module):
     """Vectors of boxes, from a network that is not trained.
 
     Args:
-        network: normalised images (b, 3, H, W) -> maps (b, C, h, w) or, without `stride`, vectors (b, D).
+        network: normalised images (b, 3, H, W) -> maps (b, C, h, w) or, without `stride`, vectors
+            (b, D).
         normalisation: of its images.
-        stride: input pixels per cell of the maps, on which boxes are averaged. Without, boxes are cut out of the
-            picture, resized to `crop` pixels a side, and each goes through the network.
+        stride: input pixels per cell of the maps, on which boxes are averaged. Without, boxes are
+            cut out of the picture, resized to `crop` pixels a side, and each goes through the
+            network.
         head: what the network has behind the mean over a map, vectors (n, C) -> (n, D).
     """
 
@@ -54,13 +58,17 @@ class Regions(nn.Module):
 
     @torch.no_grad()
     def forward(self, picture: Tensor, boxes: Tensor) -> Tensor:
-        """Vectors (n, D) of boxes (n, 4) xyxy in pixels of a picture, uint8 RGB (3, H, W) of any size."""
+        """Vectors (n, D) of boxes (n, 4) xyxy in pixels of a picture, uint8 RGB (3, H, W) of any
+        size.
+        """
         image = self.normalisation(picture[None])
         if self.stride is None:
             crops = ops.roi_align(image, [boxes], self.crop, sampling_ratio=-1, aligned=True)
             return torch.cat([self.network(part).float() for part in crops.split(16)])
         maps = self.network(image).float()
-        vectors = ops.roi_align(maps, [boxes], 1, 1 / self.stride, sampling_ratio=-1, aligned=True).flatten(1)
+        vectors = ops.roi_align(
+            maps, [boxes], 1, 1 / self.stride, sampling_ratio=-1, aligned=True
+        ).flatten(1)
         return vectors if self.head is None else self.head(vectors)
 
     def fingerprint(self) -> str:
@@ -73,10 +81,12 @@ class Regions(nn.Module):
 
 
 def backbone(choice: str) -> Regions:
-    """A classifier of torchvision's, or a network of timm's (timm/NAME), as `Regions`, in eval mode.
+    """A classifier of torchvision's, or a network of timm's (timm/NAME), as `Regions`, in eval
+    mode.
 
-    A classifier's vectors are the logits, or of a file that lacks the layers behind the map the means over the map. A
-    network of timm's gets boxes cut out of the picture, and its vectors are those that its authors pool.
+    A classifier's vectors are the logits, or of a file that lacks the layers behind the map the
+    means over the map. A network of timm's gets boxes cut out of the picture, and its vectors are
+    those that its authors pool.
 
     Args:
         choice: a name, for the published weights, which are downloaded once; or NAME=FILE.
@@ -87,7 +97,9 @@ def backbone(choice: str) -> Regions:
     name, _, file = choice.partition("=")
     if name.startswith("timm/"):
         size, normalisation = pretrained.inputs(name)
-        net = pretrained.network(name, size, source=file or "pretrained").eval().requires_grad_(False)
+        net = (
+            pretrained.network(name, size, source=file or "pretrained").eval().requires_grad_(False)
+        )
         return Regions(net, normalisation, crop=size)
     if name not in torchvision.models.list_models(torchvision.models):
         raise InputError(
@@ -95,18 +107,33 @@ def backbone(choice: str) -> Regions:
         )
     published = getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
     if published is None:
-        raise InputError(f"--calibrate {choice}: {name} was not trained on ImageNet alone; take resnet101")
+        raise InputError(
+            f"--calibrate {choice}: {name} was not trained on ImageNet alone; take resnet101"
+        )
     preset = published.transforms()
-    normalisation = Normalisation(*(tuple(255 * value for value in part) for part in (preset.mean, preset.std)))
+    normalisation = Normalisation(
+        *(tuple(255 * value for value in part) for part in (preset.mean, preset.std))
+    )
     net = torchvision.models.get_model(name).eval().requires_grad_(False)
     parts = OrderedDict(net.named_children())
     after = [part for part in AFTER_MAP if part in parts]
-    state = weights.read_state(Path(file)) if file else weights.downloaded(published, name, f"give {name}=FILE")
+    state = (
+        weights.read_state(Path(file))
+        if file
+        else weights.downloaded(published, name, f"give {name}=FILE")
+    )
     headless = name.startswith(WITH_MAP) and not any(key.startswith(tuple(after)) for key in state)
-    weights.fill(net, state, file or "ImageNet's weights", fresh=[f"{part}." for part in after] if headless else ())
+    weights.fill(
+        net,
+        state,
+        file or "ImageNet's weights",
+        fresh=[f"{part}." for part in after] if headless else (),
+    )
     if not name.startswith(WITH_MAP):
         return Regions(net, normalisation, crop=preset.crop_size[0])
-    network = nn.Sequential(OrderedDict((part, module) for part, module in parts.items() if part not in after))
+    network = nn.Sequential(
+        OrderedDict((part, module) for part, module in parts.items() if part not in after)
+    )
     return Regions(network, normalisation, stride=32, head=None if headless else parts[after[-1]])
 
 
@@ -132,27 +159,42 @@ class Calibration:
         self.regions, self.prototypes = regions, dict(prototypes)
         self.alpha, self.lower, self.upper = alpha, lower, upper
 
-    def __call__(self, picture: Tensor, boxes: Tensor, scores: Tensor, names: Sequence[str]) -> Tensor:
-        """Scores (n,) in place of a picture's `scores` (n,), of boxes (n, 4) xyxy in its pixels and n classes.
+    def __call__(
+        self, picture: Tensor, boxes: Tensor, scores: Tensor, names: Sequence[str]
+    ) -> Tensor:
+        """Scores (n,) in place of a picture's `scores` (n,), of boxes (n, 4) xyxy in its pixels and
+        n classes.
 
-        A cosine may be negative, and so may a score be. All tensors and the network are on one device.
+        A cosine may be negative, and so may a score be. All tensors and the network are on one
+        device.
         """
-        known = torch.tensor([name in self.prototypes for name in names], dtype=torch.bool, device=scores.device)
+        known = torch.tensor(
+            [name in self.prototypes for name in names], dtype=torch.bool, device=scores.device
+        )
         chosen = (known & (scores > self.lower) & (scores <= self.upper)).nonzero()[:, 0]
         if not len(chosen):
             return scores
-        prototypes = torch.stack([self.prototypes[names[i]] for i in chosen.tolist()]).to(scores.device)
+        prototypes = torch.stack([self.prototypes[names[i]] for i in chosen.tolist()]).to(
+            scores.device
+        )
         cosines = F.cosine_similarity(self.regions(picture, boxes[chosen]), prototypes)
-        return scores.index_copy(0, chosen, self.alpha * scores[chosen] + (1 - self.alpha) * cosines)
+        return scores.index_copy(
+            0, chosen, self.alpha * scores[chosen] + (1 - self.alpha) * cosines
+        )
 
     def describe(self, choice: str) -> dict[str, Any]:
         """What a model's file keeps of it, for json and `restored`; `choice` made its `Regions`."""
         vectors = {name: vector.tolist() for name, vector in self.prototypes.items()}
-        return {"backbone": choice, "fingerprint": self.regions.fingerprint(), "prototypes": vectors}
+        return {
+            "backbone": choice,
+            "fingerprint": self.regions.fingerprint(),
+            "prototypes": vectors,
+        }
 
 
 def from_shots(choice: str, shots: DetectionSet, device: torch.device | str = "cpu") -> Calibration:
-    """A calibration of the novel classes by their shots: a class's prototype is the mean vector of its boxes.
+    """A calibration of the novel classes by their shots: a class's prototype is the mean vector of
+    its boxes.
 
     Raises:
         InputError: as `backbone`.
@@ -162,14 +204,21 @@ def from_shots(choice: str, shots: DetectionSet, device: torch.device | str = "c
         named = [shots.classes[label] for label in record.labels]
         mine = [n for n, name in enumerate(named) if name in vectors]
         if mine:
-            found = regions(shots.image(i).to(device), torch.from_numpy(record.boxes[mine]).to(device))
+            found = regions(
+                shots.image(i).to(device), torch.from_numpy(record.boxes[mine]).to(device)
+            )
             for n, vector in zip(mine, found):
                 vectors[named[n]].append(vector)
-    return Calibration(regions, {name: torch.stack(found).mean(0) for name, found in vectors.items()})
+    return Calibration(
+        regions, {name: torch.stack(found).mean(0) for name, found in vectors.items()}
+    )
 
 
 def restored(
-    about: Mapping[str, Any], source: str | Path, choice: str | None = None, device: torch.device | str = "cpu"
+    about: Mapping[str, Any],
+    source: str | Path,
+    choice: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Calibration:
     """The calibration whose prototypes a model's file has.
 
@@ -192,7 +241,9 @@ def restored(
         )
     blank = torch.zeros(3, 32, 32, dtype=torch.uint8, device=device)
     (wanted,) = regions(blank, torch.tensor([[0.0, 0, 32, 32]], device=device))
-    prototypes = {name: torch.tensor(vector, device=device) for name, vector in kept["prototypes"].items()}
+    prototypes = {
+        name: torch.tensor(vector, device=device) for name, vector in kept["prototypes"].items()
+    }
     for name, vector in prototypes.items():
         if vector.shape != wanted.shape:
             raise InputError(

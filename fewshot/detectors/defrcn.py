@@ -16,7 +16,8 @@ CONVENTION: Convention = "detectron2"  # in which the published models were trai
 
 
 class DecoupledAffine(nn.Module):
-    """Gradient decoupling layer (section 4.2): a trained affine map forwards, backwards the gradient times `scale`.
+    """Gradient decoupling layer (section 4.2): a trained affine map forwards, backwards the
+    gradient times `scale`.
 
     With `scale` 0 nothing of what follows trains what comes before.
     """
@@ -41,8 +42,10 @@ class DeFRCN(nn.Module):
         rois: sampled per training image.
         roi_size: cells per side of the map that is cut out for a RoI.
         train_proposals, test_proposals: (kept before NMS, kept after).
-        rpn_scale, roi_scale: how much of the gradient of the RPN and of the RoI head reaches the trunk.
-        dropout: share of a RoI vector's channels that the classifier does not see in training; its boxes see all.
+        rpn_scale, roi_scale: how much of the gradient of the RPN and of the RoI head reaches the
+            trunk.
+        dropout: share of a RoI vector's channels that the classifier does not see in training; its
+            boxes see all.
     """
 
     def __init__(
@@ -60,7 +63,13 @@ class DeFRCN(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.trunk, self.classes, self.rois, self.roi_size, self.dropout = trunk, classes, rois, roi_size, dropout
+        self.trunk, self.classes, self.rois, self.roi_size, self.dropout = (
+            trunk,
+            classes,
+            rois,
+            roi_size,
+            dropout,
+        )
         self.affine_rpn = DecoupledAffine(trunk.out_channels, rpn_scale)
         self.affine_rcnn = DecoupledAffine(trunk.out_channels, roi_scale)
         self.rpn = RPN(
@@ -79,12 +88,21 @@ class DeFRCN(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def describe(self) -> dict[str, Any]:
-        """What `build.rebuilt` makes this detector anew from, for json; scales and dropout are of training alone."""
-        return {**self.trunk.describe(), "sizes": {"rois": self.rois, "roi_size": self.roi_size, **self.rpn.sizes()}}
+        """What `build.rebuilt` makes this detector anew from, for json; scales and dropout are of
+        training alone.
+        """
+        return {
+            **self.trunk.describe(),
+            "sizes": {"rois": self.rois, "roi_size": self.roi_size, **self.rpn.sizes()},
+        }
 
     def roi_vectors(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Vectors (RoIs of all images, D) of boxes on the trunk's features: affine, RoIAlign, stage 4, mean."""
-        aligned = faster_rcnn.roi_align(self.affine_rcnn(features), boxes, self.roi_size, self.trunk.stride)
+        """Vectors (RoIs of all images, D) of boxes on the trunk's features: affine, RoIAlign, stage
+        4, mean.
+        """
+        aligned = faster_rcnn.roi_align(
+            self.affine_rcnn(features), boxes, self.roi_size, self.trunk.stride
+        )
         return self.trunk.stage4(aligned).float().mean((2, 3))
 
     def head(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +111,11 @@ class DeFRCN(nn.Module):
         return self.cls(seen), self.reg(vectors).view(-1, self.classes, 4)
 
     def forward(
-        self, images: Tensor, sizes: Sequence[tuple[int, int]], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
     ) -> dict[str, Tensor]:
         """Training losses of normalised images (b, 3, H, W) with their boxes and labels."""
         features = self.trunk(images)
@@ -116,7 +138,9 @@ class DeFRCN(nn.Module):
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every normalised image."""
+        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every
+        normalised image.
+        """
         return self.rpn.propose([self.affine_rpn(self.trunk(images))], sizes)
 
     @torch.no_grad()
@@ -131,8 +155,14 @@ class DeFRCN(nn.Module):
         ]
 
 
-def grow(state: Mapping[str, Tensor], base: Sequence[str], classes: Sequence[str]) -> dict[str, Tensor]:
-    """The weights of a base model with a box head for all classes: `tfa.grow`, with a bias, 0 for novel classes."""
+def grow(
+    state: Mapping[str, Tensor], base: Sequence[str], classes: Sequence[str]
+) -> dict[str, Tensor]:
+    """The weights of a base model with a box head for all classes: `tfa.grow`, with a bias, 0 for
+    novel classes.
+    """
     rows = torch.tensor([*(list(classes).index(name) for name in base), len(classes)])
     kept = torch.cat([state["cls.bias"][: len(base)], state["cls.bias"][-1:]])
-    return tfa.grow(state, base, classes) | {"cls.bias": torch.zeros(len(classes) + 1).index_copy(0, rows, kept)}
+    return tfa.grow(state, base, classes) | {
+        "cls.bias": torch.zeros(len(classes) + 1).index_copy(0, rows, kept)
+    }

@@ -1,10 +1,12 @@
-"""The two-stage detector that all six methods share: anchors, proposals, RoIs, their targets, losses and boxes.
+"""The two-stage detector that all six methods share: anchors, proposals, RoIs, their targets,
+losses and boxes.
 
-The numbers follow mmdet 2.25, on which the published models were trained, where torchvision's own detection classes
-differ: anchors are not rounded and sit on the cell corner, C4 anchors run scale by scale, the size deltas are clamped
-on both sides, a low-quality match overwrites, ground truth comes before the proposals, background is the last class.
-Models that torchvision or detectron2 trained keep their `CONVENTIONS`. Boxes are xyxy in pixels of the network's input;
-a width is x2 - x1.
+The numbers follow mmdet 2.25, on which the published models were trained, where torchvision's own
+detection classes differ: anchors are not rounded and sit on the cell corner, C4 anchors run scale
+by scale, the size deltas are clamped on both sides, a low-quality match overwrites, ground truth
+comes before the proposals, background is the last class. Models that torchvision or detectron2
+trained keep their `CONVENTIONS`. Boxes are xyxy in pixels of the network's input; a width is x2 -
+x1.
 """
 
 import math
@@ -22,15 +24,17 @@ from fewshot.data.detection import Detections
 
 RPN_STD = (1.0, 1.0, 1.0, 1.0)
 ROI_STD = (0.1, 0.1, 0.2, 0.2)
-MAX_LOG_SIZE = abs(math.log(16 / 1000))  # a box grows or shrinks by at most this much from its anchor
+# a box grows or shrinks by at most this much from its anchor
+MAX_LOG_SIZE = abs(math.log(16 / 1000))
 NEGATIVE, UNUSED = -1, -2
 
 
 class RoIs(NamedTuple):
     """The sampled RoIs of one image, positives first, with their targets.
 
-    boxes (n, 4); labels (n,) with background = number of classes; deltas (positives, 4); matched (positives,), the
-    index of each positive's ground-truth box; overlaps (positives,), its IoU with that box.
+    boxes (n, 4); labels (n,) with background = number of classes; deltas (positives, 4); matched
+    (positives,), the index of each positive's ground-truth box; overlaps (positives,), its IoU with
+    that box.
     """
 
     boxes: Tensor
@@ -41,18 +45,23 @@ class RoIs(NamedTuple):
 
 
 class Conventions(NamedTuple):
-    """What a network's boxes, RoIs and targets are like, which its weights were trained for and do not tell.
+    """What a network's boxes, RoIs and targets are like, which its weights were trained for and do
+    not tell.
 
-    rounded: anchors have whole pixels, and those of a level of every second cell are as far apart as these cells are on
+    rounded: anchors have whole pixels, and those of a level of every second cell are as far apart
+    as these cells are on
         average, which is less than its stride where the level before has an odd number of them.
-    sampling, aligned: of RoIAlign in a pyramid, points per bin and side (-1 for as many as there are pixels), and
+    sampling, aligned: of RoIAlign in a pyramid, points per bin and side (-1 for as many as there
+    are pixels), and
         whether boxes are cut half a pixel off, as they should be.
     shrink: log of the ratio by which a box may at most be smaller than its anchor.
-    proposal_side, box_side: proposals of at most that width or height, and detections of less, are dropped; in pixels.
-    low_quality, reassign: the least overlap with which a box's best anchors are positive in any case, and whether they
+    proposal_side, box_side: proposals of at most that width or height, and detections of less, are
+    dropped; in pixels. low_quality, reassign: the least overlap with which a box's best anchors are
+    positive in any case, and whether they
         then stand for that box even where they overlap another more.
-    divide_by_all: RPN losses are divided by the anchors that could be sampled, not by those that were.
-    truth_first: RoIs are sampled from the boxes followed by the proposals, not the other way round.
+    divide_by_all: RPN losses are divided by the anchors that could be sampled, not by those that
+    were. truth_first: RoIs are sampled from the boxes followed by the proposals, not the other way
+    round.
     """
 
     rounded: bool
@@ -75,24 +84,34 @@ CONVENTIONS: dict[Convention, Conventions] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- boxes and targets
+# -------------------------------------------------------------------------------------------------
+# boxes and targets
 @lru_cache(maxsize=32)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A float32 vector that is kept on its device, so that no step waits for a copy; not to be written to."""
+    """A float32 vector that is kept on its device, so that no step waits for a copy; not to be
+    written to.
+    """
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def encode(boxes: Tensor, anchors: Tensor, std: tuple[float, ...]) -> Tensor:
-    """Deltas (n, 4) that take `anchors` to `boxes`: centre shift in anchor sizes, log size ratio, divided by `std`."""
+    """Deltas (n, 4) that take `anchors` to `boxes`: centre shift in anchor sizes, log size ratio,
+    divided by `std`.
+    """
     size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) / 2 / size
     return torch.cat([shift, (target / size).log()], 1) / constant(std, anchors.device)
 
 
 def decode(
-    deltas: Tensor, anchors: Tensor, std: tuple[float, ...], size: tuple[int, int], shrink: float = MAX_LOG_SIZE
+    deltas: Tensor,
+    anchors: Tensor,
+    std: tuple[float, ...],
+    size: tuple[int, int],
+    shrink: float = MAX_LOG_SIZE,
 ) -> Tensor:
-    """Boxes of `deltas` (n, ..., 4) relative to `anchors` (n, 4), clipped to an image of `size` (height, width).
+    """Boxes of `deltas` (n, ..., 4) relative to `anchors` (n, 4), clipped to an image of `size`
+    (height, width).
 
     `shrink`: see `Conventions`.
     """
@@ -119,15 +138,24 @@ def anchor_grid(
     """Anchors (height * width * len(scales) * len(ratios), 4) of a map of `shape` (height, width).
 
     They are kept, so not to be written to: computed on the CPU, a step would wait for their copy.
-    A base anchor of scale s and ratio r = h / w is stride * s / sqrt(r) wide and stride * s * sqrt(r) high, centred on
-    the cell's corner. Order: row, column, scale, ratio. `rounded`: to whole pixels. `apart`: pixels between rows and
-    between columns, by default the stride.
+    A base anchor of scale s and ratio r = h / w is stride * s / sqrt(r) wide and stride * s *
+    sqrt(r) high, centred on the cell's corner. Order: row, column, scale, ratio. `rounded`: to
+    whole pixels. `apart`: pixels between rows and between columns, by default the stride.
     """
-    scale, ratio = torch.tensor(scales, dtype=torch.float64), torch.tensor(ratios, dtype=torch.float64).sqrt()
-    width, height = (stride * scale[:, None] / ratio).flatten(), (stride * scale[:, None] * ratio).flatten()
+    scale, ratio = (
+        torch.tensor(scales, dtype=torch.float64),
+        torch.tensor(ratios, dtype=torch.float64).sqrt(),
+    )
+    width, height = (
+        (stride * scale[:, None] / ratio).flatten(),
+        (stride * scale[:, None] * ratio).flatten(),
+    )
     base = torch.stack([-width, -height, width, height], 1) / 2
     base = base.round() if rounded else base
-    rows, columns = (torch.arange(n, dtype=torch.float64) * step for n, step in zip(shape, apart or (stride, stride)))
+    rows, columns = (
+        torch.arange(n, dtype=torch.float64) * step
+        for n, step in zip(shape, apart or (stride, stride))
+    )
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     corner = torch.stack([x, y, x, y], -1)[:, :, None]
     return (corner + base).view(-1, 4).float().to(device)
@@ -143,17 +171,20 @@ def assign(
 ) -> tuple[Tensor, Tensor]:
     """Which ground-truth box each candidate stands for: (assignment (n,) int64, its IoU (n,)).
 
-    A candidate belongs to its best box from IoU `positive` on, is NEGATIVE below `negative`, UNUSED between. With
-    `low_quality`, every candidate that a box overlaps best (at least by that much) is also its own; later boxes win.
-    Without `reassign` such a candidate belongs to its own best box instead.
+    A candidate belongs to its best box from IoU `positive` on, is NEGATIVE below `negative`, UNUSED
+    between. With `low_quality`, every candidate that a box overlaps best (at least by that much) is
+    also its own; later boxes win. Without `reassign` such a candidate belongs to its own best box
+    instead.
     """
     if not len(truth):
-        return candidates.new_full((len(candidates),), NEGATIVE, dtype=torch.int64), candidates.new_zeros(
-            len(candidates)
-        )
+        return candidates.new_full(
+            (len(candidates),), NEGATIVE, dtype=torch.int64
+        ), candidates.new_zeros(len(candidates))
     overlap = ops.box_iou(truth, candidates)  # (boxes, candidates)
     best, index = overlap.max(0)
-    assignment = torch.where(best >= positive, index, torch.where(best < negative, NEGATIVE, UNUSED))
+    assignment = torch.where(
+        best >= positive, index, torch.where(best < negative, NEGATIVE, UNUSED)
+    )
     if low_quality is not None:
         best_of_box = overlap.max(1, keepdim=True).values
         mine = (overlap == best_of_box) & (best_of_box >= low_quality)  # (boxes, candidates)
@@ -164,9 +195,11 @@ def assign(
 
 
 def sample(assignment: Tensor, number: int, fraction: float) -> tuple[Tensor, Tensor]:
-    """Indices of at most `number` * `fraction` positives and of negatives that fill up to `number`, each ascending.
+    """Indices of at most `number` * `fraction` positives and of negatives that fill up to `number`,
+    each ascending.
 
-    Random only where there are too many; drawn on the CPU, so that a seed means the same on every device.
+    Random only where there are too many; drawn on the CPU, so that a seed means the same on every
+    device.
     """
     chosen = []
     room = int(number * fraction)
@@ -185,15 +218,18 @@ class RPN(nn.Module):
 
     Args:
         in_channels: of every level. channels: of the hidden 3x3 convolution.
-        strides: input pixels per cell of each level. scales: of anchors, in units of the stride, for all levels or for
-            each. ratios: of their height to their width; no recipe has others.
-        softmax: two channels (object, background) per anchor, as Meta R-CNN has them, instead of one. The logit used
-            is their difference, for which the sigmoid and its loss equal the two-way softmax and its cross-entropy.
+        strides: input pixels per cell of each level. scales: of anchors, in units of the stride,
+            for all levels or for each. ratios: of their height to their width; no recipe has
+            others.
+        softmax: two channels (object, background) per anchor, as Meta R-CNN has them, instead of
+            one. The logit used is their difference, for which the sigmoid and its loss equal the
+            two-way softmax and its cross-entropy.
         border: train only on anchors inside the image.
         train_proposals, test_proposals: (kept before NMS per level, kept after).
         number: anchors sampled per image, half of them positive; only tests have others.
         reg_beta: of the smooth-L1 box loss; 0 makes it L1.
-        nms_offset: pixels that count to a box's width and height in NMS; 1 is the convention of old.
+        nms_offset: pixels that count to a box's width and height in NMS; 1 is the convention of
+            old.
         score_above: proposals have at least this score.
         convention: which of `CONVENTIONS` its anchors and boxes follow.
     """
@@ -218,7 +254,10 @@ class RPN(nn.Module):
     ):
         super().__init__()
         self.strides, self.ratios = tuple(strides), tuple(ratios)
-        self.scales = [tuple(s) for s in (scales if isinstance(scales[0], Sequence) else [scales] * len(strides))]
+        self.scales = [
+            tuple(s)
+            for s in (scales if isinstance(scales[0], Sequence) else [scales] * len(strides))
+        ]
         self.softmax, self.border, self.number = softmax, border, number
         self.train_proposals, self.test_proposals = train_proposals, test_proposals
         self.reg_beta, self.nms_offset, self.score_above = reg_beta, nms_offset, score_above
@@ -241,8 +280,12 @@ class RPN(nn.Module):
         hidden = [F.relu(self.conv(level)) for level in features]
         return [(self.cls(h), self.reg(h)) for h in hidden]
 
-    def outputs(self, maps: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per level: objectness logits (images, n), deltas (images, n, 4), anchors (n, 4), n = height * width * A."""
+    def outputs(
+        self, maps: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level: objectness logits (images, n), deltas (images, n, 4), anchors (n, 4), n =
+        height * width * A.
+        """
         logits, deltas = [], []
         for cls, reg in maps:
             flat = cls.permute(0, 2, 3, 1).flatten(1).float()
@@ -251,14 +294,20 @@ class RPN(nn.Module):
                 flat = flat[..., 0] - flat[..., 1]
             logits.append(flat)
             deltas.append(reg.permute(0, 2, 3, 1).reshape(len(reg), -1, 4).float())
-        return logits, deltas, self.anchors([tuple(cls.shape[-2:]) for cls, _ in maps], maps[0][0].device)
+        return (
+            logits,
+            deltas,
+            self.anchors([tuple(cls.shape[-2:]) for cls, _ in maps], maps[0][0].device),
+        )
 
     @torch.compiler.disable
     def anchors(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
         """Anchors (n, 4) of every level, whose maps have `shapes` (height, width)."""
         apart: list[tuple[int, int] | None] = [None] * len(shapes)
         if rounded := self.conventions.rounded:
-            apart[-1] = tuple(self.strides[-2] * n // cells for n, cells in zip(*shapes[-2:], strict=True))
+            apart[-1] = tuple(
+                self.strides[-2] * n // cells for n, cells in zip(*shapes[-2:], strict=True)
+            )
         levels = zip(shapes, self.strides, self.scales, apart, strict=True)
         return [
             anchor_grid(shape, stride, scales, self.ratios, device, rounded=rounded, apart=steps)
@@ -272,17 +321,27 @@ class RPN(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def proposals(
-        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Sequence[tuple[int, int]]
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        sizes: Sequence[tuple[int, int]],
     ) -> list[Tensor]:
-        """Boxes and scores (n, 5) of each image, best first, without gradient. `sizes`: (height, width), un-padded."""
+        """Boxes and scores (n, 5) of each image, best first, without gradient. `sizes`: (height,
+        width), un-padded.
+        """
         before, after = self.train_proposals if self.training else self.test_proposals
         found = []
         for i, size in enumerate(sizes):
             boxes, scores, levels = [], [], []
-            for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
+            for level, (logit, delta, anchor) in enumerate(
+                zip(logits, deltas, anchors, strict=True)
+            ):
                 score, order = logit[i].sigmoid().sort(descending=True, stable=True)
                 order = order[:before]
-                boxes.append(decode(delta[i, order], anchor[order], RPN_STD, size, self.conventions.shrink))
+                boxes.append(
+                    decode(delta[i, order], anchor[order], RPN_STD, size, self.conventions.shrink)
+                )
                 scores.append(score[:before])
                 levels.append(torch.full_like(order, level))
             box, score, level = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
@@ -302,7 +361,8 @@ class RPN(nn.Module):
         truth: Sequence[Tensor],
         negative_pairs: Sequence[bool] | None = None,
     ) -> dict[str, Tensor]:
-        """`rpn_cls` and `rpn_box`: cross-entropy and (smooth) L1 over the sampled anchors, divided by their number.
+        """`rpn_cls` and `rpn_box`: cross-entropy and (smooth) L1 over the sampled anchors, divided
+        by their number.
 
         Or, if the convention says so, by the number that could have been sampled.
         """
@@ -319,10 +379,12 @@ class RPN(nn.Module):
         truth: Sequence[Tensor],
         negative_pairs: Sequence[bool] | None = None,
     ) -> tuple[Tensor, Tensor, int]:
-        """Cross-entropy and box loss, summed over the sampled anchors of all images, and what to divide them by.
+        """Cross-entropy and box loss, summed over the sampled anchors of all images, and what to
+        divide them by.
 
-        Where `negative_pairs` says so, an image is one in which the boxes are not to be found: anchors are sampled as
-        ever, but the positives among them count as background, without a box (Attention-RPN).
+        Where `negative_pairs` says so, an image is one in which the boxes are not to be found:
+        anchors are sampled as ever, but the positives among them count as background, without a box
+        (Attention-RPN).
         """
         logit, delta, anchor = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
         cls = reg = logit.sum() * 0
@@ -331,16 +393,30 @@ class RPN(nn.Module):
             inside = torch.arange(len(anchor), device=anchor.device)
             if self.border:
                 left, top, right, bottom = anchor.unbind(1)
-                inside = ((left >= 0) & (top >= 0) & (right < width) & (bottom < height)).nonzero()[:, 0]
+                inside = ((left >= 0) & (top >= 0) & (right < width) & (bottom < height)).nonzero()[
+                    :, 0
+                ]
             rules = self.conventions
-            assignment, _ = assign(anchor[inside], boxes, 0.7, 0.3, rules.low_quality, rules.reassign)
+            assignment, _ = assign(
+                anchor[inside], boxes, 0.7, 0.3, rules.low_quality, rules.reassign
+            )
             positive, negative = sample(assignment, self.number, 0.5)
-            total += self.number if rules.divide_by_all else max(len(positive), 1) + max(len(negative), 1)
+            total += (
+                self.number
+                if rules.divide_by_all
+                else max(len(positive), 1) + max(len(negative), 1)
+            )
             if negative_pairs is not None and negative_pairs[i]:
                 positive, negative = positive[:0], torch.cat([positive, negative])
             target = encode(boxes[assignment[positive]], anchor[inside[positive]], RPN_STD)
-            cls = cls + F.softplus(-logit[i, inside[positive]]).sum() + F.softplus(logit[i, inside[negative]]).sum()
-            reg = reg + F.smooth_l1_loss(delta[i, inside[positive]], target, reduction="sum", beta=self.reg_beta)
+            cls = (
+                cls
+                + F.softplus(-logit[i, inside[positive]]).sum()
+                + F.softplus(logit[i, inside[negative]]).sum()
+            )
+            reg = reg + F.smooth_l1_loss(
+                delta[i, inside[positive]], target, reduction="sum", beta=self.reg_beta
+            )
         return cls, reg, total
 
 
@@ -358,26 +434,42 @@ def sample_rois(
     threshold: float = 0.5,
     convention: Convention = "mmdet",
 ) -> list[RoIs]:
-    """Sample `number` RoIs per image from proposals (n, 4 or more) and the ground truth, put in front or behind."""
+    """Sample `number` RoIs per image from proposals (n, 4 or more) and the ground truth, put in
+    front or behind.
+    """
     sampled, first = [], CONVENTIONS[convention].truth_first
     for proposal, box, label in zip(proposals, truth, labels, strict=True):
         candidates = torch.cat([box, proposal[:, :4]] if first else [proposal[:, :4], box])
         assignment, overlap = assign(candidates, box, threshold, threshold)
         if first:
-            assignment[: len(box)] = torch.arange(len(box), device=box.device)  # a box is a positive of itself
+            # a box is a positive of itself
+            assignment[: len(box)] = torch.arange(len(box), device=box.device)
         positive, negative = sample(assignment, number, fraction)
         matched = assignment[positive]
         background = label.new_full((len(negative),), classes)
         deltas = encode(box[matched], candidates[positive], ROI_STD)
         chosen = candidates[torch.cat([positive, negative])]
-        sampled.append(RoIs(chosen, torch.cat([label[matched], background]), deltas, matched, overlap[positive]))
+        sampled.append(
+            RoIs(
+                chosen, torch.cat([label[matched], background]), deltas, matched, overlap[positive]
+            )
+        )
     return sampled
 
 
 @torch.compiler.disable
 def roi_align(features: Tensor, boxes: Sequence[Tensor], size: int, stride: int) -> Tensor:
-    """RoI features (RoIs of all images, channels, size, size) of one level; half-pixel aligned, adaptive sampling."""
-    return ops.roi_align(features.float(), [b[:, :4] for b in boxes], size, 1 / stride, sampling_ratio=-1, aligned=True)
+    """RoI features (RoIs of all images, channels, size, size) of one level; half-pixel aligned,
+    adaptive sampling.
+    """
+    return ops.roi_align(
+        features.float(),
+        [b[:, :4] for b in boxes],
+        size,
+        1 / stride,
+        sampling_ratio=-1,
+        aligned=True,
+    )
 
 
 @torch.compiler.disable
@@ -390,10 +482,12 @@ def pyramid_align(
     sampling: int = -1,
     aligned: bool = True,
 ) -> Tensor:
-    """RoI features (RoIs of all images, channels, size, size), each RoI's from the level that fits its size.
+    """RoI features (RoIs of all images, channels, size, size), each RoI's from the level that fits
+    its size.
 
-    A box of side s belongs to level floor(log2(s / 14 strides of the finest)), so that finer levels get smaller boxes
-    (Lin et al., 2017, equation 1). `sampling`: points per bin and side, -1 for as many as there are pixels.
+    A box of side s belongs to level floor(log2(s / 14 strides of the finest)), so that finer levels
+    get smaller boxes (Lin et al., 2017, equation 1). `sampling`: points per bin and side, -1 for as
+    many as there are pixels.
     """
     image = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
     rois = torch.cat([image, torch.cat([b[:, :4] for b in boxes])], 1)  # (RoIs, 5)
@@ -402,14 +496,21 @@ def pyramid_align(
     numbers = torch.arange(len(strides), device=level.device)[:, None]
     counts = (level == numbers).sum(1).tolist()  # one wait for the device, not one for each level
     result = features[0].new_zeros(len(rois), features[0].shape[1], size, size, dtype=torch.float32)
-    for feature, stride, mine in zip(features, strides, level.sort(stable=True).indices.split(counts)):
-        cut = ops.roi_align(feature.float(), rois[mine], size, 1 / stride, sampling_ratio=sampling, aligned=aligned)
+    for feature, stride, mine in zip(
+        features, strides, level.sort(stable=True).indices.split(counts)
+    ):
+        cut = ops.roi_align(
+            feature.float(), rois[mine], size, 1 / stride, sampling_ratio=sampling, aligned=aligned
+        )
         result.index_copy_(0, mine, cut)
     return result
 
 
-def nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, offset: int = 0) -> Tensor:
-    """Indices of boxes (n, 4) that stay, best first: none overlaps a better one of its class by more than `threshold`.
+def nms_by_class(
+    boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, offset: int = 0
+) -> Tensor:
+    """Indices of boxes (n, 4) that stay, best first: none overlaps a better one of its class by
+    more than `threshold`.
 
     `offset` pixels count to each width and height.
     """
@@ -418,17 +519,23 @@ def nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: floa
 
 
 @torch.compiler.disable
-def roi_losses(logits: Tensor, deltas: Tensor, rois: Sequence[RoIs], beta: float = 1.0) -> dict[str, Tensor]:
+def roi_losses(
+    logits: Tensor, deltas: Tensor, rois: Sequence[RoIs], beta: float = 1.0
+) -> dict[str, Tensor]:
     """`cls` and `box` of the RoIs of one or several images together.
 
-    logits (n, classes + 1), background last; deltas (n, classes, 4). Cross-entropy is averaged over the n RoIs; the
-    smooth-L1 (L1 with `beta` 0) of the positives' own class is summed and divided by n as well.
+    logits (n, classes + 1), background last; deltas (n, classes, 4). Cross-entropy is averaged over
+    the n RoIs; the smooth-L1 (L1 with `beta` 0) of the positives' own class is summed and divided
+    by n as well.
     """
     labels, targets = torch.cat([r.labels for r in rois]), torch.cat([r.deltas for r in rois])
     n = max(len(labels), 1)
     starts = accumulate((len(r.labels) for r in rois), initial=0)
-    positive = [torch.arange(at, at + len(r.deltas), device=labels.device) for at, r in zip(starts, rois)]
-    positive = torch.cat(positive)  # nothing waits for the device: positives come first in every image
+    positive = [
+        torch.arange(at, at + len(r.deltas), device=labels.device) for at, r in zip(starts, rois)
+    ]
+    # nothing waits for the device: positives come first in every image
+    positive = torch.cat(positive)
     own = deltas[positive, labels[positive]]
     return {
         "cls": F.cross_entropy(logits.float(), labels, reduction="sum") / n,
@@ -452,8 +559,8 @@ def detections(
 ) -> Detections:
     """Softmax, decode, threshold, NMS class by class, and the `most` best of one image.
 
-    logits (n, classes + 1), deltas (n, classes, 4) relative to `proposals` (n, 4 or more), `size` (height, width). No
-    recipe has another `score_above` or `most`.
+    logits (n, classes + 1), deltas (n, classes, 4) relative to `proposals` (n, 4 or more), `size`
+    (height, width). No recipe has another `score_above` or `most`.
     """
     conventions = CONVENTIONS[convention]
     scores = logits.float().softmax(1)[:, :-1]  # (n, classes)

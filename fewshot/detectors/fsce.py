@@ -22,10 +22,12 @@ def contrastive_loss(
     above: float = 0.7,
     weighting: Literal["none", "linear", "exp"] = "none",
 ) -> Tensor:
-    """Supervised contrastive loss of RoIs: those of one label attract each other, all others repel (equations 3 to 5).
+    """Supervised contrastive loss of RoIs: those of one label attract each other, all others repel
+    (equations 3 to 5).
 
-    The mean is over the RoIs that cover their object well. As in the published models the background is a label like
-    any other, and a RoI counts among those of its label by which its own sum is divided.
+    The mean is over the RoIs that cover their object well. As in the published models the
+    background is a label like any other, and a RoI counts among those of its label by which its own
+    sum is divided.
 
     Args:
         features: unit vectors (n, d).
@@ -38,23 +40,28 @@ def contrastive_loss(
     if not len(keep):
         return features.sum() * 0
     others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
-    with torch.autocast(features.device.type, enabled=False):  # divided by a temperature, bfloat16 would not do
+    # divided by a temperature, bfloat16 would not do
+    with torch.autocast(features.device.type, enabled=False):
         similarity = features.float() @ features.float().mT / temperature  # (n, n)
     similarity = similarity - similarity.max(1, keepdim=True).values.detach()
     log_share = similarity - (similarity.exp() * others).sum(1, keepdim=True).log()
     same = labels[:, None] == labels
     loss = -(log_share * (same & others)).sum(1) / same.sum(1)  # (n,)
-    weight = {"none": torch.ones_like(overlaps), "linear": overlaps, "exp": overlaps.exp() - 1}[weighting]
+    weight = {"none": torch.ones_like(overlaps), "linear": overlaps, "exp": overlaps.exp() - 1}[
+        weighting
+    ]
     return (loss * weight)[keep].mean()
 
 
 class FSCE(TFA):
-    """TFA's detector with a branch that encodes RoIs for the contrastive loss; it has no part in testing.
+    """TFA's detector with a branch that encodes RoIs for the contrastive loss; it has no part in
+    testing.
 
     Args:
         dimensions: of the branch's unit vectors; 0 leaves the branch out.
         above: see `contrastive_loss`.
-        temperature, weighting: see there; recipes have the defaults, only tests against the reference others.
+        temperature, weighting: see there; recipes have the defaults, only tests against the
+            reference others.
         more: of `TFA`.
 
     Attributes:
@@ -75,18 +82,28 @@ class FSCE(TFA):
         **more,
     ):
         super().__init__(trunk, classes, **more)
-        self.above, self.temperature, self.weighting, self.strength = above, temperature, weighting, 1.0
+        self.above, self.temperature, self.weighting, self.strength = (
+            above,
+            temperature,
+            weighting,
+            1.0,
+        )
         width = self.fc2.out_features
         self.contrast = None
         if dimensions:
-            self.contrast = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dimensions))
+            self.contrast = nn.Sequential(
+                nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dimensions)
+            )
             for layer in self.contrast[::2]:
                 nn.init.kaiming_uniform_(layer.weight, a=1)
                 nn.init.zeros_(layer.bias)
 
     def describe(self) -> dict[str, Any]:
         """As `TFA`; `above`, `temperature` and `weighting` are of training alone."""
-        return {**super().describe(), "dimensions": self.contrast[-1].out_features if self.contrast else 0}
+        return {
+            **super().describe(),
+            "dimensions": self.contrast[-1].out_features if self.contrast else 0,
+        }
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Unit vectors (n, dimensions) of RoI vectors (n, width), in float32 also under autocast."""
@@ -97,7 +114,9 @@ class FSCE(TFA):
         losses = super().head_losses(vectors, rois)
         if self.contrast is None:
             return losses
-        overlaps = torch.cat([F.pad(r.overlaps, (0, len(r.labels) - len(r.overlaps))) for r in rois])
+        overlaps = torch.cat(
+            [F.pad(r.overlaps, (0, len(r.labels) - len(r.overlaps))) for r in rois]
+        )
         loss = contrastive_loss(
             self.encode(vectors),
             torch.cat([r.labels for r in rois]),

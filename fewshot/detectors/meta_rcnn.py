@@ -15,17 +15,19 @@ from fewshot.detectors.faster_rcnn import RPN
 
 
 class MetaRCNN(nn.Module):
-    """A C4 Faster R-CNN whose RoI vectors are re-weighted, channel by channel, by a class's support vector.
+    """A C4 Faster R-CNN whose RoI vectors are re-weighted, channel by channel, by a class's support
+    vector.
 
     Args:
-        trunk: convolutional trunk with `stage4` and a 4-channel entrance for supports (image and box mask).
+        trunk: convolutional trunk with `stage4` and a 4-channel entrance for supports (image and
+            box mask).
         classes: number of classes; background is index `classes`.
         rois: sampled per training image.
         train_proposals, test_proposals: (kept before NMS, kept after).
         head_channels: of what the last layers classify, for subclasses; by default a RoI vector's.
 
-    Buffers: `prototypes` (classes, D), the mean support vector of each class that has supports (`known`), so that the
-    saved model detects without any support image.
+    Buffers: `prototypes` (classes, D), the mean support vector of each class that has supports
+    (`known`), so that the saved model detects without any support image.
     """
 
     rpn_trains_trunk = True  # whether gradients of the RPN's losses reach the trunk
@@ -68,7 +70,8 @@ class MetaRCNN(nn.Module):
         return {**self.trunk.describe(), "sizes": {"rois": self.rois, **self.rpn.sizes()}}
 
     def support_vectors(self, supports: Tensor) -> Tensor:
-        """Vectors (n, D) of supports (n, 4, S, S), normalised image and 0/1 mask: sigmoid, then mean over the map.
+        """Vectors (n, D) of supports (n, 4, S, S), normalised image and 0/1 mask: sigmoid, then
+        mean over the map.
 
         Raises InputError for supports too small for the trunk.
         """
@@ -85,11 +88,15 @@ class MetaRCNN(nn.Module):
         return self.trunk.stage4(aligned).float().mean((2, 3))
 
     def aggregate(self, queries: Tensor, vector: Tensor) -> Tensor:
-        """RoI vectors (n, D) in the light of a class's support vector (D,): what the last layers see (n, channels)."""
+        """RoI vectors (n, D) in the light of a class's support vector (D,): what the last layers
+        see (n, channels).
+        """
         return queries * vector
 
     def outputs(self, queries: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, classes + 1) and deltas (n, classes, 4), by what `aggregate` makes of its arguments."""
+        """Logits (n, classes + 1) and deltas (n, classes, 4), by what `aggregate` makes of its
+        arguments.
+        """
         aggregated = self.aggregate(queries, vector)
         return self.cls(aggregated), self.reg(aggregated).view(-1, self.classes, 4)
 
@@ -102,24 +109,37 @@ class MetaRCNN(nn.Module):
         supports: Tensor,
         support_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Training losses of normalised images (b, 3, H, W) and one or more supports of every class.
+        """Training losses of normalised images (b, 3, H, W) and one or more supports of every
+        class.
 
-        Each image is re-weighted by the vector of one class, drawn from its boxes (an object each, so that frequent
-        classes are drawn more often), while the losses see the labels of all its RoIs (section 3.2).
+        Each image is re-weighted by the vector of one class, drawn from its boxes (an object each,
+        so that frequent classes are drawn more often), while the losses see the labels of all its
+        RoIs (section 3.2).
         """
         features = self.trunk(images)
-        outputs = self.rpn.outputs(self.rpn.maps([features if self.rpn_trains_trunk else features.detach()]))
+        outputs = self.rpn.outputs(
+            self.rpn.maps([features if self.rpn_trains_trunk else features.detach()])
+        )
         losses = self.rpn.losses(*outputs, sizes, boxes)
         rois = faster_rcnn.sample_rois(
-            self.rpn.proposals(*outputs, sizes), boxes, labels, classes=self.classes, number=self.rois
+            self.rpn.proposals(*outputs, sizes),
+            boxes,
+            labels,
+            classes=self.classes,
+            number=self.rois,
         )
-        queries = self.roi_vectors(features, [r.boxes for r in rois]).split([len(r.boxes) for r in rois])
+        queries = self.roi_vectors(features, [r.boxes for r in rois]).split(
+            [len(r.boxes) for r in rois]
+        )
         vectors = self.support_vectors(supports)
-        return losses | self.head_losses(queries, rois, self.drawn(labels, support_labels), vectors, support_labels)
+        return losses | self.head_losses(
+            queries, rois, self.drawn(labels, support_labels), vectors, support_labels
+        )
 
     @torch.compiler.disable
     def drawn(self, labels: Sequence[Tensor], support_labels: Tensor) -> Tensor:
-        """The class by which each image is re-weighted (images,): of its own labels one, whichever the supports have.
+        """The class by which each image is re-weighted (images,): of its own labels one, whichever
+        the supports have.
 
         Drawn on the CPU, so that a seed means the same on every device.
         """
@@ -134,9 +154,13 @@ class MetaRCNN(nn.Module):
         vectors: Tensor,
         support_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses of the second stage: RoI vectors (n, D) and drawn class of each image, supports' vectors (m, D)."""
+        """Losses of the second stage: RoI vectors (n, D) and drawn class of each image, supports'
+        vectors (m, D).
+        """
         meta = self.meta_loss(vectors, support_labels)
-        return self.conditioned_losses(queries, rois, drawn, vectors, support_labels) | {"meta": meta}
+        return self.conditioned_losses(queries, rois, drawn, vectors, support_labels) | {
+            "meta": meta
+        }
 
     def conditioned_losses(
         self,
@@ -146,10 +170,17 @@ class MetaRCNN(nn.Module):
         vectors: Tensor,
         support_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """`cls` and `box` of `head_losses`: of each image in the light of the drawn class, averaged over the images."""
+        """`cls` and `box` of `head_losses`: of each image in the light of the drawn class, averaged
+        over the images.
+        """
         total = {"cls": 0.0, "box": 0.0}
         alike = (drawn[:, None] == support_labels).tolist()
-        pairs = [(image, support) for image, row in enumerate(alike) for support, same in enumerate(row) if same]
+        pairs = [
+            (image, support)
+            for image, row in enumerate(alike)
+            for support, same in enumerate(row)
+            if same
+        ]
         for image, support in pairs:
             logits, deltas = self.outputs(queries[image], vectors[support])
             for name, loss in faster_rcnn.roi_losses(logits, deltas, [rois[image]]).items():
@@ -165,7 +196,9 @@ class MetaRCNN(nn.Module):
 
     @torch.no_grad()
     def set_prototypes(self, vectors: Tensor, labels: Tensor) -> None:
-        """Make each class's prototype the mean of its support vectors (n, D); classes without any become unknown."""
+        """Make each class's prototype the mean of its support vectors (n, D); classes without any
+        become unknown.
+        """
         for c in range(self.classes):
             mine = vectors[labels == c]
             self.known[c] = len(mine) > 0
@@ -173,24 +206,33 @@ class MetaRCNN(nn.Module):
 
     @property
     def folds(self) -> bool:
-        """Whether prototypes fold into the weights of the last layers: not where a subclass aggregates otherwise."""
+        """Whether prototypes fold into the weights of the last layers: not where a subclass
+        aggregates otherwise.
+        """
         return getattr(self.aggregate, "__func__", None) is MetaRCNN.aggregate
 
     @torch.compiler.disable
     def classify(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, classes + 1) and deltas (n, classes, 4) of RoI vectors (n, D) in the light of every prototype.
+        """Logits (n, classes + 1) and deltas (n, classes, 4) of RoI vectors (n, D) in the light of
+        every prototype.
 
-        Class k's logit and deltas come from the query aggregated with prototype k, the background's logit is the mean
-        over the classes. A class without prototype has logit 0 and deltas 0.
+        Class k's logit and deltas come from the query aggregated with prototype k, the background's
+        logit is the mean over the classes. A class without prototype has logit 0 and deltas 0.
         """
         known = self.known.nonzero()[:, 0]
         if not len(known):
-            raise RuntimeError("no class has a prototype yet: call set_prototypes with the vectors of some supports")
+            raise RuntimeError(
+                "no class has a prototype yet: call set_prototypes with the vectors of some supports"
+            )
         return self.classify_known(queries, known)
 
     def classify_known(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """`classify`, told which classes (k,) have a prototype."""
-        return self.classify_folded(queries, known) if self.folds else self.classify_each(queries, known)
+        return (
+            self.classify_folded(queries, known)
+            if self.folds
+            else self.classify_each(queries, known)
+        )
 
     def classify_each(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """`classify_known`, a pass of the last layers per class."""
@@ -204,33 +246,45 @@ class MetaRCNN(nn.Module):
         return logits, deltas
 
     def classify_folded(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """`classify_known` in one matmul for all: as W (q * s) = (W * s) q, prototypes fold into the weights."""
+        """`classify_known` in one matmul for all: as W (q * s) = (W * s) q, prototypes fold into
+        the weights.
+        """
         weight, bias = self.cls.weight, self.cls.bias
         mean = self.prototypes[known].mean(0, keepdim=True)
-        folded = torch.cat([weight[:-1] * self.prototypes * self.known[:, None], weight[-1:] * mean])
+        folded = torch.cat(
+            [weight[:-1] * self.prototypes * self.known[:, None], weight[-1:] * mean]
+        )
         offset = torch.cat([bias[:-1] * self.known, bias[-1:]])
         return F.linear(queries, folded, offset), self.folded_deltas(queries)
 
     def folded_deltas(self, queries: Tensor) -> Tensor:
-        """The deltas of `classify_folded` (n, classes, 4), which are an affine function of RoI vectors (n, D)."""
+        """The deltas of `classify_folded` (n, classes, 4), which are an affine function of RoI
+        vectors (n, D).
+        """
         mask = self.known[:, None]  # (classes, 1)
         reg = self.reg.weight.view(self.classes, 4, -1) * (self.prototypes * mask)[:, None]
         offset = self.reg.bias.view(self.classes, 4) * mask
         return F.linear(queries, reg.flatten(0, 1), offset.flatten()).view(-1, self.classes, 4)
 
     def exchange_supports(self) -> None:
-        """Give every known class the next one's prototype, the last the first's: a control of what prototypes do."""
+        """Give every known class the next one's prototype, the last the first's: a control of what
+        prototypes do.
+        """
         known = self.known.nonzero()[:, 0]
         self.prototypes[known] = self.prototypes[known.roll(-1)]
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every normalised image."""
+        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every
+        normalised image.
+        """
         return self.rpn.propose([self.trunk(images)], sizes)
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
-        """Detections of every normalised image (b, 3, H, W), in pixels of that input. Needs `set_prototypes`."""
+        """Detections of every normalised image (b, 3, H, W), in pixels of that input. Needs
+        `set_prototypes`.
+        """
         features = self.trunk(images)
         proposals = self.rpn.propose([features], sizes)
         queries = self.roi_vectors(features, proposals).split([len(p) for p in proposals])

@@ -21,9 +21,10 @@ CROP_WEIGHT = 0.1  # of the crops' classification loss
 class CropLevels(NamedTuple):
     """Where in the pyramid crops of single objects are looked at, scale by scale (section 3.3).
 
-    scales: sides of the crops in pixels. rpn: the level whose anchors have that size. roi: the level that RoIs of that
-    size are cut from. border: cells that the RPN leaves out on each side, so that its anchors are about the crop.
-    last_border: cells that the largest scale, for which there is no level of its own, leaves out before.
+    scales: sides of the crops in pixels. rpn: the level whose anchors have that size. roi: the
+    level that RoIs of that size are cut from. border: cells that the RPN leaves out on each side,
+    so that its anchors are about the crop. last_border: cells that the largest scale, for which
+    there is no level of its own, leaves out before.
     """
 
     scales: tuple[int, ...]
@@ -34,7 +35,8 @@ class CropLevels(NamedTuple):
 
 
 PUBLISHED = CropLevels((32, 64, 128, 256, 512, 800), (0, 1, 2, 3, 4, 4), (0, 0, 0, 1, 2, 3), 3, 2)
-SMALL = CropLevels((24, 48, 96), (0, 1, 2), (0, 0, 0), 2, 0)  # of pyramids for small pictures: maps of 6 x 6 cells
+# of pyramids for small pictures: maps of 6 x 6 cells
+SMALL = CropLevels((24, 48, 96), (0, 1, 2), (0, 0, 0), 2, 0)
 CROP_LEVELS = {(4, 8, 16, 32, 64): PUBLISHED, (4, 8, 16): SMALL}  # by the pyramid's strides
 
 
@@ -70,7 +72,9 @@ class TwoBranchRPN(RPN):
         return [(self.score(h), self.reg(h)) for h in hidden]
 
     def crop_scores(self, features: Sequence[Tensor], border: int) -> list[Tensor]:
-        """Logits (n, anchors, h, w) of crops' maps, without `border` cells on each side, where their edges show."""
+        """Logits (n, anchors, h, w) of crops' maps, without `border` cells on each side, where
+        their edges show.
+        """
         hidden = [F.relu(self.conv(level)) for level in features]
         return [self.score(h[..., border:-border, border:-border]) for h in hidden]
 
@@ -84,22 +88,26 @@ class TwoBranchRPN(RPN):
         scores = torch.cat([boxes[:, 4] for boxes in found])
         best = scores.sort(descending=True, stable=True).indices[: self.per_batch]
         kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
-        counts = torch.stack([mine.sum() for mine in kept.split([len(boxes) for boxes in found])]).tolist()
+        counts = torch.stack(
+            [mine.sum() for mine in kept.split([len(boxes) for boxes in found])]
+        ).tolist()
         return list(torch.cat(found)[best.sort().values].split(counts))
 
 
 class MPSR(nn.Module):
-    """Faster R-CNN with a feature pyramid, whose RPN and classifier also train on crops of single objects.
+    """Faster R-CNN with a feature pyramid, whose RPN and classifier also train on crops of single
+    objects.
 
     Args:
         trunk: a feature pyramid.
         classes: number of classes; background is index `classes`.
         width: of the hidden layers of the box head's two branches.
         rois: sampled per training image.
-        aligned: whether RoIs are cut half a pixel off, as they should be; the published models fine-tuned on VOC were
-            made from others that did not.
+        aligned: whether RoIs are cut half a pixel off, as they should be; the published models
+            fine-tuned on VOC were made from others that did not.
         roi_size: cells per side of a RoI's features; no recipe has others, but models `from_tfa`.
-        train_proposals, test_proposals: (kept before NMS per level, kept after: in training over a whole batch).
+        train_proposals, test_proposals: (kept before NMS per level, kept after: in training over a
+            whole batch).
         convention: of boxes, see `faster_rcnn.CONVENTIONS`.
 
     Raises:
@@ -125,7 +133,9 @@ class MPSR(nn.Module):
         self.roi_size, self.convention = roi_size, convention
         if trunk.strides not in CROP_LEVELS:
             known = " or ".join(map(str, CROP_LEVELS))
-            raise InputError(f"MPSR needs a pyramid of strides {known}, not {trunk.strides}: take another backbone")
+            raise InputError(
+                f"MPSR needs a pyramid of strides {known}, not {trunk.strides}: take another backbone"
+            )
         self.levels = CROP_LEVELS[trunk.strides]
         before, per_batch = train_proposals
         self.rpn = TwoBranchRPN(
@@ -148,18 +158,31 @@ class MPSR(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `build.rebuilt` makes this detector anew from, for json."""
-        sizes = {"rois": self.rois, "width": self.cls_fc2.out_features, "aligned": self.aligned, **self.rpn.sizes()}
-        return {**self.trunk.describe(), "sizes": {**sizes, "roi_size": self.roi_size, "convention": self.convention}}
+        sizes = {
+            "rois": self.rois,
+            "width": self.cls_fc2.out_features,
+            "aligned": self.aligned,
+            **self.rpn.sizes(),
+        }
+        return {
+            **self.trunk.describe(),
+            "sizes": {**sizes, "roi_size": self.roi_size, "convention": self.convention},
+        }
 
     def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Maps (RoIs of all images, channels, s, s) of boxes, s = roi_size, each from the level that fits its size."""
+        """Maps (RoIs of all images, channels, s, s) of boxes, s = roi_size, each from the level
+        that fits its size.
+        """
         n = self.trunk.roi_levels
         strides = self.trunk.strides[:n]
-        return faster_rcnn.pyramid_align(features[:n], boxes, self.roi_size, strides, sampling=2, aligned=self.aligned)
+        return faster_rcnn.pyramid_align(
+            features[:n], boxes, self.roi_size, strides, sampling=2, aligned=self.aligned
+        )
 
     def classify(self, maps: Tensor) -> Tensor:
         """Logits (n, classes + 1) of RoI maps (n, channels, s, s)."""
-        return self.cls(self.cls_fc2(F.relu(self.cls_fc1(maps.flatten(1)))))  # no ReLU after the second, as published
+        # no ReLU after the second, as published
+        return self.cls(self.cls_fc2(F.relu(self.cls_fc1(maps.flatten(1)))))
 
     def regress(self, maps: Tensor) -> Tensor:
         """Deltas (n, classes, 4) of RoI maps (n, channels, s, s): the same for all classes."""
@@ -179,7 +202,9 @@ class MPSR(nn.Module):
 
     def classify_crops(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits (scales * n, classes + 1) of crops' maps (n, channels, h, w), scale by scale."""
-        return self.classify(torch.cat([F.adaptive_avg_pool2d(level.float(), self.roi_size) for level in maps]))
+        return self.classify(
+            torch.cat([F.adaptive_avg_pool2d(level.float(), self.roi_size) for level in maps])
+        )
 
     def forward(
         self,
@@ -190,38 +215,55 @@ class MPSR(nn.Module):
         crops: Sequence[Tensor],
         crop_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Training losses of normalised images (b, 3, H, W), and of crops (n, 3, s, s) of every scale with labels (n,).
+        """Training losses of normalised images (b, 3, H, W), and of crops (n, 3, s, s) of every
+        scale with labels (n,).
 
-        All anchors at the centre of a crop are to be found, and count in the number by which both scores' losses are
-        divided (equation 2).
+        All anchors at the centre of a crop are to be found, and count in the number by which both
+        scores' losses are divided (equation 2).
         """
         features = self.trunk(images)
         rpn_maps, roi_maps = self.crop_features(crops)
         outputs = self.rpn.outputs(self.rpn.maps(features))
         cls, reg, number = self.rpn.loss_sums(*outputs, sizes, boxes)
-        refined = torch.cat([scores.flatten() for scores in self.rpn.crop_scores(rpn_maps, self.levels.border)]).float()
+        refined = torch.cat(
+            [scores.flatten() for scores in self.rpn.crop_scores(rpn_maps, self.levels.border)]
+        ).float()
         losses = {
             "rpn_cls": cls / (number + len(refined)),
             "rpn_crops": F.softplus(-refined).sum() / (number + len(refined)),
             "rpn_box": reg / number,
         }
         rois = faster_rcnn.sample_rois(
-            self.rpn.proposals(*outputs, sizes), boxes, labels, classes=self.classes, number=self.rois
+            self.rpn.proposals(*outputs, sizes),
+            boxes,
+            labels,
+            classes=self.classes,
+            number=self.rois,
         )
         return losses | self.head_losses(features, rois, roi_maps, crop_labels)
 
     def head_losses(
-        self, features: Sequence[Tensor], rois: Sequence[RoIs], crop_maps: Sequence[Tensor], crop_labels: Tensor
+        self,
+        features: Sequence[Tensor],
+        rois: Sequence[RoIs],
+        crop_maps: Sequence[Tensor],
+        crop_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """`cls` and `box` of the RoIs of all images, and `crops`, the classification of the crops (equation 3)."""
+        """`cls` and `box` of the RoIs of all images, and `crops`, the classification of the crops
+        (equation 3).
+        """
         maps = self.roi_features(features, [r.boxes for r in rois])
         losses = faster_rcnn.roi_losses(self.classify(maps), self.regress(maps), rois, beta=1.0)
         logits = self.classify_crops(crop_maps).float()
-        return losses | {"crops": CROP_WEIGHT * F.cross_entropy(logits, crop_labels.repeat(len(crop_maps)))}
+        return losses | {
+            "crops": CROP_WEIGHT * F.cross_entropy(logits, crop_labels.repeat(len(crop_maps)))
+        }
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every normalised image."""
+        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every
+        normalised image.
+        """
         return self.rpn.propose(self.trunk(images), sizes)
 
     @torch.no_grad()
@@ -237,23 +279,42 @@ class MPSR(nn.Module):
         ]
 
 
-def from_tfa(state: Mapping[str, Tensor], about: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A base model of TFA, or one that torchvision trained, as MPSR's: its weights, and what describes them.
+def from_tfa(
+    state: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A base model of TFA, or one that torchvision trained, as MPSR's: its weights, and what
+    describes them.
 
-    Trunk and RPN compute what they did: an anchor's score is a sum over channels of its own, here of equal ones. Both
-    branches of the box head begin with TFA's hidden layers, and the one regression with the mean of all classes'. The
-    classifier is random, as every fine-tuning begins.
+    Trunk and RPN compute what they did: an anchor's score is a sum over channels of its own, here
+    of equal ones. Both branches of the box head begin with TFA's hidden layers, and the one
+    regression with the mean of all classes'. The classifier is random, as every fine-tuning begins.
     """
-    sizes = {key: value for key, value in about["sizes"].items() if key not in ("threshold", "proposal_score")}
+    sizes = {
+        key: value
+        for key, value in about["sizes"].items()
+        if key not in ("threshold", "proposal_score")
+    }
     conventions = faster_rcnn.CONVENTIONS[sizes.get("convention", "mmdet")]
     sizes |= {"aligned": conventions.aligned, "roi_size": tfa.ROI_SIZE}
     ours = {name: tensor for name, tensor in state.items() if name.startswith(("trunk.", "rpn."))}
     part = CLASS_CHANNELS**-0.5
     for kind in ("weight", "bias"):
-        ours[f"rpn.cls_conv.{kind}"] = state[f"rpn.cls.{kind}"].repeat_interleave(CLASS_CHANNELS, 0) * part
-        ours |= {f"{branch}_fc{i}.{kind}": state[f"fc{i}.{kind}"] for branch in ("cls", "reg") for i in (1, 2)}
+        ours[f"rpn.cls_conv.{kind}"] = (
+            state[f"rpn.cls.{kind}"].repeat_interleave(CLASS_CHANNELS, 0) * part
+        )
+        ours |= {
+            f"{branch}_fc{i}.{kind}": state[f"fc{i}.{kind}"]
+            for branch in ("cls", "reg")
+            for i in (1, 2)
+        }
         ours[f"reg.{kind}"] = state[f"reg.{kind}"].unflatten(0, (-1, 4)).mean(0)
-    ours |= {"rpn.cls.weight": torch.full((1, CLASS_CHANNELS, 1, 1), part), "rpn.cls.bias": torch.zeros(1)}
+    ours |= {
+        "rpn.cls.weight": torch.full((1, CLASS_CHANNELS, 1, 1), part),
+        "rpn.cls.bias": torch.zeros(1),
+    }
     classes, width = len(about["classes"]), state["fc2.weight"].shape[0]
-    ours |= {"cls.weight": torch.randn(classes + 1, width) * 0.01, "cls.bias": torch.zeros(classes + 1)}
+    ours |= {
+        "cls.weight": torch.randn(classes + 1, width) * 0.01,
+        "cls.bias": torch.zeros(classes + 1),
+    }
     return ours, {**about, "method": "mpsr", "sizes": sizes}

@@ -18,8 +18,9 @@ ROI_SIZE = 7  # cells per side of a RoI's features
 class CosineClassifier(nn.Module):
     """Logits from cosines of features and class weights (section 3.3).
 
-    The rows of the weight are set to length 1 before every use, outside of autograd, as the published models were
-    trained: the gradient is that of a free weight, and momentum and weight decay act on the normalised one.
+    The rows of the weight are set to length 1 before every use, outside of autograd, as the
+    published models were trained: the gradient is that of a free weight, and momentum and weight
+    decay act on the normalised one.
     """
 
     SCALE = 20.0
@@ -31,7 +32,9 @@ class CosineClassifier(nn.Module):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (n, in_features) -> logits (n, classes) in [-20, 20], in float32 also under autocast."""
+        """Features (n, in_features) -> logits (n, classes) in [-20, 20], in float32 also under
+        autocast.
+        """
         with torch.no_grad():
             self.weight.div_(self.weight.norm(dim=1, keepdim=True) + self.EPS)
         with torch.autocast(x.device.type, enabled=False):
@@ -40,7 +43,8 @@ class CosineClassifier(nn.Module):
 
 
 class TFA(nn.Module):
-    """Faster R-CNN with a feature pyramid, whose classifier is linear in base training and cosine in fine-tuning.
+    """Faster R-CNN with a feature pyramid, whose classifier is linear in base training and cosine
+    in fine-tuning.
 
     Args:
         trunk: a feature pyramid.
@@ -96,15 +100,28 @@ class TFA(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `build.rebuilt` makes this detector anew from, for json."""
-        sizes = {"rois": self.rois, "width": self.fc2.out_features, "threshold": self.threshold, **self.rpn.sizes()}
+        sizes = {
+            "rois": self.rois,
+            "width": self.fc2.out_features,
+            "threshold": self.threshold,
+            **self.rpn.sizes(),
+        }
         sizes |= {"proposal_score": self.rpn.score_above, "convention": self.convention}
-        return {**self.trunk.describe(), "sizes": sizes, "cosine": isinstance(self.cls, CosineClassifier)}
+        return {
+            **self.trunk.describe(),
+            "sizes": sizes,
+            "cosine": isinstance(self.cls, CosineClassifier),
+        }
 
     def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Maps (RoIs of all images, channels, 7, 7) of boxes, each from the level that fits its size."""
+        """Maps (RoIs of all images, channels, 7, 7) of boxes, each from the level that fits its
+        size.
+        """
         levels, how = self.trunk.roi_levels, self.rpn.conventions
         options = {"sampling": how.sampling, "aligned": how.aligned}
-        return faster_rcnn.pyramid_align(features[:levels], boxes, ROI_SIZE, self.trunk.strides[:levels], **options)
+        return faster_rcnn.pyramid_align(
+            features[:levels], boxes, ROI_SIZE, self.trunk.strides[:levels], **options
+        )
 
     def roi_vectors(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Vectors (RoIs of all images, width) of boxes: RoIAlign and two hidden layers."""
@@ -115,7 +132,11 @@ class TFA(nn.Module):
         return self.cls(vectors), self.reg(vectors).view(-1, self.classes, 4)
 
     def forward(
-        self, images: Tensor, sizes: Sequence[tuple[int, int]], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
     ) -> dict[str, Tensor]:
         """Training losses of normalised images (b, 3, H, W) with their boxes and labels."""
         features = self.trunk(images)
@@ -132,13 +153,17 @@ class TFA(nn.Module):
         return losses | self.head_losses(self.roi_vectors(features, [r.boxes for r in rois]), rois)
 
     def head_losses(self, vectors: Tensor, rois: Sequence[RoIs]) -> dict[str, Tensor]:
-        """Cross-entropy and L1 of the RoI vectors (RoIs of all images, width), averaged over all RoIs."""
+        """Cross-entropy and L1 of the RoI vectors (RoIs of all images, width), averaged over all
+        RoIs.
+        """
         logits, deltas = self.head(vectors)
         return faster_rcnn.roi_losses(logits, deltas, rois, beta=0.0)
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every normalised image."""
+        """Boxes and scores (n, 5), best first, of what may be an object of any class, for every
+        normalised image.
+        """
         return self.rpn.propose(self.trunk(images), sizes)
 
     @torch.no_grad()
@@ -160,20 +185,27 @@ def grow(
     novel_state: Mapping[str, Tensor] | None = None,
     novel: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """The weights of a base model with a box head for all classes and a cosine classifier (section 3.3).
+    """The weights of a base model with a box head for all classes and a cosine classifier (section
+    3.3).
 
-    Rows of base classes and of the background are the base model's; those of novel classes come from `novel_state`, a
-    model of the `novel` classes alone, or are drawn from N(0, 0.01) with deltas' biases 0. A cosine classifier has no
-    bias, so the base model's is dropped.
+    Rows of base classes and of the background are the base model's; those of novel classes come
+    from `novel_state`, a model of the `novel` classes alone, or are drawn from N(0, 0.01) with
+    deltas' biases 0. A cosine classifier has no bias, so the base model's is dropped.
     """
     grown = {name: tensor for name, tensor in state.items() if name != "cls.bias"}
     width = state["cls.weight"].shape[1]
-    cls, reg = torch.randn(len(classes) + 1, width) * 0.01, torch.randn(len(classes), 4, width) * 0.01
+    cls, reg = (
+        torch.randn(len(classes) + 1, width) * 0.01,
+        torch.randn(len(classes), 4, width) * 0.01,
+    )
     bias = torch.zeros(len(classes), 4)
     for source, names in ((state, base), (novel_state, novel if novel_state is not None else ())):
         for row, name in enumerate(names):
             to = list(classes).index(name)
             cls[to] = source["cls.weight"][row]
-            reg[to], bias[to] = source["reg.weight"].view(-1, 4, width)[row], source["reg.bias"].view(-1, 4)[row]
+            reg[to], bias[to] = (
+                source["reg.weight"].view(-1, 4, width)[row],
+                source["reg.bias"].view(-1, 4)[row],
+            )
     cls[-1] = state["cls.weight"][-1]
     return grown | {"cls.weight": cls, "reg.weight": reg.flatten(0, 1), "reg.bias": bias.flatten()}

@@ -16,8 +16,8 @@ KL_WEIGHT = 0.00025  # of the divergence, beside the squared error of what is re
 class SupportVAE(nn.Module):
     """A variational autoencoder of support vectors (n, D), all of whose layers have D channels.
 
-    In training its batch norms take the statistics of the supports of one step. These differ so little from class to
-    class, by a hundredth, that it computes in float32 even under autocast.
+    In training its batch norms take the statistics of the supports of one step. These differ so
+    little from class to class, by a hundredth, that it computes in float32 even under autocast.
     """
 
     def __init__(self, channels: int):
@@ -31,7 +31,9 @@ class SupportVAE(nn.Module):
         self.decoder = nn.Sequential(layer(), layer(), nn.BatchNorm1d(channels), nn.Sigmoid())
 
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (n, D) of the normal distribution that stands for each vector (n, D)."""
+        """Mean and log variance (n, D) of the normal distribution that stands for each vector (n,
+        D).
+        """
         with torch.autocast(vectors.device.type, enabled=False):
             hidden = self.encoder(vectors)
             return self.mean(hidden), self.log_variance(hidden)
@@ -43,14 +45,17 @@ class SupportVAE(nn.Module):
 
 
 class VFA(MetaRCNN):
-    """Meta R-CNN that re-weights RoI vectors by a class's distribution rather than by its support vector.
+    """Meta R-CNN that re-weights RoI vectors by a class's distribution rather than by its support
+    vector.
 
-    An autoencoder makes a normal distribution of a support vector; sigmoid(mean + deviation) of it, its `scales`,
-    re-weights the RoI vectors that are classified ("Variational Feature Aggregation" in the paper). Boxes come from
-    the RoI vectors as they are ("Classification-Regression Decoupling"). In training images are re-weighted by any
-    class, shown or not ("Class-Agnostic Aggregation"), and the RPN's losses do not reach the trunk.
+    An autoencoder makes a normal distribution of a support vector; sigmoid(mean + deviation) of it,
+    its `scales`, re-weights the RoI vectors that are classified ("Variational Feature Aggregation"
+    in the paper). Boxes come from the RoI vectors as they are ("Classification-Regression
+    Decoupling"). In training images are re-weighted by any class, shown or not ("Class-Agnostic
+    Aggregation"), and the RPN's losses do not reach the trunk.
 
-    See `MetaRCNN` for the arguments, and for `prototypes`, which here are the scales of the mean support vectors.
+    See `MetaRCNN` for the arguments, and for `prototypes`, which here are the scales of the mean
+    support vectors.
     """
 
     rpn_trains_trunk = False
@@ -65,11 +70,15 @@ class VFA(MetaRCNN):
 
     def outputs(self, queries: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
         """As `MetaRCNN.outputs`, with the deltas of RoI vectors that are not re-weighted."""
-        return self.cls(self.aggregate(queries, vector)), self.reg(queries).view(-1, self.classes, 4)
+        return self.cls(self.aggregate(queries, vector)), self.reg(queries).view(
+            -1, self.classes, 4
+        )
 
     @torch.compiler.disable
     def drawn(self, labels: Sequence[Tensor], support_labels: Tensor) -> Tensor:
-        """The class by which each image is re-weighted (images,): that of a random support, whatever it shows."""
+        """The class by which each image is re-weighted (images,): that of a random support,
+        whatever it shows.
+        """
         return super().drawn([support_labels] * len(labels), support_labels)
 
     @torch.compiler.disable
@@ -81,7 +90,8 @@ class VFA(MetaRCNN):
         vectors: Tensor,
         support_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """As `MetaRCNN.head_losses`, and `vae`: squared error of the reconstruction, and divergence from N(0, 1).
+        """As `MetaRCNN.head_losses`, and `vae`: squared error of the reconstruction, and divergence
+        from N(0, 1).
 
         The meta loss is that of the reconstructed vectors.
         """
@@ -96,7 +106,9 @@ class VFA(MetaRCNN):
 
     @torch.no_grad()
     def set_prototypes(self, vectors: Tensor, labels: Tensor) -> None:
-        """As `MetaRCNN.set_prototypes`. The autoencoder's norms take their running statistics, so call `eval` first."""
+        """As `MetaRCNN.set_prototypes`. The autoencoder's norms take their running statistics, so
+        call `eval` first.
+        """
         if self.training:
             raise RuntimeError("prototypes need the norms' running statistics: call eval() first")
         super().set_prototypes(vectors, labels)

@@ -1,8 +1,9 @@
-"""How good detections are: VOC's and COCO's AP, for base, novel and all classes from one pass of matching.
+"""How good detections are: VOC's and COCO's AP, for base, novel and all classes from one pass of
+matching.
 
-Detections come as a dict from picture id to `Detections`, one for every picture of the set, in the pixels of the
-original pictures. Results are dicts of percentages: {"AP50": {"base": .., "novel": .., "all": ..}, ..}. A group without
-ground truth is left out.
+Detections come as a dict from picture id to `Detections`, one for every picture of the set, in the
+pixels of the original pictures. Results are dicts of percentages: {"AP50": {"base": .., "novel":
+.., "all": ..}, ..}. A group without ground truth is left out.
 """
 
 import contextlib
@@ -19,14 +20,18 @@ from torch import Tensor
 from fewshot.data.detection import Detections, DetectionSet
 from fewshot.data.pipeline import Batch
 
-PROPOSALS = (100, 300, 1000)  # detections per picture (COCO's maxDets) and proposals per picture that are looked at
+# detections per picture (COCO's maxDets) and proposals per picture that are looked at
+PROPOSALS = (100, 300, 1000)
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # that COCO's AP averages over
-SIZES = {"s": (0, 32), "m": (32, 96), "l": (96, 10_000)}  # COCO's small, medium and large: roots of areas, in pixels
+# COCO's small, medium and large: roots of areas, in pixels
+SIZES = {"s": (0, 32), "m": (32, 96), "l": (96, 10_000)}
 
 
 @dataclass
 class Matches:
-    """Every detection of a set with the object of its own class that it covers best; n detections, g objects."""
+    """Every detection of a set with the object of its own class that it covers best; n detections,
+    g objects.
+    """
 
     scores: np.ndarray  # (n,)
     labels: np.ndarray  # (n,)
@@ -38,18 +43,30 @@ class Matches:
     truth_difficult: np.ndarray  # (g,)
 
 
-def evaluate(detections: Mapping[str, Detections], dataset: DetectionSet) -> dict[str, dict[str, float]]:
-    """The numbers that are published for this kind of set: `evaluate_coco`, or `evaluate_voc` in COCO's terms.
+def evaluate(
+    detections: Mapping[str, Detections], dataset: DetectionSet
+) -> dict[str, dict[str, float]]:
+    """The numbers that are published for this kind of set: `evaluate_coco`, or `evaluate_voc` in
+    COCO's terms.
 
-    Of the latter AP50 is the published one, and that of the classes; AP75, AP (the mean over IoU 0.5 to 0.95), and
-    AP50 of small, medium and large objects (AP50s, AP50m, AP50l) tell how well boxes fit, and what is missed.
+    Of the latter AP50 is the published one, and that of the classes; AP75, AP (the mean over IoU
+    0.5 to 0.95), and AP50 of small, medium and large objects (AP50s, AP50m, AP50l) tell how well
+    boxes fit, and what is missed.
     """
     if dataset.metric == "coco":
         return evaluate_coco(detections, dataset)
     ranges, pixels = [*SIZES.values()], dataset.inclusive_pixels
-    voc = evaluate_voc(detections, dataset, iou_thresholds=IOUS, size_ranges=ranges, inclusive_pixels=pixels)
+    voc = evaluate_voc(
+        detections, dataset, iou_thresholds=IOUS, size_ranges=ranges, inclusive_pixels=pixels
+    )
     by_size = {f"AP50{size}": voc[f"AP50 {low}-{high}"] for size, (low, high) in SIZES.items()}
-    return {"AP50": voc["AP50"], "AP75": voc["AP75"], "AP": voc["mAP"], **by_size, "per_class": voc["per_class"]}
+    return {
+        "AP50": voc["AP50"],
+        "AP75": voc["AP75"],
+        "AP": voc["mAP"],
+        **by_size,
+        "per_class": voc["per_class"],
+    }
 
 
 def evaluate_voc(
@@ -69,15 +86,17 @@ def evaluate_voc(
         iou_thresholds: an object is found by a box that overlaps it at least so much.
         points: precision is averaged at recalls 0, 0.1, ... 1, or over the area under its envelope.
         inclusive_pixels: sides are x2 - x1 + 1 instead of x2 - x1.
-        size_ranges: also evaluate, at the first threshold, objects by the square root of their area, at least low and
-            below high pixels.
+        size_ranges: also evaluate, at the first threshold, objects by the square root of their
+            area, at least low and below high pixels.
 
     Returns:
-        AP50 etc., over the classes that have objects; mAP, their mean, if there are several thresholds; AP50 48-96 etc.
-        for size ranges; per_class, that of each class at the first threshold.
+        AP50 etc., over the classes that have objects; mAP, their mean, if there are several
+        thresholds; AP50 48-96 etc. for size ranges; per_class, that of each class at the first
+        threshold.
 
     Raises:
-        ValueError: detections are missing for a picture, or are for pictures or classes that the set does not have.
+        ValueError: detections are missing for a picture, or are for pictures or classes that the
+            set does not have.
     """
     matches = match(detections, dataset, inclusive_pixels)
 
@@ -92,14 +111,22 @@ def evaluate_voc(
     tables = {f"AP{round(100 * iou)}": per_class(iou) for iou in iou_thresholds}
     first, of_classes = next(iter(tables.items()))
     if len(tables) > 1:
-        tables["mAP"] = {name: float(np.mean([table[name] for table in tables.values()])) for name in of_classes}
+        tables["mAP"] = {
+            name: float(np.mean([table[name] for table in tables.values()])) for name in of_classes
+        }
     for low, high in size_ranges:
         tables[f"{first} {low}-{high}"] = per_class(iou_thresholds[0], (low, high))
-    return {key: _by_group(dataset, table) for key, table in tables.items()} | {"per_class": of_classes}
+    return {key: _by_group(dataset, table) for key, table in tables.items()} | {
+        "per_class": of_classes
+    }
 
 
-def match(detections: Mapping[str, Detections], dataset: DetectionSet, inclusive_pixels: bool = True) -> Matches:
-    """Find the best object for every detection, difficult ones included: all that any threshold or group needs."""
+def match(
+    detections: Mapping[str, Detections], dataset: DetectionSet, inclusive_pixels: bool = True
+) -> Matches:
+    """Find the best object for every detection, difficult ones included: all that any threshold or
+    group needs.
+    """
     _check_complete(detections, dataset)
     one = 1 if inclusive_pixels else 0
     columns: list[tuple[np.ndarray, ...]] = []
@@ -108,12 +135,15 @@ def match(detections: Mapping[str, Detections], dataset: DetectionSet, inclusive
     for record in dataset.records:
         boxes, scores, labels = (np.asarray(column) for column in detections[record.id])
         boxes = boxes.astype(np.float64).reshape(-1, 4) - dataset.offset
-        order = np.argsort(record.difficult, kind="stable")  # of two equal overlaps the ordinary object wins
+        # of two equal overlaps the ordinary object wins
+        order = np.argsort(record.difficult, kind="stable")
         objects, names = record.boxes[order].astype(np.float64), record.labels[order]
         iou = np.where(labels[:, None] == names, _iou(boxes, objects, one), -1.0)  # (n, g)
         iou = np.pad(iou, ((0, 0), (0, 1)), constant_values=-1.0)  # there may be no object at all
         best = iou.argmax(1)
-        columns.append((scores, labels, _areas(boxes, one), iou[np.arange(len(iou)), best], best + seen))
+        columns.append(
+            (scores, labels, _areas(boxes, one), iou[np.arange(len(iou)), best], best + seen)
+        )
         truth.append((names, _areas(objects, one), record.difficult[order]))
         seen += len(order)
     return Matches(*map(np.concatenate, zip(*columns)), *map(np.concatenate, zip(*truth)))
@@ -122,10 +152,12 @@ def match(detections: Mapping[str, Detections], dataset: DetectionSet, inclusive
 def precision_recall(
     matches: Matches, label: int, iou: float, size_range: tuple[float, float] | None = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Precision (n,) and recall (n,) after each detection of a class, best first, and the number of its objects.
+    """Precision (n,) and recall (n,) after each detection of a class, best first, and the number of
+    its objects.
 
-    The best detection of an object is right, others of it are wrong. What covers a difficult object, or one outside
-    `size_range`, is neither; nor is a detection outside the range that covers nothing.
+    The best detection of an object is right, others of it are wrong. What covers a difficult
+    object, or one outside `size_range`, is neither; nor is a detection outside the range that
+    covers nothing.
     """
     low, high = (0, np.inf) if size_range is None else (size_range[0] ** 2, size_range[1] ** 2)
     ignored = matches.truth_difficult | (matches.truth_areas < low) | (matches.truth_areas >= high)
@@ -146,21 +178,28 @@ def precision_recall(
     return found / np.maximum(all_counted, 1), found / max(count, 1), count
 
 
-def average_precision(precision: np.ndarray, recall: np.ndarray, points: Literal["11", "area"]) -> float:
+def average_precision(
+    precision: np.ndarray, recall: np.ndarray, points: Literal["11", "area"]
+) -> float:
     """AP between 0 and 1: the best precision at any higher recall, averaged over recalls."""
     if points == "11":
-        # As written in every implementation: 0.30000000000000004 and the like are part of the definition.
+        # As written in every implementation: 0.30000000000000004 and the like are part of the
+        # definition.
         levels = np.arange(0, 1 + 1e-3, 0.1)
         return float(np.mean([precision[recall >= level].max(initial=0) for level in levels]))
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float((np.diff(recall, prepend=0) * envelope).sum())
 
 
-def evaluate_coco(detections: Mapping[str, Detections], dataset: DetectionSet) -> dict[str, dict[str, float]]:
-    """COCO's average precision and recall by pycocotools, in percent, for base, novel and all from one evaluation.
+def evaluate_coco(
+    detections: Mapping[str, Detections], dataset: DetectionSet
+) -> dict[str, dict[str, float]]:
+    """COCO's average precision and recall by pycocotools, in percent, for base, novel and all from
+    one evaluation.
 
-    As in the few-shot papers, up to 1000 detections per picture count, but for AP (IoU 0.5 to 0.95) up to 100. APs,
-    APm, APl are of small, medium and large objects; AR100, AR300, AR1000 count so many detections, ARs, ARm, ARl 1000.
+    As in the few-shot papers, up to 1000 detections per picture count, but for AP (IoU 0.5 to 0.95)
+    up to 100. APs, APm, APl are of small, medium and large objects; AR100, AR300, AR1000 count so
+    many detections, ARs, ARm, ARl 1000.
 
     Raises:
         ValueError: as `evaluate_voc`.
@@ -169,7 +208,9 @@ def evaluate_coco(detections: Mapping[str, Detections], dataset: DetectionSet) -
     truth, found = [], []
     for i, record in enumerate(dataset.records):
         areas = _areas(record.boxes) if record.areas is None else record.areas
-        truth += _coco_objects(i, record.boxes, record.labels, area=areas, iscrowd=record.difficult.astype(int))
+        truth += _coco_objects(
+            i, record.boxes, record.labels, area=areas, iscrowd=record.difficult.astype(int)
+        )
         boxes, scores, labels = (np.asarray(column) for column in detections[record.id])
         found += _coco_objects(i, boxes, labels, area=_areas(boxes), score=scores)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long everything took
@@ -177,9 +218,14 @@ def evaluate_coco(detections: Mapping[str, Detections], dataset: DetectionSet) -
         result.params.maxDets = list(PROPOSALS)
         result.evaluate()
         result.accumulate()
-    precision = result.eval["precision"]  # (10 IoUs, 101 recalls, classes, 4 sizes, 3 maxDets), -1 without truth
+    # (10 IoUs, 101 recalls, classes, 4 sizes, 3 maxDets), -1 without truth
+    precision = result.eval["precision"]
     recall = result.eval["recall"]  # (10 IoUs, classes, 4 sizes, 3 maxDets)
-    values = {"AP": precision[..., 0, 0], "AP50": precision[:1, ..., 0, 2], "AP75": precision[5:6, ..., 0, 2]}
+    values = {
+        "AP": precision[..., 0, 0],
+        "AP50": precision[:1, ..., 0, 2],
+        "AP75": precision[5:6, ..., 0, 2],
+    }
     values |= {f"AP{size}": precision[..., i, 2] for i, size in enumerate("sml", 1)}
     values |= {f"AR{number}": recall[..., 0, i] for i, number in enumerate(PROPOSALS)}
     values |= {f"AR{size}": recall[..., i, 2] for i, size in enumerate("sml", 1)}
@@ -187,8 +233,14 @@ def evaluate_coco(detections: Mapping[str, Detections], dataset: DetectionSet) -
     for key, value in values.items():
         flat = value.reshape(-1, value.shape[-1])  # (.., classes)
         present = (flat > -1).any(0)
-        tables[key] = {name: 100 * float(flat[:, i].mean()) for i, name in enumerate(dataset.classes) if present[i]}
-    return {key: _by_group(dataset, table) for key, table in tables.items()} | {"per_class": tables["AP"]}
+        tables[key] = {
+            name: 100 * float(flat[:, i].mean())
+            for i, name in enumerate(dataset.classes)
+            if present[i]
+        }
+    return {key: _by_group(dataset, table) for key, table in tables.items()} | {
+        "per_class": tables["AP"]
+    }
 
 
 def _coco_objects(
@@ -199,7 +251,9 @@ def _coco_objects(
     objects = []
     for i, (box, label) in enumerate(zip(xywh, np.asarray(labels).tolist())):
         values = {key: column[i].item() for key, column in columns.items()}
-        objects.append({"image_id": picture, "category_id": label, "bbox": box, "iscrowd": 0, **values})
+        objects.append(
+            {"image_id": picture, "category_id": label, "bbox": box, "iscrowd": 0, **values}
+        )
     return objects
 
 
@@ -223,10 +277,11 @@ def proposal_recall(
     iou: float = 0.5,
     inclusive_pixels: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """The part of the objects, in percent, that the best 100, 300, ... proposals of their pictures cover.
+    """The part of the objects, in percent, that the best 100, 300, ... proposals of their pictures
+    cover.
 
-    `proposals`: by picture id, xyxy boxes (n, 4 or more columns), best first. Pairs are formed from the best overlap
-    down, so that one proposal covers one object. Difficult objects do not count.
+    `proposals`: by picture id, xyxy boxes (n, 4 or more columns), best first. Pairs are formed from
+    the best overlap down, so that one proposal covers one object. Difficult objects do not count.
 
     Returns:
         {"R100": {"base": .., "novel": .., "all": ..}, ..}
@@ -239,7 +294,9 @@ def proposal_recall(
         best = []
         for record in ordinary:
             boxes = np.asarray(proposals[record.id], np.float64)[:number, :4] - dataset.offset
-            best.append(_best_pairs(_iou(record.boxes.astype(np.float64), boxes, int(inclusive_pixels))))
+            best.append(
+                _best_pairs(_iou(record.boxes.astype(np.float64), boxes, int(inclusive_pixels)))
+            )
         covered = np.concatenate(best) >= iou  # (objects,)
         result[f"R{number}"] = {
             group: 100 * float(covered[of_group].mean())
@@ -250,7 +307,9 @@ def proposal_recall(
 
 
 def _best_pairs(iou: np.ndarray) -> np.ndarray:
-    """Overlap (g,) of each object with the proposal it is paired with, given all overlaps (g, n); 0 without any."""
+    """Overlap (g,) of each object with the proposal it is paired with, given all overlaps (g, n); 0
+    without any.
+    """
     best, iou = np.zeros(len(iou)), iou.copy()
     for _ in range(min(iou.shape)):
         row, column = np.unravel_index(iou.argmax(), iou.shape)
@@ -264,13 +323,14 @@ def confusion(
 ) -> np.ndarray:
     """What objects are taken for: counts (classes + 1, classes + 1), int64.
 
-    Rows are what is there, the last one background; columns what is found, the last one nothing: [a, b] objects of a
-    were found as b, [a, -1] missed, and [-1, b] times b was found where nothing is, or a second time.
+    Rows are what is there, the last one background; columns what is found, the last one nothing:
+    [a, b] objects of a were found as b, [a, -1] missed, and [-1, b] times b was found where nothing
+    is, or a second time.
 
-    In each picture the detections of at least `score`, the surest first, each take the object that they overlap most,
-    whatever its class, of those that they overlap by `iou` or more and that none has taken. Difficult objects are not
-    counted, nor is a detection that overlaps none but such; with COCO's crowds the overlap is, as in its AP, the part
-    of the detection that is within.
+    In each picture the detections of at least `score`, the surest first, each take the object that
+    they overlap most, whatever its class, of those that they overlap by `iou` or more and that none
+    has taken. Difficult objects are not counted, nor is a detection that overlaps none but such;
+    with COCO's crowds the overlap is, as in its AP, the part of the detection that is within.
 
     Raises:
         ValueError: as `evaluate_voc`.
@@ -282,7 +342,10 @@ def confusion(
         boxes, scores, labels = (np.asarray(column) for column in found[record.id])
         sure = np.argsort(-scores, kind="stable")
         sure = sure[scores[sure] >= score]
-        boxes, objects = boxes[sure].astype(np.float64).reshape(-1, 4) - dataset.offset, record.boxes.astype(np.float64)
+        boxes, objects = (
+            boxes[sure].astype(np.float64).reshape(-1, 4) - dataset.offset,
+            record.boxes.astype(np.float64),
+        )
         overlaps, free = _iou(boxes, objects, one), ~record.difficult  # (n, g)
         if dataset.metric == "coco" and record.difficult.any():
             within = _shared(boxes, objects[record.difficult], one)
@@ -299,8 +362,12 @@ def confusion(
     return matrix
 
 
-def in_original_pixels(batch: Batch, found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Detections]:
-    """What a detector found on a batch, (boxes, scores, labels) of each picture in the batch's pixels, to evaluate."""
+def in_original_pixels(
+    batch: Batch, found: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> dict[str, Detections]:
+    """What a detector found on a batch, (boxes, scores, labels) of each picture in the batch's
+    pixels, to evaluate.
+    """
     result = {}
     for id, scale, (boxes, scores, labels) in zip(batch.ids, batch.scales, found, strict=True):
         columns = (boxes.float() / scale.to(boxes.device).repeat(2), scores.float(), labels)
@@ -309,9 +376,11 @@ def in_original_pixels(batch: Batch, found: Sequence[tuple[Tensor, Tensor, Tenso
 
 
 def coco_json(found: Mapping[str, Detections], dataset: DetectionSet) -> list[dict[str, Any]]:
-    """Detections in COCO's format for results: boxes [x, y, width, height], with the ids that the set's json has.
+    """Detections in COCO's format for results: boxes [x, y, width, height], with the ids that the
+    set's json has.
 
-    Of a set without, the categories count from 1 and a picture has the id of its record. Each has its class's name too.
+    Of a set without, the categories count from 1 and a picture has the id of its record. Each has
+    its class's name too.
     """
     own, objects = {record.id: record.image_id for record in dataset.records}, []
     for id, (boxes, scores, labels) in found.items():
@@ -324,11 +393,16 @@ def coco_json(found: Mapping[str, Detections], dataset: DetectionSet) -> list[di
 
 
 def table(result: Mapping[str, Mapping[str, float]], classwise: bool = False) -> str:
-    """A result as text: a line per number with base, novel and all, then if `classwise` the classes."""
+    """A result as text: a line per number with base, novel and all, then if `classwise` the
+    classes.
+    """
     lines = [f"{'':16}" + "".join(f"{group:>8}" for group in ("base", "novel", "all"))]
     for key, groups in result.items():
         if key != "per_class":
-            cells = (f"{groups[group]:8.1f}" if group in groups else f"{'-':>8}" for group in ("base", "novel", "all"))
+            cells = (
+                f"{groups[group]:8.1f}" if group in groups else f"{'-':>8}"
+                for group in ("base", "novel", "all")
+            )
             lines.append(f"{key:16}" + "".join(cells))
     if classwise:
         lines.append("")
@@ -353,13 +427,17 @@ def _check_complete(detections: Mapping[str, Detections], dataset: DetectionSet)
     for id, (_, _, labels) in detections.items():
         labels = np.asarray(labels)
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(dataset.classes):
-            raise ValueError(f"detections of picture {id} have labels outside the {len(dataset.classes)} classes")
+            raise ValueError(
+                f"detections of picture {id} have labels outside the {len(dataset.classes)} classes"
+            )
 
 
 def _check_pictures(found: Mapping[str, Any], dataset: DetectionSet) -> None:
     ids = [record.id for record in dataset.records]
     if missing := [id for id in ids if id not in found]:
-        raise ValueError(f"nothing for {len(missing)} of {len(ids)} pictures of {dataset.name}: {missing[:3]} ...")
+        raise ValueError(
+            f"nothing for {len(missing)} of {len(ids)} pictures of {dataset.name}: {missing[:3]} ..."
+        )
     if foreign := sorted(set(found) - set(ids)):
         raise ValueError(f"{len(foreign)} pictures are not in {dataset.name}: {foreign[:3]} ...")
 
@@ -369,8 +447,11 @@ def _areas(boxes: np.ndarray, one: int = 0) -> np.ndarray:
 
 
 def _shared(a: np.ndarray, b: np.ndarray, one: int) -> np.ndarray:
-    """Areas (n, m) shared by xyxy boxes (n, 4) and (m, 4), whose sides are `one` longer than the difference of ends."""
-    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])  # (n, m, 2)
+    """Areas (n, m) shared by xyxy boxes (n, 4) and (m, 4), whose sides are `one` longer than the
+    difference of ends.
+    """
+    # (n, m, 2)
+    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
     return (high - low + one).clip(0).prod(-1)
 
 

@@ -15,8 +15,10 @@ from fewshot.data.image_set import ImageSet
 from fewshot.data.stream import Feed
 from fewshot.training import launch, run
 
-BATCH = 256  # images per forward pass; fixed, so that features do not depend on the number of processes
-CHUNK_BYTES = 8 << 20  # features gathered at once: a chunk of tasks should stay in the processor's cache
+# images per forward pass; fixed, so that features do not depend on the number of processes
+BATCH = 256
+# features gathered at once: a chunk of tasks should stay in the processor's cache
+CHUNK_BYTES = 8 << 20
 ADAPTED = 8  # tasks in a chunk for `meta_test_images`
 HELD_BYTES = 2 << 30  # images that it keeps on the device, or features that `meta_test` does
 
@@ -31,19 +33,27 @@ class FewShotModel(Protocol):
         """(n, 3, H, W) -> (n, ...)."""
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Features (tasks, ways * shots, ...), class-major, and (tasks, m, ...) -> logits (tasks, m, ways)."""
+        """Features (tasks, ways * shots, ...), class-major, and (tasks, m, ...) -> logits (tasks,
+        m, ways).
+        """
 
 
 class AdaptingModel(Protocol):
-    """What `meta_test_images` needs: a classifier of images, batched over tasks, that adapts all of itself to each."""
+    """What `meta_test_images` needs: a classifier of images, batched over tasks, that adapts all of
+    itself to each.
+    """
 
     def predict(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Images (tasks, ways * shots, 3, H, W), class-major, and (tasks, m, 3, H, W) -> logits (tasks, m, ways)."""
+        """Images (tasks, ways * shots, 3, H, W), class-major, and (tasks, m, 3, H, W) -> logits
+        (tasks, m, ways).
+        """
 
 
 @dataclass
 class Result:
-    """Accuracies in percent: the mean over tasks, its 95 % half-width, and every task's own (tasks,)."""
+    """Accuracies in percent: the mean over tasks, its 95 % half-width, and every task's own
+    (tasks,).
+    """
 
     accuracy: float
     ci95: float
@@ -51,7 +61,9 @@ class Result:
 
     @classmethod
     def of(cls, per_task: np.ndarray) -> "Result":
-        """Mean and 1.96 standard deviations of the mean (the population's, as the published intervals are)."""
+        """Mean and 1.96 standard deviations of the mean (the population's, as the published
+        intervals are).
+        """
         half_width = 1.96 * per_task.std() / np.sqrt(len(per_task))
         return cls(float(per_task.mean()), float(half_width), per_task)
 
@@ -60,33 +72,56 @@ class Result:
 
 
 def report(
-    record: run.Record, results: dict[int, Result], ways: int, save_tasks: bool = False, setting: str | None = None
+    record: run.Record,
+    results: dict[int, Result],
+    ways: int,
+    save_tasks: bool = False,
+    setting: str | None = None,
 ) -> None:
-    """Print the results by shots, finish the run with its metrics.json, and with every task's accuracy if asked.
+    """Print the results by shots, finish the run with its metrics.json, and with every task's
+    accuracy if asked.
 
-    `setting`: "inductive", a query is classified by itself, or "transductive", together with the others of its task.
+    `setting`: "inductive", a query is classified by itself, or "transductive", together with the
+    others of its task.
     """
     told = f" ({setting})" if setting else ""
     for shots, result in results.items():
-        record.accelerator.print(f"{ways}-way {shots}-shot, {len(result.per_task)} tasks{told}: {result}")
-    files = {"tasks.json": {k: r.per_task.tolist() for k, r in results.items()}} if save_tasks else {}
-    shots = {str(k): {"accuracy": round(r.accuracy, 4), "ci95": round(r.ci95, 4)} for k, r in results.items()}
+        record.accelerator.print(
+            f"{ways}-way {shots}-shot, {len(result.per_task)} tasks{told}: {result}"
+        )
+    files = (
+        {"tasks.json": {k: r.per_task.tolist() for k, r in results.items()}} if save_tasks else {}
+    )
+    shots = {
+        str(k): {"accuracy": round(r.accuracy, 4), "ci95": round(r.ci95, 4)}
+        for k, r in results.items()
+    }
     metrics = {"ways": ways, "tasks": len(next(iter(results.values())).per_task), "shots": shots}
     record.finish(metrics | ({"setting": setting} if setting else {}), files)
 
 
 @torch.no_grad()
 def extract(
-    accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, indices: np.ndarray, workers: int = 0
+    accelerator: Accelerator,
+    model: FewShotModel,
+    dataset: ImageSet,
+    indices: np.ndarray,
+    workers: int = 0,
 ) -> Tensor:
-    """Features (n, ...) of the pictures `indices` (n,) in this order, float32, on every process; `model` in eval mode.
+    """Features (n, ...) of the pictures `indices` (n,) in this order, float32, on every process;
+    `model` in eval mode.
 
-    Processes share the batches; each fills its rows of a zero tensor and the sum over processes is the whole.
+    Processes share the batches; each fills its rows of a zero tensor and the sum over processes is
+    the whole.
     """
     batches = np.split(indices, range(BATCH, len(indices), BATCH))
     rank, world = accelerator.process_index, accelerator.num_processes
-    own = batches[rank::world] or batches[:1]  # a process too many learns the shape of features from the first batch
-    feed, transform = Feed(device=accelerator.device, workers=workers), transforms.test_transform(dataset)
+    # a process too many learns the shape of features from the first batch
+    own = batches[rank::world] or batches[:1]
+    feed, transform = (
+        Feed(device=accelerator.device, workers=workers),
+        transforms.test_transform(dataset),
+    )
     loader = episodes.image_loader(dataset, np.concatenate(own), feed, transform, batch_size=BATCH)
     features = None
     for i, (images, _) in enumerate(_progress(accelerator, loader, "features", len(own))):
@@ -115,14 +150,16 @@ def meta_test(
     imbalance: float | None = None,
     features: Tensor | None = None,
 ) -> dict[int, Result]:
-    """Accuracy of `model` on `tasks` tasks of `dataset`, for each number of shots, from one pass over the images.
+    """Accuracy of `model` on `tasks` tasks of `dataset`, for each number of shots, from one pass
+    over the images.
 
-    Task i is a pure function of (seed, i) and the numbers are the same for any number of processes. The model is put
-    into eval mode for supports and queries alike, and back afterwards.
+    Task i is a pure function of (seed, i) and the numbers are the same for any number of processes.
+    The model is put into eval mode for supports and queries alike, and back afterwards.
 
     Args:
-        imbalance: distribute a task's ways * queries queries over its classes by Dirichlet's distribution of this
-            concentration, as `episodes.draw_imbalanced` does; None gives every class the same number.
+        imbalance: distribute a task's ways * queries queries over its classes by Dirichlet's
+            distribution of this concentration, as `episodes.draw_imbalanced` does; None gives every
+            class the same number.
         features: of all pictures of `dataset` (n, ...), if they are there already.
     """
     for k in shots:
@@ -132,12 +169,17 @@ def meta_test(
     model.eval()
     drawn = {k: _drawn(dataset, ways, k, queries, seed, tasks, imbalance) for k in shots}
     per_task: dict[int, list[np.ndarray]] = {k: [] for k in shots}
-    for block in _blocks(accelerator, model, dataset, drawn) if features is None else [slice(0, tasks)]:
+    for block in (
+        _blocks(accelerator, model, dataset, drawn) if features is None else [slice(0, tasks)]
+    ):
         rows, found = {k: _Drawn(*(part[block] for part in drawn[k])) for k in shots}, features
         if found is None:  # only what some task needs goes through the network
             needed = _pictures(rows)
             found = extract(accelerator, model, dataset, needed, workers)
-            rows = {k: _Drawn(*(np.searchsorted(needed, part) for part in d[:2]), d.labels) for k, d in rows.items()}
+            rows = {
+                k: _Drawn(*(np.searchsorted(needed, part) for part in d[:2]), d.labels)
+                for k, d in rows.items()
+            }
         for k in shots:
             per_task[k].append(_tasks(accelerator, model, found, rows[k], ways, seed, block.start))
     model.train(training)
@@ -145,7 +187,9 @@ def meta_test(
 
 
 class _Drawn(NamedTuple):
-    """Pictures of tasks: supports (tasks, ways * shots) and queries (tasks, m), class by class, and queries' labels."""
+    """Pictures of tasks: supports (tasks, ways * shots) and queries (tasks, m), class by class, and
+    queries' labels.
+    """
 
     support: np.ndarray
     query: np.ndarray
@@ -153,25 +197,44 @@ class _Drawn(NamedTuple):
 
 
 def _drawn(
-    dataset: ImageSet, ways: int, shots: int, queries: int, seed: int, tasks: int, imbalance: float | None
+    dataset: ImageSet,
+    ways: int,
+    shots: int,
+    queries: int,
+    seed: int,
+    tasks: int,
+    imbalance: float | None,
 ) -> _Drawn:
     if imbalance is None:
         draws = [episodes.draw(dataset, ways, shots, queries, seed, i) for i in range(tasks)]
         labels = np.tile(np.arange(ways).repeat(queries), (tasks, 1))
     else:
-        unequal = [episodes.draw_imbalanced(dataset, ways, shots, queries, imbalance, seed, i) for i in range(tasks)]
+        unequal = [
+            episodes.draw_imbalanced(dataset, ways, shots, queries, imbalance, seed, i)
+            for i in range(tasks)
+        ]
         draws, counts = zip(*unequal)
         labels = np.stack([np.arange(ways).repeat(count) for count in counts])
-    return _Drawn(np.stack([d.support.ravel() for d in draws]), np.stack([d.query.ravel() for d in draws]), labels)
+    return _Drawn(
+        np.stack([d.support.ravel() for d in draws]),
+        np.stack([d.query.ravel() for d in draws]),
+        labels,
+    )
 
 
 def _pictures(drawn: dict[int, _Drawn]) -> np.ndarray:
     """What these tasks are made of, each picture once, ascending."""
-    return np.unique(np.concatenate([part.ravel() for d in drawn.values() for part in (d.support, d.query)]))
+    return np.unique(
+        np.concatenate([part.ravel() for d in drawn.values() for part in (d.support, d.query)])
+    )
 
 
-def _blocks(accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, drawn: dict[int, _Drawn]) -> list[slice]:
-    """Tasks in blocks whose pictures' features fit into `HELD_BYTES`: one, but for large maps of many pictures."""
+def _blocks(
+    accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, drawn: dict[int, _Drawn]
+) -> list[slice]:
+    """Tasks in blocks whose pictures' features fit into `HELD_BYTES`: one, but for large maps of
+    many pictures.
+    """
     tasks = len(next(iter(drawn.values())).labels)
     needed = len(_pictures(drawn))
     example = torch.zeros(2, 3, dataset.size, dataset.size, device=accelerator.device)
@@ -185,24 +248,33 @@ def _blocks(accelerator: Accelerator, model: FewShotModel, dataset: ImageSet, dr
 
 
 def _tasks(
-    accelerator: Accelerator, model: FewShotModel, features: Tensor, drawn: _Drawn, ways: int, seed: int, number: int
+    accelerator: Accelerator,
+    model: FewShotModel,
+    features: Tensor,
+    drawn: _Drawn,
+    ways: int,
+    seed: int,
+    number: int,
 ) -> np.ndarray:
     """Accuracy in percent (tasks,) of tasks given as rows of `features`.
 
     Each process does every n-th chunk of tasks. `number` is that of the first task.
     """
     tasks, shots = len(drawn.labels), drawn.support.shape[1] // ways
-    rows = torch.from_numpy(np.concatenate(drawn, 1)).to(features.device)  # in one go: a copy waits for the device
+    # in one go: a copy waits for the device
+    rows = torch.from_numpy(np.concatenate(drawn, 1)).to(features.device)
     support, query, labels = rows.split([part.shape[1] for part in drawn], 1)
     bytes_per_task = (support.shape[1] + query.shape[1]) * features[0].numel() * 4
     chunk = getattr(model, "tasks_at_once", None) or max(1, CHUNK_BYTES // bytes_per_task)
     correct = torch.zeros(tasks, device=features.device)
     starts = range(0, tasks, chunk)[accelerator.process_index :: accelerator.num_processes]
     for first in _progress(accelerator, starts, f"{ways}-way {shots}-shot", len(starts)):
-        # whatever a classifier draws, a fresh head say, follows from the chunk, not from the process that tests it
+        # whatever a classifier draws, a fresh head say, follows from the chunk, not from the
+        # process that tests it
         torch.manual_seed(launch.mix(seed, shots, number + first))
         some = slice(first, first + chunk)
-        logits = model.classify(features[support[some]], features[query[some]], ways)  # (chunk, m, ways)
+        # (chunk, m, ways)
+        logits = model.classify(features[support[some]], features[query[some]], ways)
         correct[some] = (logits.argmax(-1) == labels[some]).float().mean(1) * 100
     return accelerator.reduce(correct, reduction="sum").cpu().double().numpy()
 
@@ -222,8 +294,8 @@ def meta_test_images(
 ) -> dict[int, Result]:
     """`meta_test`, on the same tasks, of a model that has no features apart from a task.
 
-    A task is tested with all numbers of shots while its pictures are there. Chunks of tasks are the same for any number
-    of processes, and so are the numbers.
+    A task is tested with all numbers of shots while its pictures are there. Chunks of tasks are the
+    same for any number of processes, and so are the numbers.
     """
     for k in shots:
         episodes.check(dataset, ways, k, queries)
@@ -238,23 +310,32 @@ def meta_test_images(
         drawn = [episodes.draw(dataset, ways, most, queries, seed, i) for i in wanted]
         chunks.append(np.stack([np.concatenate([d.support, d.query], axis=None) for d in drawn]))
     correct = {k: torch.zeros(tasks, device=accelerator.device) for k in shots}
-    loaded = _progress(accelerator, _images(accelerator, dataset, chunks, workers), f"{ways}-way tasks", len(own))
+    loaded = _progress(
+        accelerator, _images(accelerator, dataset, chunks, workers), f"{ways}-way tasks", len(own)
+    )
     for images, first in zip(loaded, own):
         support, query = images.split((ways * most, ways * queries), 1)  # (chunk, n, 3, H, W)
         support = support.unflatten(1, (ways, most))
         for k in shots:  # the fewer shots of a task are the first among the more
-            torch.manual_seed(launch.mix(seed, k, first))  # augmentations, say, follow from the chunk too
+            # augmentations, say, follow from the chunk too
+            torch.manual_seed(launch.mix(seed, k, first))
             with accelerator.autocast():
                 logits = model.predict(support[:, :, :k].flatten(1, 2), query, ways)
             correct[k][first : first + len(logits)] = _accuracy(logits, queries)
     model.train(training)
-    return {k: Result.of(accelerator.reduce(c, reduction="sum").cpu().double().numpy()) for k, c in correct.items()}
+    return {
+        k: Result.of(accelerator.reduce(c, reduction="sum").cpu().double().numpy())
+        for k, c in correct.items()
+    }
 
 
-def _images(accelerator: Accelerator, dataset: ImageSet, chunks: list[np.ndarray], workers: int) -> Iterator[Tensor]:
+def _images(
+    accelerator: Accelerator, dataset: ImageSet, chunks: list[np.ndarray], workers: int
+) -> Iterator[Tensor]:
     """Images (tasks, n, 3, H, W) of chunks of indices (tasks, n), one chunk after another.
 
-    Pictures are loaded ahead for as many chunks as memory allows, for all if the data set fits: each is read once.
+    Pictures are loaded ahead for as many chunks as memory allows, for all if the data set fits:
+    each is read once.
     """
     if not chunks:  # more processes than chunks
         return
@@ -262,17 +343,28 @@ def _images(accelerator: Accelerator, dataset: ImageSet, chunks: list[np.ndarray
     ahead = len(chunks) if len(dataset) <= room else max(1, room // chunks[0].size)
     for i in range(0, len(chunks), ahead):
         block = chunks[i : i + ahead]
-        indices, places = np.unique(np.concatenate([chunk.ravel() for chunk in block]), return_inverse=True)
-        feed, transform = Feed(device=accelerator.device, workers=workers), transforms.test_transform(dataset)
+        indices, places = np.unique(
+            np.concatenate([chunk.ravel() for chunk in block]), return_inverse=True
+        )
+        feed, transform = (
+            Feed(device=accelerator.device, workers=workers),
+            transforms.test_transform(dataset),
+        )
         loader = episodes.image_loader(dataset, indices, feed, transform, batch_size=BATCH)
         batches = -(-len(indices) // BATCH)
-        images = torch.cat([batch for batch, _ in _progress(accelerator, loader, "images", batches)])
-        for chunk, place in zip(block, np.split(places, np.cumsum([chunk.size for chunk in block])[:-1])):
+        images = torch.cat(
+            [batch for batch, _ in _progress(accelerator, loader, "images", batches)]
+        )
+        for chunk, place in zip(
+            block, np.split(places, np.cumsum([chunk.size for chunk in block])[:-1])
+        ):
             yield images[torch.from_numpy(place)].unflatten(0, chunk.shape)
 
 
 def _accuracy(logits: Tensor, queries: int) -> Tensor:
-    """Percent (tasks,) of right answers in logits (tasks, ways * queries, ways) of class-major queries."""
+    """Percent (tasks,) of right answers in logits (tasks, ways * queries, ways) of class-major
+    queries.
+    """
     labels = torch.arange(logits.shape[-1], device=logits.device).repeat_interleave(queries)
     return (logits.argmax(-1) == labels).float().mean(1) * 100
 

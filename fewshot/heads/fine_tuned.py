@@ -1,28 +1,33 @@
-"""Meta-test by fine-tuning: a new classifier for every task, trained on its support features, all tasks at once.
+"""Meta-test by fine-tuning: a new classifier for every task, trained on its support features, all
+tasks at once.
 
-Baseline and Baseline++ (Chen et al., 2019, https://arxiv.org/abs/1904.04232, section 3) and Negative Margin (Liu et
-al., 2020, https://arxiv.org/abs/2003.12060) meet a task with a classifier initialised at random, which SGD then trains
-on batches of the support features. `linear`, `cosine` and `normalised` compute what torch.optim.SGD would make of
-`nn.Linear`, `heads.CosineLinear` and `heads.NegMargin`, up to rounding, but put the weights together only once, at the
-end. That is exact because SGD never leaves the span of the initial weights and the support features:
+Baseline and Baseline++ (Chen et al., 2019, https://arxiv.org/abs/1904.04232, section 3) and
+Negative Margin (Liu et al., 2020, https://arxiv.org/abs/2003.12060) meet a task with a classifier
+initialised at random, which SGD then trains on batches of the support features. `linear`, `cosine`
+and `normalised` compute what torch.optim.SGD would make of `nn.Linear`, `heads.CosineLinear` and
+`heads.NegMargin`, up to rounding, but put the weights together only once, at the end. That is exact
+because SGD never leaves the span of the initial weights and the support features:
 
-Let w be the weight vector of one class (its bias is the weight of a feature that is always 1), w_0 its initial value
-and x_1 ... x_n the supports' features. The loss sees w only through the products z_i = w x_i, so that a step is
+Let w be the weight vector of one class (its bias is the weight of a feature that is always 1), w_0
+its initial value and x_1 ... x_n the supports' features. The loss sees w only through the products
+z_i = w x_i, so that a step is
 
     q = sum_batch h_i x_i + d w        h_i: derivative of the batch's loss by z_i; d: weight decay
     u = momentum u + damp q            damp: 1 in the first step, as in PyTorch, then 1 - dampening
     w = w - lr u
 
-and w = a w_0 + sum_i b_i x_i at any time. The products z_j, the coefficients b_j and the share a are linear in w, hence
-follow the same three lines, each with its own part of q, which the Gram matrix K_ij = x_i x_j provides:
+and w = a w_0 + sum_i b_i x_i at any time. The products z_j, the coefficients b_j and the share a
+are linear in w, hence follow the same three lines, each with its own part of q, which the Gram
+matrix K_ij = x_i x_j provides:
 
     of w    z_j                           b_j                             a
     of q    sum_batch h_i K_ij + d z_j    h_j (0 out of batch) + d b_j    d a
 
 A step costs n * batch * ways multiplications, however long the features are.
 
-A cosine classifier has logits t g w x / |w| of features x of length 1, with a temperature t and a gain g that is learnt
-or 1. With p_i, the gradient of the batch's loss by logit i (softmax minus target, over the batch's size),
+A cosine classifier has logits t g w x / |w| of features x of length 1, with a temperature t and a
+gain g that is learnt or 1. With p_i, the gradient of the batch's loss by logit i (softmax minus
+target, over the batch's size),
 
     h_i = p_i t g / |w|        d = weight decay - sum_batch h_i z_i / |w|²
     gradient by g = sum_batch p_i z_i t / |w| + weight decay g
@@ -58,16 +63,18 @@ def fit_linear(
 ) -> LinearHeads:
     """Linear classifiers with bias, one for each task, trained on its supports: Baseline.
 
-    What is random, first the initial weights and then the batches, comes from torch's global generator on the CPU. Give
-    some hundred tasks at once: fewer take hardly less time.
+    What is random, first the initial weights and then the batches, comes from torch's global
+    generator on the CPU. Give some hundred tasks at once: fewer take hardly less time.
 
     Args:
         support: features (tasks, ways * shots, D), all shots of class 0 first.
-        steps: of SGD, each on one batch. Every pass over a task's supports takes them in a new random order.
+        steps: of SGD, each on one batch. Every pass over a task's supports takes them in a new
+            random order.
         batch_size: supports in a batch.
         drop_last: whether to leave out the last batch of a pass if it is smaller.
         lr, momentum, dampening, weight_decay: those of torch.optim.SGD.
-        batches: in place of random ones, `steps` tensors (tasks, size) of indices into the supports.
+        batches: in place of random ones, `steps` tensors (tasks, size) of indices into the
+            supports.
         init: in place of `nn.Linear`'s, initial weights (tasks, ways, D) and biases (tasks, ways).
 
     Raises:
@@ -99,7 +106,8 @@ def fit_cosine(
 
     Args:
         temperature: multiplies the cosines.
-        init: in place of `heads.CosineLinear`'s, initial weights (tasks, ways, D) and gains (tasks, ways).
+        init: in place of `heads.CosineLinear`'s, initial weights (tasks, ways, D) and gains (tasks,
+            ways).
 
     The other arguments and the errors are those of `fit_linear`.
     """
@@ -140,7 +148,8 @@ def fit_normalised(
     """
     weight = _uniform(support, ways, support.shape[2]) if init is None else init
     sgd = SGD(lr, momentum, dampening, weight_decay)
-    # added to the norm, 1e-12 does what F.normalize's lower bound of 1e-12 does: it matters to features of 0 alone
+    # added to the norm, 1e-12 does what F.normalize's lower bound of 1e-12 does: it matters to
+    # features of 0 alone
     heads = CosineHeads(support, weight, None, sgd, temperature, eps=1e-12, margin=margin)
     batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
     return _train(heads, batches, steps)
@@ -148,30 +157,47 @@ def fit_normalised(
 
 @torch.no_grad()
 def linear(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
-    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_linear` on the supports."""
+    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_linear` on the
+    supports.
+    """
     return fit_linear(support, ways, **options).logits(query)
 
 
 @torch.no_grad()
 def cosine(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
-    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_cosine` on the supports."""
+    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_cosine` on the
+    supports.
+    """
     return fit_cosine(support, ways, **options).logits(query)
 
 
 @torch.no_grad()
 def normalised(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
-    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_normalised` on the supports."""
+    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_normalised` on the
+    supports.
+    """
     return fit_normalised(support, ways, **options).logits(query)
 
 
-def random_batches(support: Tensor, steps: int, batch_size: int, drop_last: bool) -> Iterator[Tensor]:
-    """`steps` batches, indices (tasks, size) into the supports; for the arguments and the errors see `fit_linear`."""
+def random_batches(
+    support: Tensor, steps: int, batch_size: int, drop_last: bool
+) -> Iterator[Tensor]:
+    """`steps` batches, indices (tasks, size) into the supports; for the arguments and the errors
+    see `fit_linear`.
+    """
     tasks, n = support.shape[:2]
     per_pass = n // batch_size if drop_last else math.ceil(n / batch_size)
     if per_pass == 0:
-        raise InputError(f"{n} supports make no batch of {batch_size}: lower batch_size or unset drop_last")
+        raise InputError(
+            f"{n} supports make no batch of {batch_size}: lower batch_size or unset drop_last"
+        )
     # all passes move to the device at once: a copy between steps would wait for the device
-    orders = torch.rand(math.ceil(steps / per_pass), tasks, n).argsort(2).mT.contiguous().to(support.device)
+    orders = (
+        torch.rand(math.ceil(steps / per_pass), tasks, n)
+        .argsort(2)
+        .mT.contiguous()
+        .to(support.device)
+    )
     for step in range(steps):
         order = orders[step // per_pass]  # (n, tasks)
         first = step % per_pass * batch_size
@@ -179,7 +205,9 @@ def random_batches(support: Tensor, steps: int, batch_size: int, drop_last: bool
 
 
 def _uniform(support: Tensor, *shape: int) -> Tensor:
-    """Weights or biases (tasks, *shape) as PyTorch initialises those of a linear layer on the supports' features."""
+    """Weights or biases (tasks, *shape) as PyTorch initialises those of a linear layer on the
+    supports' features.
+    """
     bound = support.shape[2] ** -0.5
     return torch.empty(len(support), *shape).uniform_(-bound, bound).to(support.device)
 
@@ -195,9 +223,11 @@ class SGD:
 
 
 class GramWeights:
-    """The weight vectors of every task and class under SGD, known only by what the module's recursion follows.
+    """The weight vectors of every task and class under SGD, known only by what the module's
+    recursion follows.
 
-    Tasks are the last dimension of all tensors: the only long one, so that elementwise operations have long rows.
+    Tasks are the last dimension of all tensors: the only long one, so that elementwise operations
+    have long rows.
 
     Args:
         gram: K, inner products (tasks, n, n) of the supports' features.
@@ -216,9 +246,15 @@ class GramWeights:
         self.gram = gram.flatten(0, 1)  # (tasks * n, n)
         self.first_row = n * torch.arange(tasks, device=gram.device)
         products = products.permute(1, 2, 0)
-        self.state = torch.cat([products, torch.zeros_like(products), torch.ones_like(products[:1])])
+        self.state = torch.cat(
+            [products, torch.zeros_like(products), torch.ones_like(products[:1])]
+        )
         self.velocity = torch.zeros_like(self.state)  # u, (2 n + 1, ways, tasks)
-        self.products, self.coefficients, self.share = self.state[:n], self.state[n : 2 * n], self.state[2 * n]
+        self.products, self.coefficients, self.share = (
+            self.state[:n],
+            self.state[n : 2 * n],
+            self.state[2 * n],
+        )
         self.damp = 1.0
 
     def products_of(self, batch: Tensor) -> Tensor:
@@ -248,7 +284,8 @@ class GramWeights:
 
 
 class LinearHeads:
-    """A linear classifier for each task, trained on `support` (tasks, ways * shots, D), class-major.
+    """A linear classifier for each task, trained on `support` (tasks, ways * shots, D),
+    class-major.
 
     Args:
         weight, bias: initial, (tasks, ways, D) and (tasks, ways).
@@ -258,11 +295,15 @@ class LinearHeads:
         self.support, self.weight, self.bias = support, weight, bias
         self.shots = support.shape[1] // weight.shape[1]
         # + 1 and + bias: the feature that is always 1
-        self.weights = GramWeights(_inner(support, support) + 1, _inner(support, weight) + bias[:, None], sgd)
+        self.weights = GramWeights(
+            _inner(support, support) + 1, _inner(support, weight) + bias[:, None], sgd
+        )
         self.decay = bias.new_full((1, 1), sgd.weight_decay)
 
     def step(self, batch: Tensor) -> Tensor:
-        """One step on supports `batch` (tasks, size). Returns their logits (tasks, size, ways) before it."""
+        """One step on supports `batch` (tasks, size). Returns their logits (tasks, size, ways)
+        before it.
+        """
         batch = batch.mT
         logits = self.weights.products_of(batch)
         self.weights.step(batch, _loss_gradient(logits, batch // self.shots), self.decay)
@@ -281,7 +322,8 @@ class LinearHeads:
 
 
 class CosineHeads:
-    """A cosine classifier for each task, trained on `support` (tasks, ways * shots, D), class-major.
+    """A cosine classifier for each task, trained on `support` (tasks, ways * shots, D),
+    class-major.
 
     Args:
         weight: initial, (tasks, ways, D).
@@ -316,7 +358,9 @@ class CosineHeads:
         self.gain_velocity = torch.zeros_like(self.gain)
 
     def step(self, batch: Tensor) -> Tensor:
-        """One step on supports `batch` (tasks, size). Returns their logits (tasks, size, ways) before it."""
+        """One step on supports `batch` (tasks, size). Returns their logits (tasks, size, ways)
+        before it.
+        """
         batch = batch.mT
         labels = batch // self.shots
         products = self.weights.products_of(batch)  # (size, ways, tasks)
@@ -331,14 +375,18 @@ class CosineHeads:
         damp, decay = self.weights.damp, self.sgd.weight_decay
         self.weights.step(batch, gradient * scale, decay - slope * scale / square)
         if self.learns_gain:
-            self.gain_velocity.mul_(self.sgd.momentum).add_(slope * unit + decay * self.gain, alpha=damp)
+            self.gain_velocity.mul_(self.sgd.momentum).add_(
+                slope * unit + decay * self.gain, alpha=damp
+            )
             self.gain.add_(self.gain_velocity, alpha=-self.sgd.lr)
         return logits.permute(2, 0, 1)
 
     def trained(self) -> tuple[Tensor, Tensor]:
         """Weights (tasks, ways, D) and gains (tasks, ways) by now."""
         coefficients = self.weights.coefficients.permute(2, 1, 0) / self.norms.mT
-        weight = self.weights.share.mT[..., None] * self.weight + _inner(coefficients, self.support.mT)
+        weight = self.weights.share.mT[..., None] * self.weight + _inner(
+            coefficients, self.support.mT
+        )
         return weight, self.gain.mT
 
     def logits(self, query: Tensor) -> Tensor:
@@ -358,18 +406,24 @@ class CosineHeads:
         return cross.sum(0) + w.share.square() * self.initial_square
 
 
-def _train(heads: LinearHeads | CosineHeads, batches: Iterable[Tensor], steps: int) -> LinearHeads | CosineHeads:
+def _train(
+    heads: LinearHeads | CosineHeads, batches: Iterable[Tensor], steps: int
+) -> LinearHeads | CosineHeads:
     for _, batch in zip(range(steps), batches, strict=True):
         heads.step(batch)
     return heads
 
 
 def _loss_gradient(logits: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of each task's mean cross-entropy by its logits (size, ways, tasks), for labels (size, tasks)."""
+    """Gradient of each task's mean cross-entropy by its logits (size, ways, tasks), for labels
+    (size, tasks).
+    """
     return logits.softmax(1).scatter_(1, labels[:, None], -1, reduce="add").div_(len(logits))
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products (tasks, n, m) of rows of (tasks, n, D) and (tasks, m, D), in float32 also under autocast."""
+    """Inner products (tasks, n, m) of rows of (tasks, n, D) and (tasks, m, D), in float32 also
+    under autocast.
+    """
     with torch.autocast(a.device.type, enabled=False):
         return a.float() @ b.float().mT

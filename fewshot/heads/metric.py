@@ -1,8 +1,10 @@
-"""Classification heads: metric heads that compare queries with supports, many tasks at once, and trained classifiers.
+"""Classification heads: metric heads that compare queries with supports, many tasks at once, and
+trained classifiers.
 
-Metric heads take support features (tasks, ways * shots, D), all shots of class 0 first, and query features
-(tasks, queries, D), and give logits (tasks, queries, ways). Distances and cosines are computed in float32 at least,
-also under autocast: multiplied by a temperature or squared, bfloat16's three digits would not do.
+Metric heads take support features (tasks, ways * shots, D), all shots of class 0 first, and query
+features (tasks, queries, D), and give logits (tasks, queries, ways). Distances and cosines are
+computed in float32 at least, also under autocast: multiplied by a temperature or squared,
+bfloat16's three digits would not do.
 """
 
 import math
@@ -16,7 +18,9 @@ from fewshot import InputError
 
 
 def class_means(support: Tensor, ways: int) -> Tensor:
-    """Prototypes (tasks, ways, ...): the mean over each class's shots of (tasks, ways * shots, ...)."""
+    """Prototypes (tasks, ways, ...): the mean over each class's shots of (tasks, ways * shots,
+    ...).
+    """
     return support.unflatten(1, (ways, -1)).mean(2)
 
 
@@ -24,18 +28,22 @@ Distance = Literal["scaled", "squared", "euclidean"]
 
 
 def prototype(support: Tensor, query: Tensor, ways: int, distance: Distance = "squared") -> Tensor:
-    """Minus the distance to each class mean: Prototypical Networks (Snell et al., 2017, equations 1 and 2).
+    """Minus the distance to each class mean: Prototypical Networks (Snell et al., 2017, equations 1
+    and 2).
 
     Args:
         support, query, ways: see the module.
-        distance: "squared" Euclidean as in the paper; "scaled", that over the root of the number of features, which
-            changes their unit but lets training begin with small logits, not hundreds; or mmfewshot's "euclidean".
+        distance: "squared" Euclidean as in the paper; "scaled", that over the root of the number of
+            features, which changes their unit but lets training begin with small logits, not
+            hundreds; or mmfewshot's "euclidean".
 
     Raises:
         InputError: there is no such distance.
     """
     if distance not in get_args(Distance):
-        raise InputError(f"no distance is called {distance!r}: choose one of {', '.join(get_args(Distance))}")
+        raise InputError(
+            f"no distance is called {distance!r}: choose one of {', '.join(get_args(Distance))}"
+        )
     squares = squared_distances(query, class_means(support, ways))
     if distance == "euclidean":
         return -squares.clamp(min=1e-12).sqrt()  # sqrt has no gradient at 0
@@ -43,10 +51,11 @@ def prototype(support: Tensor, query: Tensor, ways: int, distance: Distance = "s
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Euclidean distances (tasks, n, m) between rows of (tasks, n, D) and (tasks, m, D), as one matmul.
+    """Squared Euclidean distances (tasks, n, m) between rows of (tasks, n, D) and (tasks, m, D), as
+    one matmul.
 
-    |a - b|² = |a|² - 2 ab + |b|² cancels badly when the rows have much in common, so that is subtracted first: a shift
-    of both leaves the distances alone.
+    |a - b|² = |a|² - 2 ab + |b|² cancels badly when the rows have much in common, so that is
+    subtracted first: a shift of both leaves the distances alone.
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = _at_least_float32(a), _at_least_float32(b)
@@ -59,7 +68,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosines (..., n, m) between rows of (..., n, D) and (..., m, D)."""
     with torch.autocast(a.device.type, enabled=False):
-        return F.normalize(_at_least_float32(a), dim=-1) @ F.normalize(_at_least_float32(b), dim=-1).mT
+        return (
+            F.normalize(_at_least_float32(a), dim=-1) @ F.normalize(_at_least_float32(b), dim=-1).mT
+        )
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -67,19 +78,24 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def matching(support: Tensor, query: Tensor, ways: int, temperature: float = 100.0) -> Tensor:
-    """Log-probabilities of Matching Networks (Vinyals et al., 2016, section 2.1.1), without full context embeddings.
+    """Log-probabilities of Matching Networks (Vinyals et al., 2016, section 2.1.1), without full
+    context embeddings.
 
-    A query attends to all supports by the softmax of `temperature` times the cosine; a class has the mean attention of
-    its shots. The probabilities of a query thus sum to 1 / shots: train with `F.nll_loss`. Attention that underflows
-    has a finite logarithm here, which the logarithm of summed probabilities would not.
+    A query attends to all supports by the softmax of `temperature` times the cosine; a class has
+    the mean attention of its shots. The probabilities of a query thus sum to 1 / shots: train with
+    `F.nll_loss`. Attention that underflows has a finite logarithm here, which the logarithm of
+    summed probabilities would not.
     """
-    attention = (temperature * cosines(query, support)).log_softmax(2)  # (tasks, queries, ways * shots)
+    # (tasks, queries, ways * shots)
+    attention = (temperature * cosines(query, support)).log_softmax(2)
     attention = attention.unflatten(2, (ways, -1))
     return attention.logsumexp(3) - math.log(attention.shape[3])
 
 
 class MetaBaseline(nn.Module):
-    """A learnt temperature times the cosine with each class mean (Chen et al., 2021, https://arxiv.org/abs/2003.04390)."""
+    """A learnt temperature times the cosine with each class mean (Chen et al., 2021,
+    https://arxiv.org/abs/2003.04390).
+    """
 
     def __init__(self, temperature: float = 10.0):
         super().__init__()
@@ -91,14 +107,16 @@ class MetaBaseline(nn.Module):
 
 
 class RelationHead(nn.Module):
-    """A small network that scores pairs of a query's and a class's map (Sung et al., 2018, section 3).
+    """A small network that scores pairs of a query's and a class's map (Sung et al., 2018, section
+    3).
 
     Args:
         channels: of the maps.
         map_size: side of the maps.
         hidden: width of the hidden linear layer.
-        momentum: of the batch norms. With 1, the value of mmfewshot and of the published models, a test uses the
-            statistics of the last training batch alone; PyTorch's 0.1 averages over some ten batches.
+        momentum: of the batch norms. With 1, the value of mmfewshot and of the published models, a
+            test uses the statistics of the last training batch alone; PyTorch's 0.1 averages over
+            some ten batches.
 
     Raises:
         InputError: the maps are too small for the two poolings.
@@ -111,7 +129,9 @@ class RelationHead(nn.Module):
         for _ in range(2):
             side = (side - 2 + 2 * padding) // 2
         if side < 1:
-            raise InputError(f"maps of {map_size} x {map_size} are too small for RelationHead: it needs at least 4 x 4")
+            raise InputError(
+                f"maps of {map_size} x {map_size} are too small for RelationHead: it needs at least 4 x 4"
+            )
         self.conv1 = nn.Conv2d(2 * channels, channels, 3, padding=padding)
         self.norm1 = nn.BatchNorm2d(channels, momentum=momentum)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=padding)
@@ -128,17 +148,22 @@ class RelationHead(nn.Module):
         """Relation scores (tasks, queries, ways), before any sigmoid or softmax.
 
         Args:
-            support: maps (tasks, ways * shots, channels, map_size, map_size); a class is the mean of its shots.
+            support: maps (tasks, ways * shots, channels, map_size, map_size); a class is the mean
+                of its shots.
             query: maps (tasks, queries, channels, map_size, map_size).
         """
         prototypes = class_means(support, ways)
         tasks, queries, channels = query.shape[:3]
-        # The first convolution of a concatenated pair is the sum of two convolutions, of the query and of the class:
-        # these are queries + ways maps to convolve, not queries * ways of twice the channels.
+        # The first convolution of a concatenated pair is the sum of two convolutions, of the query
+        # and of the class: these are queries + ways maps to convolve, not queries * ways of twice
+        # the channels.
         weight, padding = self.conv1.weight, self.conv1.padding
         ours = F.conv2d(query.flatten(0, 1), weight[:, :channels], self.conv1.bias, padding=padding)
         theirs = F.conv2d(prototypes.flatten(0, 1), weight[:, channels:], padding=padding)
-        pairs = ours.unflatten(0, (tasks, queries))[:, :, None] + theirs.unflatten(0, (tasks, ways))[:, None]
+        pairs = (
+            ours.unflatten(0, (tasks, queries))[:, :, None]
+            + theirs.unflatten(0, (tasks, ways))[:, None]
+        )
         x = pairs.flatten(0, 2)  # (tasks * queries * ways, channels, s, s)
         x = F.max_pool2d(F.relu(self.norm1(x)), 2)
         x = F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2)
@@ -147,10 +172,12 @@ class RelationHead(nn.Module):
 
 
 def relation_mse(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean square of sigmoid(score) minus "same class" over all pairs (Sung et al., 2018, equation 2).
+    """Mean square of sigmoid(score) minus "same class" over all pairs (Sung et al., 2018, equation
+    2).
 
     Args:
-        scores: (..., ways). labels: (...), the queries' classes. The mean is the paper's sum over the number of pairs.
+        scores: (..., ways). labels: (...), the queries' classes. The mean is the paper's sum over
+            the number of pairs.
     """
     return F.mse_loss(scores.sigmoid(), F.one_hot(labels, scores.shape[-1]).to(scores.dtype))
 
@@ -158,15 +185,17 @@ def relation_mse(scores: Tensor, labels: Tensor) -> Tensor:
 class CosineLinear(nn.Module):
     """`temperature` times the cosine with each class's weight, times that class's learnt gain.
 
-    The classifier of Baseline++ (Chen et al., 2019, https://arxiv.org/abs/1904.04232, section 3.2), weight-normalised:
-    row c of the weight is weight_g[c] * weight_v[c] / |weight_v[c]|.
+    The classifier of Baseline++ (Chen et al., 2019, https://arxiv.org/abs/1904.04232, section 3.2),
+    weight-normalised: row c of the weight is weight_g[c] * weight_v[c] / |weight_v[c]|.
 
     Args:
         temperature: 2 for up to 200 classes and 10 for more, by default.
         eps: added to the features' norm.
     """
 
-    def __init__(self, in_features: int, classes: int, temperature: float | None = None, eps: float = 1e-5):
+    def __init__(
+        self, in_features: int, classes: int, temperature: float | None = None, eps: float = 1e-5
+    ):
         super().__init__()
         default = 2.0 if classes <= 200 else 10.0
         self.temperature, self.eps = default if temperature is None else temperature, eps
@@ -184,10 +213,11 @@ class CosineLinear(nn.Module):
 
 
 class NegMargin(nn.Module):
-    """A linear classifier with a margin on the true class (Liu et al., 2020, https://arxiv.org/abs/2003.12060).
+    """A linear classifier with a margin on the true class (Liu et al., 2020,
+    https://arxiv.org/abs/2003.12060).
 
-    A negative margin raises the true class's logit in training, so that classes may stay closer to each other, which
-    serves classes not yet seen.
+    A negative margin raises the true class's logit in training, so that classes may stay closer to
+    each other, which serves classes not yet seen.
 
     Args:
         margin: subtracted from the true class's similarity.
@@ -213,7 +243,9 @@ class NegMargin(nn.Module):
         self.weight = nn.Parameter(nn.Linear(in_features, classes, bias=False).weight.detach())
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Features (n, in_features) -> logits (n, classes), with the margin where `labels` (n,) are given."""
+        """Features (n, in_features) -> logits (n, classes), with the margin where `labels` (n,) are
+        given.
+        """
         if self.metric == "cosine":
             similarity = cosines(x, self.weight)
         else:

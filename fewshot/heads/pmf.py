@@ -1,4 +1,6 @@
-"""P>M>F (Hu et al., 2022, https://arxiv.org/abs/2204.07305): pretrained, meta-trained, fine-tuned for every task."""
+"""P>M>F (Hu et al., 2022, https://arxiv.org/abs/2204.07305): pretrained, meta-trained, fine-tuned
+for every task.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ SHIFT = 0.125  # of the side, by which an image is moved at most
 
 
 class PMF(nn.Module):
-    """A backbone compared by cosines with class means, which is fine-tuned on a task's supports before it answers.
+    """A backbone compared by cosines with class means, which is fine-tuned on a task's supports
+    before it answers.
 
     It stays in eval mode in training too: norms keep their statistics, and nothing is dropped.
 
@@ -33,10 +36,14 @@ class PMF(nn.Module):
         InputError: steps or rate are below 0.
     """
 
-    def __init__(self, backbone: nn.Module, *, steps: int = 50, lr: float | Literal["auto"] = "auto"):
+    def __init__(
+        self, backbone: nn.Module, *, steps: int = 50, lr: float | Literal["auto"] = "auto"
+    ):
         super().__init__()
         if steps < 0 or (lr != "auto" and not 0 <= lr < math.inf):
-            raise InputError(f"--test-steps {steps} and --test-lr {lr}: give numbers from 0 on, or the rate auto")
+            raise InputError(
+                f"--test-steps {steps} and --test-lr {lr}: give numbers from 0 on, or the rate auto"
+            )
         self.features, self.steps, self.lr = backbone, steps, lr
         self.scale, self.bias = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(0.0))
         self.eval()
@@ -45,23 +52,29 @@ class PMF(nn.Module):
         return super().train(False)
 
     def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, m, ways) of features (tasks, m, D), the supports (tasks, ways * shots, D) class by class."""
+        """Logits (tasks, m, ways) of features (tasks, m, D), the supports (tasks, ways * shots, D)
+        class by class.
+        """
         return self.scale * (cosines(query, class_means(support, ways)) + self.bias)
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """The same of images (tasks, n, 3, H, W), without fine-tuning: what is meta-trained."""
-        support, query = (self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query))
+        support, query = (
+            self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query)
+        )
         return self.classify(support, query, ways)
 
     @torch.no_grad()
     def predict(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, m, ways) of query images (tasks, m, 3, H, W), one task after another fine-tuned.
+        """Logits (tasks, m, ways) of query images (tasks, m, 3, H, W), one task after another
+        fine-tuned.
 
         Args:
             support: images (tasks, ways * shots, 3, H, W), class by class.
         """
         device = support.device.type
-        # autocast would keep the lower-precision copies of weights that it made before the first step
+        # autocast would keep the lower-precision copies of weights that it made before the first
+        # step
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
             return torch.stack([self._solve(*task, ways) for task in zip(support, query)])
 
@@ -70,12 +83,15 @@ class PMF(nn.Module):
         return self._logits(self.fine_tune(support, ways, lr), support, query, ways)
 
     def choose_lr(self, support: Tensor, ways: int) -> float:
-        """Which of 0 and `RATES` suits supports (ways * shots, 3, H, W): ProtoNet_Auto_Finetune of the official code.
+        """Which of 0 and `RATES` suits supports (ways * shots, 3, H, W): ProtoNet_Auto_Finetune of
+        the official code.
 
-        Fine-tuned on the first support of each class, a rate has to classify more of the others than those before it.
-        With one shot there are no others, and the rate is 0.
+        Fine-tuned on the first support of each class, a rate has to classify more of the others
+        than those before it. With one shot there are no others, and the rate is 0.
         """
-        first, others = (x.flatten(0, 1) for x in support.unflatten(0, (ways, -1)).tensor_split((1,), 1))
+        first, others = (
+            x.flatten(0, 1) for x in support.unflatten(0, (ways, -1)).tensor_split((1,), 1)
+        )
         labels = torch.arange(ways, device=support.device).repeat_interleave(len(others) // ways)
         best, most = 0.0, -1
         for lr in (0.0, *RATES):
@@ -88,12 +104,16 @@ class PMF(nn.Module):
         return best
 
     def fine_tune(self, support: Tensor, ways: int, lr: float) -> Mapping[str, Tensor]:
-        """The backbone's parameters after `steps` of Adam on supports (ways * shots, 3, H, W); it keeps its own.
+        """The backbone's parameters after `steps` of Adam on supports (ways * shots, 3, H, W); it
+        keeps its own.
 
-        The loss is the cross-entropy of augmented supports, all of them at once, compared with the means of the clean
-        ones. Scale and bias stay (the official code's ProtoNet_Finetune).
+        The loss is the cross-entropy of augmented supports, all of them at once, compared with the
+        means of the clean ones. Scale and bias stay (the official code's ProtoNet_Finetune).
         """
-        theta = {name: p.detach().clone().requires_grad_() for name, p in self.features.named_parameters()}
+        theta = {
+            name: p.detach().clone().requires_grad_()
+            for name, p in self.features.named_parameters()
+        }
         optimizer = torch.optim.Adam(theta.values(), lr=lr)
         labels = torch.arange(ways, device=support.device).repeat_interleave(len(support) // ways)
         for _ in range(self.steps if lr else 0):
@@ -104,16 +124,20 @@ class PMF(nn.Module):
             optimizer.step()
         return theta
 
-    def _logits(self, theta: Mapping[str, Tensor], support: Tensor, query: Tensor, ways: int) -> Tensor:
+    def _logits(
+        self, theta: Mapping[str, Tensor], support: Tensor, query: Tensor, ways: int
+    ) -> Tensor:
         """Logits (m, ways) of images of one task by a backbone with the parameters `theta`."""
         features = functional_call(self.features, dict(theta), (torch.cat([support, query]),))
         return self.classify(*features[None].split((len(support), len(query)), 1), ways)[0]
 
 
 def augment(images: Tensor) -> Tensor:
-    """Normalised images (n, 3, H, W) as a step of fine-tuning sees them, by torch's generator of the CPU.
+    """Normalised images (n, 3, H, W) as a step of fine-tuning sees them, by torch's generator of
+    the CPU.
 
-    One time in ten as they are; else flipped, all or none of them, with other colours and moved, each by itself.
+    One time in ten as they are; else flipped, all or none of them, with other colours and moved,
+    each by itself.
     """
     used, flip = torch.rand(2).tolist()
     colours, sides = torch.rand(len(images), 3), torch.tensor(images.shape[-2:])
@@ -129,8 +153,8 @@ def recolour(images: Tensor, uniforms: Tensor) -> Tensor:
     """Change brightness, saturation and contrast, in this order, of normalised images (n, 3, H, W).
 
     Args:
-        uniforms: (n, 3) in [0, 1): brightness rises by u - 1/2, distances to a pixel's grey are multiplied by 2 u, and
-            those to the image's mean by u + 1/2.
+        uniforms: (n, 3) in [0, 1): brightness rises by u - 1/2, distances to a pixel's grey are
+            multiplied by 2 u, and those to the image's mean by u + 1/2.
     """
     brightness, saturation, contrast = uniforms[:, :, None, None, None].unbind(1)
     images = images + (brightness - 0.5)
@@ -139,7 +163,8 @@ def recolour(images: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def translate(images: Tensor, shifts: Tensor) -> Tensor:
-    """Images (n, C, H, W) moved by whole pixels (n, 2): y, x is what was at y + shifts[:, 0], x + shifts[:, 1].
+    """Images (n, C, H, W) moved by whole pixels (n, 2): y, x is what was at y + shifts[:, 0], x +
+    shifts[:, 1].
 
     What comes from beyond the border is 0, the mean colour.
     """

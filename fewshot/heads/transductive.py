@@ -1,19 +1,22 @@
-"""Classifying all queries of a task together, all tasks at once: what queries are like tells what the classes are like.
+"""Classifying all queries of a task together, all tasks at once: what queries are like tells what
+the classes are like.
 
-Methods take features, supports (tasks, ways * shots, D), all shots of class 0 first, and queries (tasks, m, D) in any
-order, and give probabilities (tasks, m, ways), or scores where they say so. How features are prepared decides more than
-the method does:
+Methods take features, supports (tasks, ways * shots, D), all shots of class 0 first, and queries
+(tasks, m, D) in any order, and give probabilities (tasks, m, ways), or scores where they say so.
+How features are prepared decides more than the method does:
 
     SimpleShot, BD-CSPN, LaplacianShot    unit(centred(x, mean of the base classes' features)), known as CL2N
     TIM, alpha-TIM                        unit(x), known as L2N
     PT-MAP                                power(support, query)
 
-Prototypes that stay in the span of a task's features (TIM-ADM, PT-MAP) are known by their coefficients,
-w = sum_i b_i x_i, so that a step costs products with the Gram matrix K_ij = x_i x_j, however long features are:
-x_i w = (K b)_i and |w|² = b K b. Adam's steps leave the span: TIM-GD and alpha-TIM work on the features, which should
-stay in a processor's cache: of 100 x 640, 64 tasks at once were faster than 32, by a seventh, and than 128.
+Prototypes that stay in the span of a task's features (TIM-ADM, PT-MAP) are known by their
+coefficients, w = sum_i b_i x_i, so that a step costs products with the Gram matrix K_ij = x_i x_j,
+however long features are: x_i w = (K b)_i and |w|² = b K b. Adam's steps leave the span: TIM-GD and
+alpha-TIM work on the features, which should stay in a processor's cache: of 100 x 640, 64 tasks at
+once were faster than 32, by a seventh, and than 128.
 
-Inside, classes come before samples, (tasks, ways, samples), for then sums over classes go along rows.
+Inside, classes come before samples, (tasks, ways, samples), for then sums over classes go along
+rows.
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ from fewshot.heads.metric import class_means, cosines, prototype, squared_distan
 
 
 def centred(features: Tensor, mean: Tensor) -> Tensor:
-    """Features (..., D) less `mean` (D,): that of all pictures of the base classes, one vector for all tasks.
+    """Features (..., D) less `mean` (D,): that of all pictures of the base classes, one vector for
+    all tasks.
 
-    A pretrained backbone has no base classes: leave this out, or subtract the mean over a task's own features, which
-    nobody published for these methods.
+    A pretrained backbone has no base classes: leave this out, or subtract the mean over a task's
+    own features, which nobody published for these methods.
     """
     return features - mean
 
@@ -44,25 +48,31 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-def power(support: Tensor, query: Tensor, *, clamp: bool = False, centre: bool = True) -> tuple[Tensor, Tensor]:
-    """PT-MAP's transform of a task's features (tasks, n, D) and (tasks, m, D): Hu et al., 2020, section 3.1.
+def power(
+    support: Tensor, query: Tensor, *, clamp: bool = False, centre: bool = True
+) -> tuple[Tensor, Tensor]:
+    """PT-MAP's transform of a task's features (tasks, n, D) and (tasks, m, D): Hu et al., 2020,
+    section 3.1.
 
-    (x + 1e-6)^½ to unit length, less the mean, to unit length again. Supports and queries have each their own mean.
+    (x + 1e-6)^½ to unit length, less the mean, to unit length again. Supports and queries have each
+    their own mean.
 
     Args:
         clamp: take features below 0 as 0, as easyfsl does.
         centre: False leaves out the means, as easyfsl does.
 
     Raises:
-        InputError: features are below 0 or not numbers, and have no root. Backbones that do not end with a ReLU
-            (ResNet-12 with leaky ones, ViT, ConvNeXt) make such.
+        InputError: features are below 0 or not numbers, and have no root. Backbones that do not end
+            with a ReLU (ResNet-12 with leaky ones, ViT, ConvNeXt) make such.
     """
 
     def transformed(x: Tensor) -> Tensor:
         if clamp:
             x = x.clamp(min=0)
         if not (x >= 0).all():
-            raise InputError("the power transform takes roots, but features are below 0: clamp them or leave it out")
+            raise InputError(
+                "the power transform takes roots, but features are below 0: clamp them or leave it out"
+            )
         x = unit((x + 1e-6).sqrt())
         return unit(x - x.mean(1, keepdim=True)) if centre else x
 
@@ -84,11 +94,17 @@ def _exact(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_exact
 def simple_shot(
-    support: Tensor, query: Tensor, ways: int, *, metric: Literal["euclidean", "cosine"] = "euclidean"
+    support: Tensor,
+    query: Tensor,
+    ways: int,
+    *,
+    metric: Literal["euclidean", "cosine"] = "euclidean",
 ) -> Tensor:
-    """SimpleShot (Wang et al., 2019, https://arxiv.org/abs/1911.04623, section 3): the nearest class mean, inductive.
+    """SimpleShot (Wang et al., 2019, https://arxiv.org/abs/1911.04623, section 3): the nearest
+    class mean, inductive.
 
-    The mean is not brought to unit length again, so that "cosine", which easyfsl has, ranks otherwise but for 1 shot.
+    The mean is not brought to unit length again, so that "cosine", which easyfsl has, ranks
+    otherwise but for 1 shot.
 
     Returns:
         Minus Euclidean distances, or cosines.
@@ -104,12 +120,16 @@ Rectification = Literal["unshifted", "shifted", "easyfsl"]
 
 
 @_exact
-def bd_cspn(support: Tensor, query: Tensor, ways: int, *, version: Rectification = "unshifted") -> Tensor:
-    """BD-CSPN (Liu et al., 2020, https://arxiv.org/abs/1911.10713): class means rectified by all queries, in one step.
+def bd_cspn(
+    support: Tensor, query: Tensor, ways: int, *, version: Rectification = "unshifted"
+) -> Tensor:
+    """BD-CSPN (Liu et al., 2020, https://arxiv.org/abs/1911.10713): class means rectified by all
+    queries, in one step.
 
-    There is no official code. `version` says whose is meant: "unshifted" (Veilleux et al., 2021, whose numbers are
-    published) and "shifted" (Ziko et al., 2020) differ in which queries are compared with the prototypes. A class of
-    uncertain members has a short prototype in both, and short ones are near.
+    There is no official code. `version` says whose is meant: "unshifted" (Veilleux et al., 2021,
+    whose numbers are published) and "shifted" (Ziko et al., 2020) differ in which queries are
+    compared with the prototypes. A class of uncertain members has a short prototype in both, and
+    short ones are near.
 
     Returns:
         Minus Euclidean distances; cosines if `version` is "easyfsl".
@@ -118,7 +138,9 @@ def bd_cspn(support: Tensor, query: Tensor, ways: int, *, version: Rectification
         InputError: there is no such version.
     """
     if version not in get_args(Rectification):
-        raise InputError(f"no version is called {version!r}: choose one of {', '.join(get_args(Rectification))}")
+        raise InputError(
+            f"no version is called {version!r}: choose one of {', '.join(get_args(Rectification))}"
+        )
     prototypes = rectified(support, query, ways, easyfsl=version == "easyfsl")
     if version == "easyfsl":
         return cosines(query, prototypes)
@@ -128,19 +150,24 @@ def bd_cspn(support: Tensor, query: Tensor, ways: int, *, version: Rectification
 
 
 def _shift(support: Tensor, query: Tensor) -> Tensor:
-    """What moves the queries' mean to the supports', (tasks, 1, D), or a prototype the other way if subtracted."""
+    """What moves the queries' mean to the supports', (tasks, 1, D), or a prototype the other way if
+    subtracted.
+    """
     return support.mean(1, keepdim=True) - query.mean(1, keepdim=True)
 
 
 @_exact
 def rectified(support: Tensor, query: Tensor, ways: int, *, easyfsl: bool = False) -> Tensor:
-    """BD-CSPN's prototypes (tasks, ways, D), from the supports, the queries moved by `_shift`, and the class means mu.
+    """BD-CSPN's prototypes (tasks, ways, D), from the supports, the queries moved by `_shift`, and
+    the class means mu.
 
-    Each of them, x, belongs to the class c of the largest cosine with mu_c. The prototype is (1 / |X_c|) sum w(x) x
-    over the X_c that belong to it, w being the softmax over classes of 10 cosines. A class without any keeps its mean.
+    Each of them, x, belongs to the class c of the largest cosine with mu_c. The prototype is (1 /
+    |X_c|) sum w(x) x over the X_c that belong to it, w being the softmax over classes of 10
+    cosines. A class without any keeps its mean.
 
     Args:
-        easyfsl: supports belong to their own class, and w is exp(cosine), divided by its sum over X_c.
+        easyfsl: supports belong to their own class, and w is exp(cosine), divided by its sum over
+            X_c.
     """
     means = class_means(support, ways)
     x = torch.cat([support, query + _shift(support, query)], 1)
@@ -156,7 +183,9 @@ def rectified(support: Tensor, query: Tensor, ways: int, *, easyfsl: bool = Fals
 
 def one_hot(support: Tensor, ways: int) -> Tensor:
     """Labels (ways, n) of supports (tasks, n, D)."""
-    return torch.eye(ways, dtype=support.dtype, device=support.device).repeat_interleave(support.shape[1] // ways, 1)
+    return torch.eye(ways, dtype=support.dtype, device=support.device).repeat_interleave(
+        support.shape[1] // ways, 1
+    )
 
 
 @_exact
@@ -171,25 +200,31 @@ def laplacian_shot(
     shift: bool = True,
     updates: int = 20,
 ) -> Tensor:
-    """LaplacianShot (Ziko et al., 2020, https://arxiv.org/abs/2006.15486, algorithm 1): near queries, the same class.
+    """LaplacianShot (Ziko et al., 2020, https://arxiv.org/abs/2006.15486, algorithm 1): near
+    queries, the same class.
 
-    Y, at first softmax(-a), becomes softmax(-a + lam W Y), a being squared distances to prototypes and W_ij 1 for the
-    nearest other queries j of i. A task stops when its energy, the sum of Y log Y + a Y - lam Y (W Y), changes by less
-    than a millionth in the third update or a later one.
+    Y, at first softmax(-a), becomes softmax(-a + lam W Y), a being squared distances to prototypes
+    and W_ij 1 for the nearest other queries j of i. A task stops when its energy, the sum of Y log
+    Y + a Y - lam Y (W Y), changes by less than a millionth in the third update or a later one.
 
     Args:
-        lam: lambda; by default the published value for ResNet-18 on mini-ImageNet, 0.7 for one shot and 0.3 for more.
-        neighbours: ones in a row of W: one less than the published `knn` of 3, which counts the query itself.
-        rectify: whether prototypes are `rectified` or class means, as in the realistic protocol of Veilleux et al.
-        shift: whether queries are shifted as BD-CSPN does before they are compared with the prototypes; False is the
-            version of Veilleux et al., 2021.
+        lam: lambda; by default the published value for ResNet-18 on mini-ImageNet, 0.7 for one shot
+            and 0.3 for more.
+        neighbours: ones in a row of W: one less than the published `knn` of 3, which counts the
+            query itself.
+        rectify: whether prototypes are `rectified` or class means, as in the realistic protocol of
+            Veilleux et al.
+        shift: whether queries are shifted as BD-CSPN does before they are compared with the
+            prototypes; False is the version of Veilleux et al., 2021.
         updates: at most.
 
     Raises:
         InputError: a task has no more queries than neighbours.
     """
     if query.shape[1] <= neighbours:
-        raise InputError(f"LaplacianShot compares a query with {neighbours} others: {query.shape[1]} are too few")
+        raise InputError(
+            f"LaplacianShot compares a query with {neighbours} others: {query.shape[1]} are too few"
+        )
     if lam is None:
         lam = 0.7 if support.shape[1] == ways else 0.3
     prototypes = rectified(support, query, ways) if rectify else class_means(support, ways)
@@ -197,7 +232,8 @@ def laplacian_shot(
         prototypes = prototypes - _shift(support, query)
     inner = query @ query.mT
     square = inner.diagonal(dim1=1, dim2=2)[:, None]  # (tasks, 1, m)
-    unary = prototypes.square().sum(2, keepdim=True) - 2 * prototypes @ query.mT + square  # (tasks, ways, m)
+    # (tasks, ways, m)
+    unary = prototypes.square().sum(2, keepdim=True) - 2 * prototypes @ query.mT + square
     nearness = 2 * inner - square  # minus squared distances, but for a row's own square
     nearness.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     near = nearness.topk(neighbours, dim=2, sorted=False).indices.mT  # (tasks, neighbours, m)
@@ -214,18 +250,22 @@ def laplacian_shot(
         pulled, before = pull(y), energy
         energy = (y * (y.clamp(min=1e-20).log() + unary - pulled)).sum((1, 2), keepdim=True)
         if update > 1:
-            runs = (energy - before).abs() > 1e-6 * before.abs()  # no more for a task that has stopped
+            # no more for a task that has stopped
+            runs = (energy - before).abs() > 1e-6 * before.abs()
             if not runs.any():
                 break
     return y.mT
 
 
 @_exact
-def tim_gd(support: Tensor, query: Tensor, ways: int, *, temperature: float = 15.0, **options) -> Tensor:
-    """TIM-GD (Boudiaf et al., 2020, https://arxiv.org/abs/2008.11297): mutual information of queries and classes.
+def tim_gd(
+    support: Tensor, query: Tensor, ways: int, *, temperature: float = 15.0, **options
+) -> Tensor:
+    """TIM-GD (Boudiaf et al., 2020, https://arxiv.org/abs/2008.11297): mutual information of
+    queries and classes.
 
-    Probabilities are the softmax of -temperature / 2 |x - w_c|² by prototypes of `tim_prototypes`, with its options.
-    The realistic protocol of Veilleux et al., 2021, has weights (1, 1, 1).
+    Probabilities are the softmax of -temperature / 2 |x - w_c|² by prototypes of `tim_prototypes`,
+    with its options. The realistic protocol of Veilleux et al., 2021, has weights (1, 1, 1).
     """
     prototypes = tim_prototypes(support, query, ways, temperature=temperature, **options)
     return _probabilities(prototypes, query, temperature)
@@ -233,19 +273,29 @@ def tim_gd(support: Tensor, query: Tensor, ways: int, *, temperature: float = 15
 
 @_exact
 def alpha_tim(
-    support: Tensor, query: Tensor, ways: int, *, alpha: float | None = None, temperature: float = 15.0, **options
+    support: Tensor,
+    query: Tensor,
+    ways: int,
+    *,
+    alpha: float | None = None,
+    temperature: float = 15.0,
+    **options,
 ) -> Tensor:
-    """alpha-TIM (Veilleux et al., 2021, https://arxiv.org/abs/2204.11181, section 4): for classes of unequal shares.
+    """alpha-TIM (Veilleux et al., 2021, https://arxiv.org/abs/2204.11181, section 4): for classes
+    of unequal shares.
 
-    TIM-GD with Tsallis' entropies of order `alpha` of the queries, H(p) = (1 - sum_c p_c^alpha) / (alpha - 1), and
-    weights (1, 1, 1). Its alpha was tuned: 2 for one shot, 7 for five and more, 5 between, as here by default. With a
-    large alpha and uncertain predictions entropies are flat, and it may fall below TIM.
+    TIM-GD with Tsallis' entropies of order `alpha` of the queries, H(p) = (1 - sum_c p_c^alpha) /
+    (alpha - 1), and weights (1, 1, 1). Its alpha was tuned: 2 for one shot, 7 for five and more, 5
+    between, as here by default. With a large alpha and uncertain predictions entropies are flat,
+    and it may fall below TIM.
     """
     if alpha is None:
         shots = support.shape[1] // ways
         alpha = 2.0 if shots == 1 else 5.0 if shots < 5 else 7.0
     options = {"weights": (1.0, 1.0, 1.0)} | options
-    prototypes = tim_prototypes(support, query, ways, alpha=alpha, temperature=temperature, **options)
+    prototypes = tim_prototypes(
+        support, query, ways, alpha=alpha, temperature=temperature, **options
+    )
     return _probabilities(prototypes, query, temperature)
 
 
@@ -268,23 +318,29 @@ def tim_prototypes(
     """Prototypes (tasks, ways, D) after Adam's steps from the class means: equations 1 to 3 of TIM.
 
     Args:
-        weights: l of the loss l_0 CE(supports) - l_1 H(mean of queries' p) + l_2 mean of H(queries' p).
+        weights: l of the loss l_0 CE(supports) - l_1 H(mean of queries' p) + l_2 mean of H(queries'
+            p).
         alpha: order of the entropies H, 1 for Shannon's.
-        steps, lr: Adam moves a coordinate by up to `lr` in a step, so that these two belong together.
+        steps, lr: Adam moves a coordinate by up to `lr` in a step, so that these two belong
+            together.
     """
     n, m = support.shape[1], query.shape[1]
     x, labels = torch.cat([support, query], 1), one_hot(support, ways)[:-1]
     # the derivative of a logit by w_c is temperature * (x - w_c)
-    on_supports, on_mean, on_each = (temperature * weight / size for weight, size in zip(weights, (n, m, m)))
+    on_supports, on_mean, on_each = (
+        temperature * weight / size for weight, size in zip(weights, (n, m, m))
+    )
     w = class_means(support, ways)
     adam = torch.optim.Adam([w], lr=lr, fused=True)
-    # of the loss by the logits, times the temperature. A sample's sum to 0, as its logits matter by their differences
-    # alone, so that the last class is left out of products with features
+    # of the loss by the logits, times the temperature. A sample's sum to 0, as its logits matter by
+    # their differences alone, so that the last class is left out of products with features
     slope = x.new_empty(len(x), ways - 1, n + m)
     for _ in range(steps):
         square = temperature / 2 * w.square().sum(2, keepdim=True)
         others = square[:, -1:] - square[:, :-1], w[:, :-1] - w[:, -1:]
-        log_p = F.pad(torch.baddbmm(others[0], others[1], x.mT, alpha=temperature), (0, 0, 0, 1)).log_softmax(1)
+        log_p = F.pad(
+            torch.baddbmm(others[0], others[1], x.mT, alpha=temperature), (0, 0, 0, 1)
+        ).log_softmax(1)
         p = log_p.exp()
         torch.sub(p[:, :-1, :n], labels, out=slope[..., :n]).mul_(on_supports)
         p, log_p = p[..., n:], log_p[..., n:]
@@ -306,8 +362,11 @@ def _with_last(x: Tensor) -> Tensor:
 
 
 @_exact
-def tim_adm(support: Tensor, query: Tensor, ways: int, *, temperature: float = 15.0, **options) -> Tensor:
-    """TIM-ADM (Boudiaf et al., 2020, section 3 and appendix): TIM's loss by alternating minimisation.
+def tim_adm(
+    support: Tensor, query: Tensor, ways: int, *, temperature: float = 15.0, **options
+) -> Tensor:
+    """TIM-ADM (Boudiaf et al., 2020, section 3 and appendix): TIM's loss by alternating
+    minimisation.
 
     Probabilities as in `tim_gd`, by prototypes of `adm_prototypes`, with its options.
     """
@@ -327,13 +386,15 @@ def adm_prototypes(
 ) -> Tensor:
     """Prototypes (tasks, ways, D) after TIM-ADM's steps from the class means.
 
-    A step takes, of all queries x_j with probabilities p_jc, and then of these and the supports s_i with labels y_ic,
+    A step takes, of all queries x_j with probabilities p_jc, and then of these and the supports s_i
+    with labels y_ic,
 
-        q_jc ∝ p_jc^(1 + l_2) / (sum_j p_jc^(1 + l_2))^(l_1 / (l_1 + 1)), so that they sum to 1 over classes
-        w_c = [g sum_i (y_ic s_i + p_ic (w_c - s_i)) + h sum_j (q_jc x_j + p_jc (w_c - x_j))] / d_c
+        q_jc ∝ p_jc^(1 + l_2) / (sum_j p_jc^(1 + l_2))^(l_1 / (l_1 + 1)), so that they sum to 1 over
+        classes w_c = [g sum_i (y_ic s_i + p_ic (w_c - s_i)) + h sum_j (q_jc x_j + p_jc (w_c -
+        x_j))] / d_c
 
-    with d_c = g sum_i y_ic + h sum_j q_jc, g = l_0 / (1 + l_2) and h = supports / queries. Where a class has no
-    queries, rounding errors may grow a millionfold on the way; hence float64.
+    with d_c = g sum_i y_ic + h sum_j q_jc, g = l_0 / (1 + l_2) and h = supports / queries. Where a
+    class has no queries, rounding errors may grow a millionfold on the way; hence float64.
 
     Args:
         weights: l, as in `tim_prototypes`.
@@ -358,7 +419,9 @@ def adm_prototypes(
 
 
 def _gram_logits(b: Tensor, products: Tensor, temperature: float) -> Tensor:
-    """-temperature / 2 |x - w|² less a sample's own part, from coefficients and products (tasks, ways, n + m)."""
+    """-temperature / 2 |x - w|² less a sample's own part, from coefficients and products (tasks,
+    ways, n + m).
+    """
     return temperature * (products - (b * products).sum(2, keepdim=True) / 2)
 
 
@@ -369,20 +432,24 @@ def float64(x: Tensor) -> Tensor:
 
 @_exact
 def pt_map(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
-    """PT-MAP (Hu et al., 2020, https://arxiv.org/abs/2006.03806, algorithm 1): optimal transport of queries to classes.
+    """PT-MAP (Hu et al., 2020, https://arxiv.org/abs/2006.03806, algorithm 1): optimal transport of
+    queries to classes.
 
-    Probabilities are the transport plan by the prototypes of `map_prototypes`, with its options; easyfsl has 10 steps.
-    It gives every class m / ways queries: where they are distributed unequally, that is wrong and costs 17 points.
+    Probabilities are the transport plan by the prototypes of `map_prototypes`, with its options;
+    easyfsl has 10 steps. It gives every class m / ways queries: where they are distributed
+    unequally, that is wrong and costs 17 points.
     """
     return _transported(support, query, ways, **options)[1].mT
 
 
 @_exact
 def map_prototypes(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
-    """PT-MAP's prototypes (tasks, ways, D): `steps` times, class means move by `rate` to those of the transport plan.
+    """PT-MAP's prototypes (tasks, ways, D): `steps` times, class means move by `rate` to those of
+    the transport plan.
 
     Args:
-        options: rate, 0.2; steps, 20; and lam, 10: the plan is that of exp(-lam times squared distances).
+        options: rate, 0.2; steps, 20; and lam, 10: the plan is that of exp(-lam times squared
+            distances).
     """
     return _transported(support, query, ways, **options)[0] @ torch.cat([support, query], 1)
 
@@ -404,12 +471,14 @@ def _transported(
 
 
 def _transport(scores: Tensor, tolerance: float = 1e-6, rounds: int = 1000) -> Tensor:
-    """Sinkhorn's plan (tasks, ways, m) from exp(scores): a query's shares sum to 1, a class's to m / ways.
+    """Sinkhorn's plan (tasks, ways, m) from exp(scores): a query's shares sum to 1, a class's to m
+    / ways.
 
-    A task stops when its queries' sums change by at most `tolerance`, whatever other tasks do. The classes' sums are
-    exact, the queries' approximate.
+    A task stops when its queries' sums change by at most `tolerance`, whatever other tasks do. The
+    classes' sums are exact, the queries' approximate.
     """
-    plan = (scores - scores.amax(1, keepdim=True)).exp()  # a factor of a query's cancels in the first round
+    # a factor of a query's cancels in the first round
+    plan = (scores - scores.amax(1, keepdim=True)).exp()
     share, tiny = plan.shape[2] / plan.shape[1], torch.finfo(plan.dtype).tiny
     rest, which = plan, torch.arange(len(plan), device=plan.device)  # the tasks that go on
     sums = rest.sum(1, keepdim=True)

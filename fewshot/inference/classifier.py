@@ -20,15 +20,18 @@ from fewshot.inference.model import NO_SUPPORTS, Model, Picture, Size, check_siz
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REJECT, NONE = 0.95, "none of these"  # share of the classes' own pictures that are kept; what the others are called
-drawing = RLock()  # whoever draws from a seed has torch's global stream to itself, whichever model it is for
+# share of the classes' own pictures that are kept; what the others are called
+REJECT, NONE = 0.95, "none of these"
+# whoever draws from a seed has torch's global stream to itself, whichever model it is for
+drawing = RLock()
 
 
 class Guess(NamedTuple):
     """What a picture shows: the likeliest class, its probability, and every class's.
 
-    After `Classifier.calibrate` also how far it is from the nearest class, and whether that is beyond the threshold:
-    then it is `rejected`, as none of the classes, whichever is likeliest among them.
+    After `Classifier.calibrate` also how far it is from the nearest class, and whether that is
+    beyond the threshold: then it is `rejected`, as none of the classes, whichever is likeliest
+    among them.
     """
 
     name: str
@@ -45,9 +48,16 @@ class Classifier(Model):
         threshold: distance beyond which a picture is none of the classes; None before `calibrate`.
     """
 
-    def __init__(self, network: nn.Module, state: dict[str, Tensor], about: dict[str, Any], device: Any = "cpu"):
+    def __init__(
+        self,
+        network: nn.Module,
+        state: dict[str, Tensor],
+        about: dict[str, Any],
+        device: Any = "cpu",
+    ):
         super().__init__(network, state, about, device)
-        self.adapts = hasattr(network, "predict")  # all of itself: it has no features apart from a task
+        # all of itself: it has no features apart from a task
+        self.adapts = hasattr(network, "predict")
         self._supports: tuple[Tensor, methods.Groups] | None = None
         self._logits: methods.Adapted | None = None  # of features; of images where it adapts
         self.threshold: float | None = None
@@ -64,16 +74,18 @@ class Classifier(Model):
     ) -> None:
         """Learn classes from supports, instead of those learnt before.
 
-        Methods that fine-tune do it here, with what is random in it drawn from `seed`; MAML and P>M>F adapt at every
-        prediction, MAML since its batch norms see supports and queries together. Where these, or the models of recipes
-        of your own, need as many supports of every class, classes of fewer show some of theirs again.
+        Methods that fine-tune do it here, with what is random in it drawn from `seed`; MAML and
+        P>M>F adapt at every prediction, MAML since its batch norms see supports and queries
+        together. Where these, or the models of recipes of your own, need as many supports of every
+        class, classes of fewer show some of theirs again.
 
         Args:
             images: one or more of every class. labels: the class of each.
             reject: also `calibrate` by this share.
 
         Raises:
-            InputError: no support, not as many labels as images, or more or fewer classes than MAML was trained for.
+            InputError: no support, not as many labels as images, or more or fewer classes than MAML
+                was trained for.
         """
         check_size(size)
         pictures, _ = listed(images)
@@ -81,10 +93,14 @@ class Classifier(Model):
         if not pictures:
             raise InputError("no supports: give one or more pictures of every class")
         if len(labels) != len(pictures):
-            raise InputError(f"{len(pictures)} pictures and {len(labels)} labels: give one label for each picture")
+            raise InputError(
+                f"{len(pictures)} pictures and {len(labels)} labels: give one label for each picture"
+            )
         names = list(dict.fromkeys(labels))
         if self.adapts and len(names) != (ways := getattr(self.network, "ways", len(names))):
-            raise InputError(f"{len(names)} classes of supports: this {self.method} was trained for {ways}")
+            raise InputError(
+                f"{len(names)} classes of supports: this {self.method} was trained for {ways}"
+            )
         x = self.transformed(pictures, size)
         support = x if self.adapts else self.extracted(x)
         groups = [[i for i, label in enumerate(labels) if label == name] for name in names]
@@ -94,7 +110,9 @@ class Classifier(Model):
             self.classes, self.threshold = names, threshold
 
     def adapt(self, support: Tensor, groups: methods.Groups, seed: int = 0) -> None:
-        """Learn classes from supports' features (n, ...), or images where it adapts; `groups` has each class's rows."""
+        """Learn classes from supports' features (n, ...), or images where it adapts; `groups` has
+        each class's rows.
+        """
         if isinstance(self.network, methods.FeatureClassifier):
             with self._drawing(seed):
                 self._logits = self.network.adapt(support, groups)
@@ -113,13 +131,14 @@ class Classifier(Model):
     def calibrate(self, reject: float = REJECT) -> float:
         """From now on tell apart what is none of the classes; returns the threshold.
 
-        A picture's distance is 1 - cosine of its features to the nearest class mean, whatever the method compares. The
-        threshold is the `reject` quantile of the supports' distances to the mean of their class's others, so that about
-        this share of the classes' own pictures is kept. A class of one support has no others: the rest stand for it.
+        A picture's distance is 1 - cosine of its features to the nearest class mean, whatever the
+        method compares. The threshold is the `reject` quantile of the supports' distances to the
+        mean of their class's others, so that about this share of the classes' own pictures is kept.
+        A class of one support has no others: the rest stand for it.
 
         Raises:
-            InputError: there are no supports yet, no class has two, the share is not between 0 and 1, or the method
-                has no features apart from a task (MAML).
+            InputError: there are no supports yet, no class has two, the share is not between 0 and
+                1, or the method has no features apart from a task (MAML).
         """
         with self.lock:
             if self._supports is None:
@@ -129,12 +148,18 @@ class Classifier(Model):
 
     def _threshold(self, support: Tensor, groups: methods.Groups, reject: float) -> float:
         if not 0 < reject <= 1:
-            raise InputError(f"reject {reject}: give the share of the classes' own pictures to keep, say {REJECT}")
+            raise InputError(
+                f"reject {reject}: give the share of the classes' own pictures to keep, say {REJECT}"
+            )
         if self.adapts:
-            raise InputError(f"{self.method} adapts all of itself to a task: it has no features to reject pictures by")
+            raise InputError(
+                f"{self.method} adapts all of itself to a task: it has no features to reject pictures by"
+            )
         several = [support[rows] for rows in groups if len(rows) > 1]
         if not several:
-            raise InputError("to tell apart what is none of the classes, one of them at least needs two supports")
+            raise InputError(
+                "to tell apart what is none of the classes, one of them at least needs two supports"
+            )
         left_out = [_distances(x, (x.sum(0) - x) / (len(x) - 1)).diagonal() for x in several]
         return float(torch.cat(left_out).quantile(reject))
 
@@ -145,7 +170,9 @@ class Classifier(Model):
             yield
 
     @torch.no_grad()
-    def predict(self, images: Picture | Sequence[Picture], *, size: Size = None) -> list[Guess] | Guess:
+    def predict(
+        self, images: Picture | Sequence[Picture], *, size: Size = None
+    ) -> list[Guess] | Guess:
         """The class of each picture; of one alone if it is not a list.
 
         Raises:
@@ -165,7 +192,10 @@ class Classifier(Model):
                 guesses.append(Guess(self.classes[best], table[self.classes[best]], table))
             if self.threshold is not None:
                 far = _distances(query, methods.class_means(*self._supports)).amin(1).tolist()
-                guesses = [g._replace(rejected=d > self.threshold, distance=d) for g, d in zip(guesses, far)]
+                guesses = [
+                    g._replace(rejected=d > self.threshold, distance=d)
+                    for g, d in zip(guesses, far)
+                ]
         return guesses[0] if alone else guesses
 
     def classify(self, query: Tensor) -> Tensor:
@@ -186,18 +216,26 @@ class Classifier(Model):
         """Normalised images (n, 3, H, W) as the method's tests have them."""
         if size == "keep":
             if len({picture.shape for picture in pictures}) > 1:
-                raise InputError("pictures of several sizes cannot be kept as they are: leave size out to resize them")
+                raise InputError(
+                    "pictures of several sizes cannot be kept as they are: leave size out to resize them"
+                )
             return self.normalisation(torch.stack(list(pictures)).to(self.device))
         stored, aspects = self.about.get("stored", 256), [p.shape[2] / p.shape[1] for p in pictures]
         squares = []
         for picture in pictures:  # squashed as the data sets store them
             image = T.to_pil_image(picture).resize((stored, stored), Image.Resampling.BILINEAR)
             squares.append(T.pil_to_tensor(image))
-        transform = (TestCrop if self.about["augment"] else Whole)(self.about["size"], self.normalisation)
-        return transform(torch.stack(squares).to(self.device), torch.tensor(aspects, device=self.device))
+        transform = (TestCrop if self.about["augment"] else Whole)(
+            self.about["size"], self.normalisation
+        )
+        return transform(
+            torch.stack(squares).to(self.device), torch.tensor(aspects, device=self.device)
+        )
 
     def show(self, images: Picture | Sequence[Picture], *, size: Size = None) -> Figure:
-        """A matplotlib figure of the pictures with their classes' probabilities, and which are none of these."""
+        """A matplotlib figure of the pictures with their classes' probabilities, and which are none
+        of these.
+        """
         pictures, _ = listed(images)
         guesses = self.predict(pictures, size=size)
         figure = show.guesses(pictures, [guess.probabilities for guess in guesses])
@@ -206,14 +244,17 @@ class Classifier(Model):
         return figure
 
     def exportable(self) -> nn.Module:
-        """A module that takes normalised images (n, 3, size, size) to the logits of the supports' classes (n, classes).
+        """A module that takes normalised images (n, 3, size, size) to the logits of the supports'
+        classes (n, classes).
 
         Raises:
             InputError: there are no supports yet, or the method does not classify by their means.
         """
         if not isinstance(self.network, methods.ByMeans):
             names = "proto_net, relation_net, meta_baseline and feat"
-            raise InputError(f"{self.method} does not classify by its supports' means: only {names} export")
+            raise InputError(
+                f"{self.method} does not classify by its supports' means: only {names} export"
+            )
         if self._supports is None:
             raise InputError(NO_SUPPORTS)
         return PrototypeNetwork(self.network, methods.class_means(*self._supports))

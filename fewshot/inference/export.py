@@ -9,7 +9,9 @@ from fewshot.detectors.meta_rcnn import MetaRCNN
 
 
 class PrototypeNetwork(nn.Module):
-    """A classifier of `fewshot.methods` with the means (classes, ...) of its supports' features, for `torch.export`."""
+    """A classifier of `fewshot.methods` with the means (classes, ...) of its supports' features,
+    for `torch.export`.
+    """
 
     def __init__(self, network: nn.Module, means: Tensor):
         super().__init__()
@@ -18,14 +20,17 @@ class PrototypeNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (n, 3, size, size) -> logits (n, classes)."""
-        return self.network.classify(self.means[None], self.network.features(images)[None], len(self.means))[0]
+        return self.network.classify(
+            self.means[None], self.network.features(images)[None], len(self.means)
+        )[0]
 
 
 class RoIHead(nn.Module):
     """Meta R-CNN's last layers with the prototypes folded in, for `torch.export`.
 
     Raises:
-        InputError: it is another detector, or aggregates or classifies in its own way, which may not be affine.
+        InputError: it is another detector, or aggregates or classifies in its own way, which may
+            not be affine.
     """
 
     def __init__(self, network: nn.Module):
@@ -44,6 +49,8 @@ class RoIHead(nn.Module):
         self.register_buffer("reg_bias", zero[1].flatten())
 
     def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """RoI vectors (n, D) -> logits (n, classes + 1), background last, and deltas (n, classes, 4)."""
+        """RoI vectors (n, D) -> logits (n, classes + 1), background last, and deltas (n, classes,
+        4).
+        """
         logits = F.linear(queries, self.cls_weight, self.cls_bias)
         return logits, F.linear(queries, self.reg_weight, self.reg_bias).unflatten(1, (-1, 4))

@@ -50,22 +50,40 @@ class HubModel(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         weights.save_state(Path(save_directory) / weights.FILE, self.state, self.about)
         # what the hub looks for to count downloads
-        (Path(save_directory) / "config.json").write_text(json.dumps({"method": self.method}) + "\n")
+        (Path(save_directory) / "config.json").write_text(
+            json.dumps({"method": self.method}) + "\n"
+        )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the model with its card; see huggingface_hub's `ModelHubMixin.push_to_hub` for the options."""
-        options["model_card_kwargs"] = {"repo_id": repo_id} | (options.get("model_card_kwargs") or {})
+        """Upload the model with its card; see huggingface_hub's `ModelHubMixin.push_to_hub` for the
+        options.
+        """
+        options["model_card_kwargs"] = {"repo_id": repo_id} | (
+            options.get("model_card_kwargs") or {}
+        )
         return super().push_to_hub(repo_id, **options)
 
     def generate_model_card(self, repo_id: str = "USER/MODEL", **ignored: Any) -> ModelCard:
-        """What the model is, what it was trained on, and what it reached, from the file's own description."""
+        """What the model is, what it was trained on, and what it reached, from the file's own
+        description.
+        """
         about, args = self.about, self.about.get("args", {})
         task = "object-detection" if "architecture" in about else "image-classification"
         dataset = about.get("dataset") or args.get("dataset") or "unknown"
-        data = ModelCardData(library_name="fewshot", pipeline_tag=task, tags=["few-shot", self.method])
-        rows = {"method": self.method, "data": dataset, "backbone": args.get("backbone") or about.get("architecture")}
+        data = ModelCardData(
+            library_name="fewshot", pipeline_tag=task, tags=["few-shot", self.method]
+        )
+        rows = {
+            "method": self.method,
+            "data": dataset,
+            "backbone": args.get("backbone") or about.get("architecture"),
+        }
         if "stage" in about:
-            rows |= {"stage": about["stage"], "split": args.get("split"), "novel classes": ", ".join(about["novel"])}
+            rows |= {
+                "stage": about["stage"],
+                "split": args.get("split"),
+                "novel classes": ", ".join(about["novel"]),
+            }
             rows |= {"shots": args.get("shots") if about["stage"] != "base" else None}
         rows |= {"classes": ", ".join(about["classes"]) if about.get("classes") else None}
         rows |= _results(about.get("results", {})) | {"commit": about.get("commit")}
@@ -74,14 +92,20 @@ class HubModel(ModelHubMixin):
             template_str=CARD,
             title=_markdown(f"{self.method} on {dataset}"),
             sentence="A few-shot model: it learns classes from a few examples of each.",
-            rows="\n".join(f"| {_markdown(k)} | {_markdown(v)} |" for k, v in rows.items() if v not in (None, "")),
+            rows="\n".join(
+                f"| {_markdown(k)} | {_markdown(v)} |"
+                for k, v in rows.items()
+                if v not in (None, "")
+            ),
             repo_id=repo_id,
             usage=USAGE[task],
         )
 
 
 def _markdown(text: Any) -> str:
-    """Text that means nothing to markdown or HTML, on one line: names are the user's. Within words _ is only itself."""
+    """Text that means nothing to markdown or HTML, on one line: names are the user's. Within words
+    _ is only itself.
+    """
     return re.sub(r"[\\`*<>&|~$#\[\]{}]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split()))
 
 

@@ -42,7 +42,9 @@ def decoded(picture: Picture) -> Tensor:
         picture = picture.permute(2, 0, 1) if picture.ndim == 3 else picture
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
         what = f"{tuple(picture.shape)} of {str(picture.dtype).removeprefix('torch.')}"
-        raise InputError(f"a picture is {what}: give bytes in RGB, as an array (H, W, 3) or a tensor (3, H, W)")
+        raise InputError(
+            f"a picture is {what}: give bytes in RGB, as an array (H, W, 3) or a tensor (3, H, W)"
+        )
     return picture.cpu().contiguous()
 
 
@@ -54,7 +56,9 @@ def listed(pictures: Picture | Sequence[Picture]) -> tuple[list[Tensor], bool]:
 
 def check_size(size: Size) -> None:
     if size not in (None, "keep"):
-        raise InputError(f"size {size!r}: leave it out to resize as in the method's tests, or say keep")
+        raise InputError(
+            f"size {size!r}: leave it out to resize as in the method's tests, or say keep"
+        )
 
 
 class Model(HubModel):
@@ -64,11 +68,19 @@ class Model(HubModel):
         network: with its weights. state, about: what `weights.load` gave.
 
     Attributes:
-        method: the recipe's name. about: all that the file says of itself. classes: that it looks for.
-        network: the model itself, in eval mode. lock: held by the thread that uses or changes what supports taught.
+        method: the recipe's name. about: all that the file says of itself. classes: that it looks
+            for.
+        network: the model itself, in eval mode. lock: held by the thread that uses or changes what
+            supports taught.
     """
 
-    def __init__(self, network: nn.Module, state: dict[str, Tensor], about: dict[str, Any], device: Any = "cpu"):
+    def __init__(
+        self,
+        network: nn.Module,
+        state: dict[str, Tensor],
+        about: dict[str, Any],
+        device: Any = "cpu",
+    ):
         super().__init__(state, about)
         self.device = torch.device(device)
         self.network = network.eval().requires_grad_(False).to(self.device)
@@ -77,7 +89,8 @@ class Model(HubModel):
         self.lock = RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}  # which no copy shares
+        # which no copy shares
+        return {name: value for name, value in vars(self).items() if name != "lock"}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         vars(self).update(kept, lock=RLock())

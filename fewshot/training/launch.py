@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from fewshot import InputError
 
 T = TypeVar("T")
-DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # nothing left, of the disk, of a quota, of what a file may have
+# nothing left, of the disk, of a quota, of what a file may have
+DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 # What torch says when another process is gone, and what that means
 ENDED = {
     "DataLoader worker (pid": "a process that loads data was ended, as the system does when memory is short: give "
@@ -32,7 +33,9 @@ ENDED = {
 
 
 class Signals:
-    """Ctrl-C and SIGTERM: inside a loop they wait for the end of the step, elsewhere, or twice, they end at once."""
+    """Ctrl-C and SIGTERM: inside a loop they wait for the end of the step, elsewhere, or twice,
+    they end at once.
+    """
 
     def __init__(self) -> None:
         self.received, self.waiting = 0, False
@@ -50,13 +53,17 @@ ending = ExitStack()  # what is to be given back when the block of `started` end
 
 @contextmanager
 def started(method: str, args: Any) -> Iterator[Accelerator]:
-    """The Accelerator of this launch, seeded; at the end of the block its trackers and processes are ended.
+    """The Accelerator of this launch, seeded; at the end of the block its trackers and processes
+    are ended.
 
-    Precision, devices and processes come from `accelerate launch` (or its config file), nothing else does. An
-    `InputError`, a loss that is not finite, a full disk, an interruption and another process's end end the program with
-    one line and a status that is not 0; any other exception with its traceback, as it is a mistake of ours.
+    Precision, devices and processes come from `accelerate launch` (or its config file), nothing
+    else does. An `InputError`, a loss that is not finite, a full disk, an interruption and another
+    process's end end the program with one line and a status that is not 0; any other exception with
+    its traceback, as it is a mistake of ours.
     """
-    accelerator = Accelerator(log_with="wandb" if args.wandb else None, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(
+        log_with="wandb" if args.wandb else None, step_scheduler_with_optimizer=False
+    )
     who = "" if accelerator.is_main_process else f" (process {accelerator.process_index})"
     signals.received, signals.waiting, handlers = 0, False, {}
     try:
@@ -67,9 +74,13 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
     try:
         check_together(accelerator)
         if accelerator.gradient_accumulation_steps > 1:
-            raise InputError("gradient accumulation is not supported: leave it out, and give a smaller --batch-size")
+            raise InputError(
+                "gradient accumulation is not supported: leave it out, and give a smaller --batch-size"
+            )
         if args.resume and args.overwrite:
-            raise InputError("--resume goes on with a run, --overwrite begins it anew: give one of them")
+            raise InputError(
+                "--resume goes on with a run, --overwrite begins it anew: give one of them"
+            )
         set_seed(args.seed)
         yield accelerator
         accelerator.end_training()
@@ -90,11 +101,15 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
             raise
         end_trackers(accelerator)
         first = str(error).strip().partition("\n")[0]
-        raise SystemExit(f"error{who}: {reason} ({first}); --resume goes on with {method}") from None
+        raise SystemExit(
+            f"error{who}: {reason} ({first}); --resume goes on with {method}"
+        ) from None
     except KeyboardInterrupt as error:
         end_trackers(accelerator)
         if accelerator.is_main_process:
-            tqdm.write(f"interrupted: {error or f'the same command with --resume goes on with {method}'}")
+            tqdm.write(
+                f"interrupted: {error or f'the same command with --resume goes on with {method}'}"
+            )
         raise SystemExit(128 + (signals.received or signal.SIGINT)) from None
     finally:
         ending.close()
@@ -103,7 +118,9 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
 
 
 def check_together(accelerator: Accelerator) -> None:
-    """Raises InputError if several processes were started of which each would work alone, as on CPUs by default."""
+    """Raises InputError if several processes were started of which each would work alone, as on
+    CPUs by default.
+    """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and accelerator.num_processes == 1:
         raise InputError(
@@ -113,7 +130,9 @@ def check_together(accelerator: Accelerator) -> None:
 
 
 def end_after_another(accelerator: Accelerator, group: torch.distributed.ProcessGroup) -> NoReturn:
-    """Ends this process, quietly, after one that has failed: whoever ends first has the launcher end the others."""
+    """Ends this process, quietly, after one that has failed: whoever ends first has the launcher
+    end the others.
+    """
     try:
         torch.distributed.barrier(group)
     except RuntimeError as error:  # what is waited for: the other has said why, and is gone
@@ -129,7 +148,9 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """work() of the main process, on every process; an `InputError` that it raises is raised on all."""
+    """work() of the main process, on every process; an `InputError` that it raises is raised on
+    all.
+    """
     outcome: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -145,28 +166,33 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def gather_by_id(accelerator: Accelerator, results: dict[Any, T]) -> dict[Any, T]:
     """Merge every process's `{id: result}` into one dict, sorted by id, on every process.
 
-    Keyed by id, the outcome does not depend on how many processes there are or who did what; a picture that two
-    processes both did counts once.
+    Keyed by id, the outcome does not depend on how many processes there are or who did what; a
+    picture that two processes both did counts once.
     """
     merged = {key: value for part in gather_object([results]) for key, value in part.items()}
     return dict(sorted(merged.items()))
 
 
 def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model itself, without Accelerate's and torch.compile's wrappers, its buffers those of the main process.
+    """The model itself, without Accelerate's and torch.compile's wrappers, its buffers those of the
+    main process.
 
-    After a step under DistributedDataParallel batch norms have other statistics on every process; what is tested must
-    be what is saved.
+    After a step under DistributedDataParallel batch norms have other statistics on every process;
+    what is tested must be what is saved.
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     if torch.distributed.is_initialized():
         for buffer in bare.buffers():
-            torch.distributed.broadcast(buffer.view(torch.uint8) if buffer.dtype is torch.bool else buffer, 0)
+            torch.distributed.broadcast(
+                buffer.view(torch.uint8) if buffer.dtype is torch.bool else buffer, 0
+            )
     return bare
 
 
 def on_main_only(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """work() of the main process, there alone; an `InputError` that it raises is raised on all processes."""
+    """work() of the main process, there alone; an `InputError` that it raises is raised on all
+    processes.
+    """
     result: list[T] = []
     on_main(accelerator, lambda: result.append(work()))
     return result[0] if result else None

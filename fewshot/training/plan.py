@@ -1,4 +1,6 @@
-"""What a classifier's run works on and how long it will take: opened, checked and said before its first step."""
+"""What a classifier's run works on and how long it will take: opened, checked and said before its
+first step.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def folder(method: str, args: Any) -> str:
 
 
 def opened(accelerator: Accelerator, args: Any) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """What trains, validates and tests: the splits of `--dataset`, their pictures as `--backbone` and `--size` ask.
+    """What trains, validates and tests: the splits of `--dataset`, their pictures as `--backbone`
+    and `--size` ask.
 
     With `--test-dataset` that one tests instead, its test split or all its class folders.
 
@@ -31,7 +34,9 @@ def opened(accelerator: Accelerator, args: Any) -> tuple[ImageSet, ImageSet, Ima
         InputError: a data set cannot be opened (`open_dataset`), or has too little for the tasks.
     """
     with accelerator.local_main_process_first():  # one process fills the cache
-        sets = open_splits(args.dataset, args.data_root, args.novel, cache=args.cache, **networks.inputs(args))
+        sets = open_splits(
+            args.dataset, args.data_root, args.novel, cache=args.cache, **networks.inputs(args)
+        )
         if args.test_dataset:
             root = args.test_root or args.data_root
             sets = (*sets[:2], open_domain(args.test_dataset, root, sets[0], cache=args.cache))
@@ -51,8 +56,8 @@ def planned(
 ) -> tuple[Schedule, int]:
     """The schedule that `args` ask for, and the steps between validations.
 
-    Own data have `Passes` over their training pictures in place of a length; a training of them that ends before the
-    first `--eval-every` is validated ten times.
+    Own data have `Passes` over their training pictures in place of a length; a training of them
+    that ends before the first `--eval-every` is validated ten times.
 
     Args:
         row: of a recipe's SCHEDULE.
@@ -67,9 +72,14 @@ def planned(
     if own and every > schedule.steps:
         every = max(1, schedule.steps // 10)
     if args.test_dataset:
-        accelerator.print(f"tested on {sets[2].origin}: {len(sets[2])} pictures of {len(sets[2].classes)} classes")
+        accelerator.print(
+            f"tested on {sets[2].origin}: {len(sets[2])} pictures of {len(sets[2].classes)} classes"
+        )
     if not args.test_only:
-        classes = ", ".join(f"{len(part.classes)} to {verb}" for part, verb in zip(sets, ("train", "validate", "test")))
+        classes = ", ".join(
+            f"{len(part.classes)} to {verb}"
+            for part, verb in zip(sets, ("train", "validate", "test"))
+        )
         accelerator.print(
             f"{train_set.origin}: {len(train_set)} pictures; classes: {classes}\n{schedule.steps} steps of {shown} "
             f"pictures: {schedule.steps * shown / len(train_set):.3g} passes; validated every {every}"

@@ -1,4 +1,6 @@
-"""What every recipe needs around its loop: schedule, log, save, resume, report (`folders` has what a folder holds)."""
+"""What every recipe needs around its loop: schedule, log, save, resume, report (`folders` has what
+a folder holds).
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,13 @@ from fewshot.training.launch import on_main
 from fewshot.training.schedule import Schedule
 
 T = TypeVar("T")
-LOG_EVERY = 10  # steps between lines of log.jsonl; also how often the losses are brought from the device
-FAILED = 1000  # above all signals: this and its index is what a process tells the others if its data cannot be read
-TIMED = range(3, 23)  # of a run's steps: what the rest will take is estimated from these; the first ones warm up
+# steps between lines of log.jsonl; also how often the losses are brought from the device
+LOG_EVERY = 10
+# above all signals: this and its index is what a process tells the others if its data cannot be
+# read
+FAILED = 1000
+# of a run's steps: what the rest will take is estimated from these; the first ones warm up
+TIMED = range(3, 23)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -46,7 +52,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def each_seed(args: T) -> Iterator[T]:
-    """`args` for every one of `--seeds`, or as they are; each begins as a run of that `--seed` alone would."""
+    """`args` for every one of `--seeds`, or as they are; each begins as a run of that `--seed`
+    alone would.
+    """
     for one in [replace(args, seed=seed, seeds=()) for seed in args.seeds] or [args]:
         set_seed(one.seed)
         yield one
@@ -60,10 +68,11 @@ class Record:
         method: the recipe's name, written into everything that is saved.
         args: the recipe's dataclass of arguments.
         folder: the run's folder, made when missing, and this run's alone while it lives.
-        model, optimizer: not yet prepared by Accelerate; this does it. A method that trains nothing has no optimizer
-            and no schedule.
+        model, optimizer: not yet prepared by Accelerate; this does it. A method that trains nothing
+            has no optimizer and no schedule.
         schedule: of the training, scaled to what `args` ask for.
-        description: what the saved model says of itself besides method and arguments (classes, normalisation, ...).
+        description: what the saved model says of itself besides method and arguments (classes,
+            normalisation, ...).
         files: json values to keep in the folder from the beginning, such as shots.json.
 
     Attributes:
@@ -72,12 +81,12 @@ class Record:
         step: the number of steps done so far: 0, or where `--resume` found the run.
         about: what the model's file says of itself.
 
-    With `--test-only` nothing is trained, and nothing that training left is changed: there are no steps, `best` is the
-    model in the folder, and the result goes to a file of its own.
+    With `--test-only` nothing is trained, and nothing that training left is changed: there are no
+    steps, `best` is the model in the folder, and the result goes to a file of its own.
 
     Raises:
-        InputError: another process has the folder, it cannot be seen from every machine, or `--resume` meets a run of
-            another recipe or with other arguments.
+        InputError: another process has the folder, it cannot be seen from every machine, or
+            `--resume` meets a run of another recipe or with other arguments.
     """
 
     def __init__(
@@ -105,7 +114,9 @@ class Record:
             self.model = model.to(accelerator.device)
         else:
             scheduler = schedule.of(optimizer)
-            self.model, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
+            self.model, self.optimizer, self.scheduler = accelerator.prepare(
+                model, optimizer, scheduler
+            )
         if self.test_only:
             accelerator.print(f"testing {self.folder}/model.safetensors")
         else:
@@ -149,12 +160,24 @@ class Record:
         elif self.args.resume:
             accelerator.print(f"{self.folder}: no saved state to resume, beginning with step 1")
         if not all(gather_object([(self.folder / "args.json").is_file()])):
-            raise InputError(f"{self.folder} is not seen by every machine: give an --out on a disk that they share")
+            raise InputError(
+                f"{self.folder} is not seen by every machine: give an --out on a disk that they share"
+            )
 
     def _begin(self) -> str:
-        for stale in (*self.folder.glob("test-*"), *self.folder.glob("*.jsonl"), *self.folder.glob("*.png")):
+        for stale in (
+            *self.folder.glob("test-*"),
+            *self.folder.glob("*.jsonl"),
+            *self.folder.glob("*.png"),
+        ):
             stale.unlink(missing_ok=True)
-        for stale in ("metrics.json", "model.safetensors", "shots.json", "detections.json", "tasks.json"):
+        for stale in (
+            "metrics.json",
+            "model.safetensors",
+            "shots.json",
+            "detections.json",
+            "tasks.json",
+        ):
             (self.folder / stale).unlink(missing_ok=True)
         state.remove(self.folder)
         identity = uuid.uuid4().hex[:12]
@@ -167,7 +190,9 @@ class Record:
     def _cut_log(self) -> None:
         """Steps after the save are done again, and a kill may have cut the last line."""
         log, kept = self.folder / "log.jsonl", []
-        for line in log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []:
+        for line in (
+            log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
+        ):
             try:
                 if json.loads(line)["step"] <= self.step:
                     kept.append(line)
@@ -178,17 +203,21 @@ class Record:
         os.replace(temporary, log)
 
     def _begin_wandb(self) -> None:
-        name = str(self.folder.relative_to("runs") if self.folder.is_relative_to("runs") else self.folder)
+        name = str(
+            self.folder.relative_to("runs") if self.folder.is_relative_to("runs") else self.folder
+        )
         about = {"name": name, "dir": str(self.folder)}
         about |= {"name": f"{name} test"} if self.test_only else {"id": self.id, "resume": "allow"}
         config = {"method": self.about["method"], **self.about["args"]}
         self.accelerator.init_trackers("fewshot", config=config, init_kwargs={"wandb": about})
 
     def steps(self, batches: Iterable[T]) -> Iterator[tuple[int, T]]:
-        """(step, batch) for the steps that remain, the first being step `self.step + 1`, with a progress bar.
+        """(step, batch) for the steps that remain, the first being step `self.step + 1`, with a
+        progress bar.
 
-        Every step begins from a seed made of (seed, step, process), so that whatever it draws, a resumed run draws too.
-        Ctrl-C, SIGTERM and data that cannot be read end the loop after the step at hand, whose state is saved.
+        Every step begins from a seed made of (seed, step, process), so that whatever it draws, a
+        resumed run draws too. Ctrl-C, SIGTERM and data that cannot be read end the loop after the
+        step at hand, whose state is saved.
         """
         if self.test_only:
             return
@@ -213,7 +242,8 @@ class Record:
             raise RuntimeError(f"the data ended after step {self.step} of {total}")
 
     def _next(self, batches: Iterator[T]) -> T | None:
-        """The next batch, or None after the last; if any process was told to stop, or has no data, all stop here.
+        """The next batch, or None after the last; if any process was told to stop, or has no data,
+        all stop here.
 
         Raises:
             InputError: this process's data cannot be read; the state of the last step is saved.
@@ -233,9 +263,16 @@ class Record:
         if self.step not in (0, self.saved):
             self._flush()
             self._save_state(self.step)
-        saved = self.step and f"step {self.step} of {self.folder} is saved; the same command with --resume goes on"
+        saved = (
+            self.step
+            and f"step {self.step} of {self.folder} is saved; the same command with --resume goes on"
+        )
         if told == FAILED + self.accelerator.process_index:
-            where = f"met in step {self.step + 1}, {saved}" if saved else f"met in the first step of {self.folder}"
+            where = (
+                f"met in step {self.step + 1}, {saved}"
+                if saved
+                else f"met in the first step of {self.folder}"
+            )
             raise InputError(f"{failure}; {where}") from failure
         if told >= FAILED:
             launch.end_after_another(self.accelerator, self._together)
@@ -249,15 +286,21 @@ class Record:
         if done != TIMED.stop:
             return
         seconds = (time.perf_counter() - self.timed_from) / len(TIMED) * remaining
-        shorter = ": more than a day; fewer steps (--iters), smaller pictures or a GPU make it shorter"
+        shorter = (
+            ": more than a day; fewer steps (--iters), smaller pictures or a GPU make it shorter"
+        )
         if seconds > 60 and self.accelerator.is_main_process:
-            tqdm.write(f"{remaining} more steps take about {_duration(seconds)}{shorter * (seconds > 86400)}")
+            tqdm.write(
+                f"{remaining} more steps take about {_duration(seconds)}{shorter * (seconds > 86400)}"
+            )
 
     def log(self, step: int, losses: Mapping[str, torch.Tensor], ids: Sequence[Any] = ()) -> None:
-        """Remember this step's terms; every tenth step their means over steps and processes go to the log.
+        """Remember this step's terms; every tenth step their means over steps and processes go to
+        the log.
 
         Raises:
-            FloatingPointError: a term is not finite; the message names the step, the term and `ids`.
+            FloatingPointError: a term is not finite; the message names the step, the term and
+                `ids`.
         """
         self.pending.append((step, {name: value.detach() for name, value in losses.items()}, ids))
         if step % LOG_EVERY == 0:
@@ -267,11 +310,15 @@ class Record:
         if not self.pending:
             return
         names = sorted(self.pending[0][1])
-        values = torch.stack([torch.stack([terms[n].float() for n in names]) for _, terms, _ in self.pending])
+        values = torch.stack(
+            [torch.stack([terms[n].float() for n in names]) for _, terms, _ in self.pending]
+        )
         for (step, _, ids), row in zip(self.pending, values.tolist(), strict=True):
             for name, value in zip(names, row, strict=True):
                 if not np.isfinite(value):
-                    seen = f", or look at its images: {', '.join(map(str, ids))}" if len(ids) else ""
+                    seen = (
+                        f", or look at its images: {', '.join(map(str, ids))}" if len(ids) else ""
+                    )
                     raise FloatingPointError(
                         f"{name} is {value} at step {step} of {self.folder}: try a lower --lr{seen}"
                     )
@@ -291,7 +338,8 @@ class Record:
         self.accelerator.log(values, step=step)
 
     def save(self, step: int, score: float | None = None) -> None:
-        """Keep the state for `--resume` in last/ and, if `score` is the best so far or None, model.safetensors.
+        """Keep the state for `--resume` in last/ and, if `score` is the best so far or None,
+        model.safetensors.
 
         Atomic: a run that is killed at any moment finds a whole state.
 
@@ -323,7 +371,9 @@ class Record:
         self.saved = step
 
     def save_model(self, **more: Any) -> None:
-        """Write model.safetensors with its description, to which `more` adds for good; not in `--test-only`."""
+        """Write model.safetensors with its description, to which `more` adds for good; not in
+        `--test-only`.
+        """
         if self.test_only:
             return
         self.about |= more
@@ -345,21 +395,35 @@ class Record:
         return model.eval()
 
     def finish(
-        self, metrics: Mapping[str, Any], files: Mapping[str, Any] | None = None, took: Mapping[str, Any] | None = None
+        self,
+        metrics: Mapping[str, Any],
+        files: Mapping[str, Any] | None = None,
+        took: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the result with the settings it was reached with, and end the run: trackers, lock, memory, seed.
+        """Write the result with the settings it was reached with, and end the run: trackers, lock,
+        memory, seed.
 
-        The result is metrics.json, beside curves.png and `files`: json values, or PIL images for names in .png. A test
-        of a finished run writes test-ID.json, and its files likewise, ID telling its settings apart. After a training
-        the model's file is told the results, without those of single classes. `took`: what else to say of the effort.
+        The result is metrics.json, beside curves.png and `files`: json values, or PIL images for
+        names in .png. A test of a finished run writes test-ID.json, and its files likewise, ID
+        telling its settings apart. After a training the model's file is told the results, without
+        those of single classes. `took`: what else to say of the effort.
         """
         # a folder of class folders has no other name than its place
         place = {"data_root"} if self.about["args"].get("dataset") == "folder" else set()
         trained = {
-            k: v for k, v in self.about["args"].items() if k in place or k not in folders.UNTOLD | folders.TEST_ARGS
+            k: v
+            for k, v in self.about["args"].items()
+            if k in place or k not in folders.UNTOLD | folders.TEST_ARGS
         }
-        settings = {"method": self.about["method"], "seed": self.about["args"]["seed"], "trained": trained}
-        settings |= {"tested": folders.tested(self.args), "run": self._provenance() | dict(took or {})}
+        settings = {
+            "method": self.about["method"],
+            "seed": self.about["args"]["seed"],
+            "trained": trained,
+        }
+        settings |= {
+            "tested": folders.tested(self.args),
+            "run": self._provenance() | dict(took or {}),
+        }
         settings |= {"stage": self.about["stage"]} if "stage" in self.about else {}
         path = folders.result_file(self.args, self.folder)
         if self.test_only:
@@ -371,7 +435,9 @@ class Record:
         if self.accelerator.is_main_process:
             for file, content in (files or {}).items():
                 place = self.folder / (f"{path.stem}-{file}" if self.test_only else file)
-                content.save(place) if place.suffix == ".png" else folders.write_json(place, content)
+                content.save(place) if place.suffix == ".png" else folders.write_json(
+                    place, content
+                )
             if not self.test_only:
                 show.curves(self.folder / "log.jsonl", self.folder / "curves.png")
             folders.write_json(path, {**metrics, "settings": settings})
@@ -379,7 +445,8 @@ class Record:
         self.accelerator.log(_flat(metrics), step=self.step)
         self._log_pictures({k: v for k, v in (files or {}).items() if k.endswith(".png")})
         self.accelerator.print(f"written to {path}")
-        # the next stage starts as if it came alone: with its own tracker, no model of this one, and from the seed
+        # the next stage starts as if it came alone: with its own tracker, no model of this one, and
+        # from the seed
         launch.end_trackers(self.accelerator)
         self.accelerator.free_memory()
         if self.lock is not None:
@@ -389,7 +456,9 @@ class Record:
     def _provenance(self) -> dict[str, Any]:
         """How the numbers came about: the command, the code, the machine, and what it took."""
         device, base = self.accelerator.device, getattr(self.args, "base", None)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
         name = f"{_processor()}, threads: {torch.get_num_threads()}"
         if device.type == "cuda":
             peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)

@@ -1,4 +1,6 @@
-"""A run's state on disk: the last two are kept, with checksums, so that none that is damaged is ever gone on from."""
+"""A run's state on disk: the last two are kept, with checksums, so that none that is damaged is
+ever gone on from.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ RECORD = "record.json"
 
 
 class State(NamedTuple):
-    """Where a state is, the step that it was saved after, the best score until then, and what is wrong with others."""
+    """Where a state is, the step that it was saved after, the best score until then, and what is
+    wrong with others.
+    """
 
     path: Path
     step: int
@@ -52,7 +56,8 @@ def save(accelerator: Accelerator, folder: Path, step: int, best: float | None) 
     failure = None
     try:
         accelerator.save_state(str(temporary))
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a full disk
+    # torch's and safetensors' own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
         failure = str(error).partition("\n")[0]
     failure = next(filter(None, gather_object([failure])), None)
 
@@ -91,12 +96,15 @@ def find(folder: Path, steps: int) -> State | None:
             except (OSError, ValueError) as error:
                 wrong.append(f"{path} is damaged ({error})")
     if wrong:
-        raise InputError(f"{'; '.join(wrong)}: nothing is left to go on from; --overwrite begins anew")
+        raise InputError(
+            f"{'; '.join(wrong)}: nothing is left to go on from; --overwrite begins anew"
+        )
     return None
 
 
 def keep(folder: Path, last: State) -> None:
-    """Make the state that was found, and loaded by every process, the last one; the next save removes the one before.
+    """Make the state that was found, and loaded by every process, the last one; the next save
+    removes the one before.
 
     Else that save would remove the only whole state before its own has its name.
     """
@@ -106,7 +114,9 @@ def keep(folder: Path, last: State) -> None:
 
 
 def _read(path: Path, steps: int) -> dict[str, Any]:
-    """What a state says of itself. Raises OSError or ValueError where that, or a file, is not as it was written."""
+    """What a state says of itself. Raises OSError or ValueError where that, or a file, is not as it
+    was written.
+    """
     record = json.loads((path / RECORD).read_text())
     if not isinstance(record, dict) or not {"step", "best", "files"} <= record.keys():
         raise ValueError(f"{RECORD} is not one of a state's")
