@@ -4,19 +4,18 @@ TIM with entropies of order alpha, which do not ask that every class has as many
 others.
 
     accelerate launch recipes/alpha_tim.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/alpha_tim.py --backbone torchvision/resnet18 --dataset mini_imagenet
-    --imbalance 2
+    accelerate launch recipes/alpha_tim.py --backbone torchvision/resnet18 --dataset mini_imagenet --imbalance 2
 """
 
 from dataclasses import dataclass
 
 import tyro
-from torch import Tensor, nn
 
+from fewshot import heads
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation import frozen
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import transductive
+from fewshot.heads import FewShotClassifier, transductive
 from fewshot.training import folders, launch, run
 
 METHOD = "alpha_tim"  # names runs and models; a copy of this recipe needs a name of its own
@@ -57,19 +56,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class AlphaTIM(nn.Module):
-    tasks_at_once = 64  # whose features stay in a processor's cache through all steps
-
-    def __init__(self, backbone: nn.Module, **options):
-        super().__init__()
-        self.features, self.options = backbone, options
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Probabilities (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = transductive.unit(support), transductive.unit(query)
-        return transductive.alpha_tim(support, query, ways, **self.options)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
@@ -82,13 +68,15 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
     backbone, _, test_set, about = frozen.opened(accelerator, args)
 
     # model
-    model = AlphaTIM(
-        backbone,
+    head = heads.TrainingFree(
+        transductive.alpha_tim,
+        tasks_at_once=64,  # whose features stay in a processor's cache through all steps
         alpha=args.alpha,
         weights=args.loss_weights,
         steps=args.steps,
         temperature=args.temperature,
     )
+    model = FewShotClassifier(backbone, head)
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)
     record.save_model()
 

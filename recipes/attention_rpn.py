@@ -7,8 +7,7 @@ shots the head. No layer belongs to a class, so a new one needs only its support
 
     accelerate launch recipes/attention_rpn.py --shots 10
     accelerate launch recipes/attention_rpn.py --dataset voc --data-root data --split 1 --shots 10
-    accelerate launch recipes/attention_rpn.py --stage finetune --shots 10 --test-only
-    --share-proposals
+    accelerate launch recipes/attention_rpn.py --stage finetune --shots 10 --test-only --share-proposals
 """
 
 from dataclasses import dataclass

@@ -5,8 +5,8 @@ Ordinary training to classify the training classes; in a test task a new linear 
 trained on the supports.
 
     accelerate launch recipes/baseline.py
-    accelerate launch recipes/baseline.py --dataset mini_imagenet --data-root data --backbone
-    resnet12 accelerate launch recipes/baseline.py --test-only --shots 1 5 20
+    accelerate launch recipes/baseline.py --dataset mini_imagenet --data-root data --backbone resnet12
+    accelerate launch recipes/baseline.py --test-only --shots 1 5 20
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
-from fewshot import backbones
+from fewshot import backbones, heads
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import fine_tuned
+from fewshot.heads import SupervisedClassifier
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
 from fewshot.training.schedule import Passes, Schedule
@@ -76,26 +76,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class Baseline(nn.Module):
-    tasks_at_once = 512  # heads that are fine-tuned side by side
-
-    def __init__(self, backbone: nn.Module, classes: int):
-        super().__init__()
-        self.features, self.head = backbone, nn.Linear(backbone.out_features, classes)
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each
-        task's supports.
-        """
-        return fine_tuned.linear(
-            support, query, ways, steps=150 if support.shape[1] == ways else 600
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, classes) of the training classes for images (b, 3, H, W)."""
-        return self.head(self.features(images))
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
@@ -109,7 +89,9 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     schedule, eval_every = planned(accelerator, args, SCHEDULE[train_set.name], sets)
 
     # model
-    model = Baseline(backbones.of(args, train_set.size), len(train_set.classes))
+    backbone = backbones.of(args, train_set.size)
+    head = nn.Linear(backbone.out_features, len(train_set.classes))
+    model = SupervisedClassifier(backbone, head, few_shot=heads.FineTuned("linear"))
     optimizer = torch.optim.SGD(
         run.trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4
     )

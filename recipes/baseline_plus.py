@@ -4,8 +4,8 @@ https://arxiv.org/abs/1904.04232).
 Baseline with cosine classifiers: what counts is the angle between a feature and a class's weights.
 
     accelerate launch recipes/baseline_plus.py
-    accelerate launch recipes/baseline_plus.py --dataset mini_imagenet --data-root data --backbone
-    resnet12 accelerate launch recipes/baseline_plus.py --test-only --test-temperature 10
+    accelerate launch recipes/baseline_plus.py --dataset mini_imagenet --data-root data --backbone resnet12
+    accelerate launch recipes/baseline_plus.py --test-only --test-temperature 10
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,12 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 from fewshot import backbones, heads
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import fine_tuned
+from fewshot.heads import SupervisedClassifier
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
 from fewshot.training.schedule import Passes, Schedule
@@ -77,30 +76,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class BaselinePlus(nn.Module):
-    tasks_at_once = 512  # heads that are fine-tuned side by side
-
-    def __init__(
-        self, backbone: nn.Module, classes: int, temperature: float | None, test_temperature: float
-    ):
-        super().__init__()
-        self.features, self.test_temperature = backbone, test_temperature
-        self.head = heads.CosineLinear(backbone.out_features, classes, temperature)
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each
-        task's supports.
-        """
-        steps = 150 if support.shape[1] == ways else 600
-        return fine_tuned.cosine(
-            support, query, ways, steps=steps, temperature=self.test_temperature
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, classes) of the training classes for images (b, 3, H, W)."""
-        return self.head(self.features(images))
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
@@ -119,7 +94,9 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     temperature = args.temperature or (None if small else 10.0)
     test_temperature = args.test_temperature or (2.0 if small else 5.0)
     backbone = backbones.of(args, train_set.size)
-    model = BaselinePlus(backbone, len(train_set.classes), temperature, test_temperature)
+    head = heads.CosineLinear(backbone.out_features, len(train_set.classes), temperature)
+    few_shot = heads.FineTuned("cosine", test_temperature)
+    model = SupervisedClassifier(backbone, head, few_shot)
     optimizer = torch.optim.SGD(
         run.trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4
     )

@@ -4,20 +4,18 @@ Nothing is trained: class means are rectified by all queries of a task, and quer
 supports are.
 
     accelerate launch recipes/bd_cspn.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/bd_cspn.py --backbone torchvision/resnet18 --dataset mini_imagenet
-    --data-root data
+    accelerate launch recipes/bd_cspn.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
 """
 
 from dataclasses import dataclass
 
-import torch
 import tyro
-from torch import Tensor, nn
 
+from fewshot import heads
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation import frozen
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import transductive
+from fewshot.heads import FewShotClassifier, transductive
 from fewshot.training import folders, launch, run
 
 METHOD = "bd_cspn"  # names runs and models; a copy of this recipe needs a name of its own
@@ -56,20 +54,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class BDCSPN(nn.Module):
-    def __init__(self, backbone: nn.Module, version: transductive.Rectification):
-        super().__init__()
-        self.features, self.version = backbone, version
-        self.register_buffer("mean", torch.zeros(backbone.out_features))
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Scores (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = (
-            transductive.unit(transductive.centred(x, self.mean)) for x in (support, query)
-        )
-        return transductive.bd_cspn(support, query, ways, version=self.version)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
@@ -82,7 +66,8 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
     backbone, base_set, test_set, about = frozen.opened(accelerator, args)
 
     # model
-    model = BDCSPN(backbone, args.version)
+    head = heads.TrainingFree(transductive.bd_cspn, version=args.version)
+    model = FewShotClassifier(backbone, head, centred=True)
     if args.centre if args.centre is not None else args.init:
         model.mean = frozen.base_mean(accelerator, model, base_set, args)
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)

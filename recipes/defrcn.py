@@ -6,8 +6,8 @@ Each sees the trunk's map through an affine layer of its own. Tests can calibrat
 network that never saw the detector (--calibrate).
 
     accelerate launch recipes/defrcn.py --shots 10
-    accelerate launch recipes/defrcn.py --dataset voc --data-root data --split 1 --shots 10
-    --calibrate resnet101 accelerate launch recipes/defrcn.py --stage novel --shots 5
+    accelerate launch recipes/defrcn.py --dataset voc --data-root data --split 1 --shots 10 --calibrate resnet101
+    accelerate launch recipes/defrcn.py --stage novel --shots 5
 
 `--stage finetune` is for all classes (G-FSOD), `--stage novel` for the novel ones alone (FSOD).
 """

@@ -14,13 +14,14 @@ from typing import NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot import backbones, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import feat
+from fewshot.heads import FewShotClassifier
+from fewshot.heads.feat import FEAT
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
 from fewshot.training.schedule import Passes, Schedule
@@ -110,23 +111,12 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class FEAT(nn.Module):
-    def __init__(self, backbone: nn.Module, setting: Setting):
-        super().__init__()
-        self.features = backbone
-        self.head = feat.FEAT(
-            backbone.out_features, setting.temperature, setting.auxiliary_temperature
-        )
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, queries, ways) of features (tasks, n, D), the supports class by class."""
-        return self.head(support, query, ways)
-
+class FEATClassifier(FewShotClassifier):
     def forward(self, support: Tensor, query: Tensor, ways: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of images (tasks, n, 3, H, W), then the auxiliary loss's logits (tasks, all,
-        ways) and labels.
+        """Logits (tasks, queries, ways) of images (tasks, n, 3, H, W), then the auxiliary loss's
+        logits (tasks, all, ways) and labels.
         """
-        support, query = backbones.together(self.features, support, query)
+        support, query = self.embed(support, query)
         return self.classify(support, query, ways), *self.head.auxiliary(support, query, ways)
 
 
@@ -147,7 +137,9 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     schedule, eval_every = planned(accelerator, args, row, sets, pictures=ways * (shots + queries))
 
     # model
-    model = FEAT(backbones.of(args, train_set.size), setting)
+    backbone = backbones.of(args, train_set.size)
+    head = FEAT(backbone.out_features, setting.temperature, setting.auxiliary_temperature)
+    model = FEATClassifier(backbone, head, together=True)
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
     elif not args.test_only:

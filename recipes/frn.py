@@ -6,8 +6,7 @@ regression in closed form. Neither the paper's pre-training, with learnt maps of
 auxiliary loss is here: --init takes a Baseline.
 
     accelerate launch recipes/frn.py
-    accelerate launch recipes/frn.py --dataset mini_imagenet --backbone resnet12 --init
-    MODEL.safetensors
+    accelerate launch recipes/frn.py --dataset mini_imagenet --backbone resnet12 --init MODEL.safetensors
 """
 
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 from fewshot import backbones, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import frn
+from fewshot.heads import FewShotClassifier, frn
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
 from fewshot.training.schedule import Passes, Schedule
@@ -86,22 +84,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class FRN(nn.Module):
-    def __init__(self, backbone: nn.Module, head: nn.Module):
-        super().__init__()
-        self.features, self.head = backbone, head
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, queries, ways) of feature maps (tasks, n, C, s, s), the supports class by
-        class.
-        """
-        return self.head(support, query, ways)
-
-    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """The same of images (tasks, n, 3, H, W)."""
-        return self.classify(*backbones.together(self.features, support, query), ways)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
@@ -125,7 +107,7 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
 
     # model
     backbone = backbones.of(args, train_set.size, pooled=args.backbone == "conv4")
-    model = FRN(*frn.parts(backbone))
+    model = FewShotClassifier(*frn.parts(backbone), together=True)
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
     elif not args.test_only and schedule.lr <= TRAINED.lr:

@@ -6,9 +6,8 @@ more and looser positives, and a contrastive loss pulls RoIs of one class togeth
 classes are told apart.
 
     accelerate launch recipes/fsce.py --shots 10
-    accelerate launch recipes/fsce.py --contrastive off --base
-    runs/tfa/glyphs-split1-small/base/model.safetensors accelerate launch recipes/fsce.py --dataset
-    voc --data-root data --split 1 --shots 10
+    accelerate launch recipes/fsce.py --contrastive off --base runs/tfa/glyphs-split1-small/base/model.safetensors
+    accelerate launch recipes/fsce.py --dataset voc --data-root data --split 1 --shots 10
 """
 
 from dataclasses import dataclass

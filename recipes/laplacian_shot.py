@@ -4,20 +4,18 @@ Nothing is trained: a query belongs to the nearest class mean, and to the same c
 next to it.
 
     accelerate launch recipes/laplacian_shot.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/laplacian_shot.py --backbone torchvision/resnet18 --dataset
-    mini_imagenet --data-root data
+    accelerate launch recipes/laplacian_shot.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
 """
 
 from dataclasses import dataclass
 
-import torch
 import tyro
-from torch import Tensor, nn
 
+from fewshot import heads
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation import frozen
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import transductive
+from fewshot.heads import FewShotClassifier, transductive
 from fewshot.training import folders, launch, run
 
 METHOD = "laplacian_shot"  # names runs and models; a copy of this recipe needs a name of its own
@@ -59,20 +57,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class LaplacianShot(nn.Module):
-    def __init__(self, backbone: nn.Module, **options):
-        super().__init__()
-        self.features, self.options = backbone, options
-        self.register_buffer("mean", torch.zeros(backbone.out_features))
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Probabilities (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = (
-            transductive.unit(transductive.centred(x, self.mean)) for x in (support, query)
-        )
-        return transductive.laplacian_shot(support, query, ways, **self.options)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
@@ -85,9 +69,14 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
     backbone, base_set, test_set, about = frozen.opened(accelerator, args)
 
     # model
-    model = LaplacianShot(
-        backbone, lam=args.lam, neighbours=args.neighbours, rectify=args.rectify, shift=args.shift
+    head = heads.TrainingFree(
+        transductive.laplacian_shot,
+        lam=args.lam,
+        neighbours=args.neighbours,
+        rectify=args.rectify,
+        shift=args.shift,
     )
+    model = FewShotClassifier(backbone, head, centred=True)
     if args.centre if args.centre is not None else args.init:
         model.mean = frozen.base_mean(accelerator, model, base_set, args)
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)

@@ -3,19 +3,19 @@
 Nothing but a task's linear classifier is trained, to the optimum, on features of unit length.
 
     accelerate launch recipes/logistic.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/logistic.py --backbone torchvision/resnet18 --dataset mini_imagenet
-    --data-root data
+    accelerate launch recipes/logistic.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
 """
 
 from dataclasses import dataclass
 
 import tyro
-from torch import Tensor, nn
 
+from fewshot import heads
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation import frozen
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import logistic, transductive
+from fewshot.heads import FewShotClassifier
+from fewshot.heads.logistic import logistic
 from fewshot.training import folders, launch, run
 
 METHOD = "logistic"  # names runs and models; a copy of this recipe needs a name of its own
@@ -53,19 +53,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class Logistic(nn.Module):
-    tasks_at_once = 256  # classifiers that are trained side by side
-
-    def __init__(self, backbone: nn.Module, C: float):
-        super().__init__()
-        self.features, self.C = backbone, C
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = transductive.unit(support), transductive.unit(query)
-        return logistic.logistic(support, query, ways, C=self.C)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
@@ -78,7 +65,9 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
     backbone, _, test_set, about = frozen.opened(accelerator, args)
 
     # model
-    model = Logistic(backbone, args.C)
+    # so many classifiers are trained side by side
+    head = heads.TrainingFree(logistic, tasks_at_once=256, C=args.C)
+    model = FewShotClassifier(backbone, head)
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)
     record.save_model()
 

@@ -5,8 +5,8 @@ A query attends to every support by the softmax of their cosine; a class is as p
 supports are attended to.
 
     accelerate launch recipes/matching_net.py
-    accelerate launch recipes/matching_net.py --dataset mini_imagenet --data-root data --backbone
-    resnet12 accelerate launch recipes/matching_net.py --temperature 10 --iters 500
+    accelerate launch recipes/matching_net.py --dataset mini_imagenet --data-root data --backbone resnet12
+    accelerate launch recipes/matching_net.py --temperature 10 --iters 500
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 from fewshot import backbones, heads
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
+from fewshot.heads import FewShotClassifier
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
 from fewshot.training.schedule import Passes, Schedule
@@ -76,25 +76,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class MatchingNet(nn.Module):
-    def __init__(self, backbone: nn.Module, temperature: float):
-        super().__init__()
-        self.features, self.temperature = backbone, temperature
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Log-probabilities (tasks, queries, ways) of features (tasks, n, D), the supports class by
-        class.
-        """
-        return heads.matching(support, query, ways, self.temperature)
-
-    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """The same of images (tasks, n, 3, H, W)."""
-        support, query = (
-            self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query)
-        )
-        return self.classify(support, query, ways)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
@@ -117,7 +98,8 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     )
 
     # model
-    model = MatchingNet(backbones.of(args, train_set.size), args.temperature)
+    backbone = backbones.of(args, train_set.size)
+    model = FewShotClassifier(backbone, heads.Matching(args.temperature))
     optimizer = torch.optim.Adam(run.trainable(model), lr=schedule.lr)
     record = run.Record(
         accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe()

@@ -14,13 +14,12 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 from fewshot import backbones, heads
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import fine_tuned
+from fewshot.heads import SupervisedClassifier
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
 from fewshot.training.schedule import Passes, Schedule
@@ -80,37 +79,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class NegMargin(nn.Module):
-    tasks_at_once = 512  # heads that are fine-tuned side by side
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        classes: int,
-        margin: float,
-        temperature: float,
-        test_temperature: float,
-    ):
-        super().__init__()
-        self.features, self.test_temperature = backbone, test_temperature
-        self.head = heads.NegMargin(backbone.out_features, classes, margin, temperature)
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, queries, ways) of features (tasks, n, D) by a head fine-tuned on each
-        task's supports.
-        """
-        steps = 150 if support.shape[1] == ways else 600
-        return fine_tuned.normalised(
-            support, query, ways, steps=steps, temperature=self.test_temperature
-        )
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Logits (b, classes) of the training classes for images (b, 3, H, W), with the margin on
-        `labels` (b,).
-        """
-        return self.head(self.features(images), labels)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
@@ -128,9 +96,10 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     if args.margin is None and train_set.name == "tiered_imagenet" and args.backbone != "conv4":
         margin = -0.01
     backbone = backbones.of(args, train_set.size)
-    model = NegMargin(
-        backbone, len(train_set.classes), margin, args.temperature, args.test_temperature
-    )
+    classes = len(train_set.classes)
+    head = heads.NegMargin(backbone.out_features, classes, margin, args.temperature)
+    few_shot = heads.FineTuned("normalised", args.test_temperature)
+    model = SupervisedClassifier(backbone, head, few_shot)
     optimizer = torch.optim.SGD(
         run.trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4
     )

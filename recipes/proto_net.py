@@ -13,12 +13,12 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 from fewshot import backbones, heads, weights
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
+from fewshot.heads import FewShotClassifier
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
 from fewshot.training.schedule import Passes, Schedule
@@ -76,23 +76,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class ProtoNet(nn.Module):
-    def __init__(self, backbone: nn.Module, distance: str):
-        super().__init__()
-        self.features, self.distance = backbone, distance
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Logits (tasks, queries, ways) of features (tasks, n, D), the supports class by class."""
-        return heads.prototype(support, query, ways, self.distance)
-
-    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """The same of images (tasks, n, 3, H, W)."""
-        support, query = (
-            self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query)
-        )
-        return self.classify(support, query, ways)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
@@ -116,7 +99,8 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     schedule = schedule._replace(milestones=args.milestones or schedule.milestones)
 
     # model
-    model = ProtoNet(backbones.of(args, train_set.size), args.distance)
+    backbone = backbones.of(args, train_set.size)
+    model = FewShotClassifier(backbone, heads.Prototype(args.distance))
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
     optimizer = torch.optim.Adam(run.trainable(model), lr=schedule.lr)

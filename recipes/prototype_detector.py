@@ -8,9 +8,8 @@ in DE-ViT without its trained heads (Zhang et al., 2023, https://arxiv.org/abs/2
 masks. To add a class takes as long as to look at its supports.
 
     accelerate launch recipes/tfa.py --stage base
-    accelerate launch recipes/prototype_detector.py --base runs/tfa/glyphs-split1-small/base --shots
-    10 accelerate launch recipes/prototype_detector.py --dataset voc --base coco --backbone
-    timm/vit_small_patch14_dinov2
+    accelerate launch recipes/prototype_detector.py --base runs/tfa/glyphs-split1-small/base --shots 10
+    accelerate launch recipes/prototype_detector.py --dataset voc --base coco --backbone timm/vit_small_patch14_dinov2
 """
 
 import time

@@ -4,19 +4,19 @@ Nothing is trained: features to the power of a half, and queries carried to clas
 gets as many.
 
     accelerate launch recipes/pt_map.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/pt_map.py --backbone torchvision/resnet18 --dataset mini_imagenet
-    --data-root data
+    accelerate launch recipes/pt_map.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import tyro
-from torch import Tensor, nn
 
+from fewshot import heads
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation import frozen
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import transductive
+from fewshot.heads import FewShotClassifier, transductive
 from fewshot.training import folders, launch, run
 
 METHOD = "pt_map"  # names runs and models; a copy of this recipe needs a name of its own
@@ -57,19 +57,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class PTMAP(nn.Module):
-    tasks_at_once = 128  # the transport of a task has only a number for each query and class
-
-    def __init__(self, backbone: nn.Module, clamp: bool, **options):
-        super().__init__()
-        self.features, self.clamp, self.options = backbone, clamp, options
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Probabilities (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = transductive.power(support, query, clamp=self.clamp)
-        return transductive.pt_map(support, query, ways, **self.options)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
@@ -82,7 +69,15 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
     backbone, _, test_set, about = frozen.opened(accelerator, args)
 
     # model
-    model = PTMAP(backbone, args.clamp, steps=args.steps, rate=args.rate, lam=args.lam)
+    head = heads.TrainingFree(
+        transductive.pt_map,
+        partial(transductive.power, clamp=args.clamp),
+        tasks_at_once=128,  # the transport of a task has only a number for each query and class
+        steps=args.steps,
+        rate=args.rate,
+        lam=args.lam,
+    )
+    model = FewShotClassifier(backbone, head)
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)
     record.save_model()
 

@@ -4,8 +4,8 @@ A small network learns to compare: it scores the feature map of a query beside t
 class.
 
     accelerate launch recipes/relation_net.py
-    accelerate launch recipes/relation_net.py --dataset mini_imagenet --data-root data --backbone
-    resnet12 accelerate launch recipes/relation_net.py --loss mse
+    accelerate launch recipes/relation_net.py --dataset mini_imagenet --data-root data --backbone resnet12
+    accelerate launch recipes/relation_net.py --loss mse
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 from fewshot import backbones, heads
 from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
+from fewshot.heads import FewShotClassifier
 from fewshot.training import folders, launch, run
 from fewshot.training.plan import folder, opened, planned
 from fewshot.training.schedule import Passes, Schedule
@@ -77,26 +77,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class RelationNet(nn.Module):
-    def __init__(self, backbone: nn.Module, momentum: float):
-        super().__init__()
-        self.features = backbone
-        self.head = heads.RelationHead(backbone.out_channels, backbone.map_size, momentum=momentum)
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Scores (tasks, queries, ways) of feature maps (tasks, n, C, s, s), the supports class by
-        class.
-        """
-        return self.head(support, query, ways)
-
-    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """The same of images (tasks, n, 3, H, W)."""
-        support, query = (
-            self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query)
-        )
-        return self.classify(support, query, ways)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or folder(METHOD, args)
@@ -119,7 +99,9 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     )
 
     # model
-    model = RelationNet(backbones.of(args, train_set.size, pooled=False), args.momentum)
+    backbone = backbones.of(args, train_set.size, pooled=False)
+    head = heads.RelationHead(backbone.out_channels, backbone.map_size, momentum=args.momentum)
+    model = FewShotClassifier(backbone, head)
     optimizer = torch.optim.Adam(run.trainable(model), lr=schedule.lr)
     record = run.Record(
         accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe()

@@ -4,22 +4,20 @@ Nothing is trained: features of a backbone less the base classes' mean, of unit 
 nearest class mean.
 
     accelerate launch recipes/simple_shot.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/simple_shot.py --backbone torchvision/resnet18 --dataset mini_imagenet
-    --data-root data accelerate launch recipes/simple_shot.py --backbone
-    timm/vit_small_patch14_dinov2.lvd142m --size 224
+    accelerate launch recipes/simple_shot.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
+    accelerate launch recipes/simple_shot.py --backbone timm/vit_small_patch14_dinov2.lvd142m --size 224
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import tyro
-from torch import Tensor, nn
 
+from fewshot import heads
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation import frozen
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import transductive
+from fewshot.heads import FewShotClassifier, transductive
 from fewshot.training import folders, launch, run
 
 METHOD = "simple_shot"  # names runs and models; a copy of this recipe needs a name of its own
@@ -58,20 +56,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class SimpleShot(nn.Module):
-    def __init__(self, backbone: nn.Module, metric: str):
-        super().__init__()
-        self.features, self.metric = backbone, metric
-        self.register_buffer("mean", torch.zeros(backbone.out_features))
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Scores (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = (
-            transductive.unit(transductive.centred(x, self.mean)) for x in (support, query)
-        )
-        return transductive.simple_shot(support, query, ways, metric=self.metric)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
@@ -84,7 +68,8 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
     backbone, base_set, test_set, about = frozen.opened(accelerator, args)
 
     # model
-    model = SimpleShot(backbone, args.metric)
+    head = heads.TrainingFree(transductive.simple_shot, metric=args.metric)
+    model = FewShotClassifier(backbone, head, centred=True)
     if args.centre if args.centre is not None else args.init:
         model.mean = frozen.base_mean(accelerator, model, base_set, args)
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)

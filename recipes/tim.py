@@ -4,20 +4,19 @@ Nothing but a task's class weights is trained, so that queries tell as much as t
 classes.
 
     accelerate launch recipes/tim.py --init runs/baseline/glyphs-conv4-seed0
-    accelerate launch recipes/tim.py --backbone torchvision/resnet18 --dataset mini_imagenet
-    --data-root data
+    accelerate launch recipes/tim.py --backbone torchvision/resnet18 --dataset mini_imagenet --data-root data
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
-from torch import Tensor, nn
 
+from fewshot import heads
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation import frozen
 from fewshot.evaluation.meta_test import meta_test, report
-from fewshot.heads import transductive
+from fewshot.heads import FewShotClassifier, transductive
 from fewshot.training import folders, launch, run
 
 METHOD = "tim"  # names runs and models; a copy of this recipe needs a name of its own
@@ -58,20 +57,6 @@ class Args:
     wandb: bool = False  # log to Weights & Biases
 
 
-class TIM(nn.Module):
-    tasks_at_once = 64  # whose features stay in a processor's cache through all steps
-
-    def __init__(self, backbone: nn.Module, version: str, **options):
-        super().__init__()
-        self.features, self.options = backbone, options
-        self.infer = transductive.tim_gd if version == "gd" else transductive.tim_adm
-
-    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Probabilities (tasks, m, ways) of features (tasks, n, D), the supports class by class."""
-        support, query = transductive.unit(support), transductive.unit(query)
-        return self.infer(support, query, ways, **self.options)
-
-
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
         args.out = args.out or frozen.folder(METHOD, args)
@@ -84,10 +69,15 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
     backbone, _, test_set, about = frozen.opened(accelerator, args)
 
     # model
-    steps = args.steps or (1000 if args.version == "gd" else 150)
-    model = TIM(
-        backbone, args.version, weights=args.loss_weights, steps=steps, temperature=args.temperature
+    head = heads.TrainingFree(
+        transductive.tim,
+        tasks_at_once=64,  # whose features stay in a processor's cache through all steps
+        version=args.version,
+        weights=args.loss_weights,
+        steps=args.steps,
+        temperature=args.temperature,
     )
+    model = FewShotClassifier(backbone, head)
     record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)
     record.save_model()
 

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -185,9 +186,9 @@ def plain_finetune(head: nn.Module, support: Tensor, query: Tensor, shots: int) 
     sgd = torch.optim.SGD(
         head.parameters(), lr=0.01, momentum=0.9, dampening=0.9, weight_decay=1e-3
     )
-    for batch in fine_tuned.random_batches(
-        support[None], 150 if shots == 1 else 600, 4, drop_last=True
-    ):
+    drop_last = not isinstance(head, heads.NegMargin)
+    steps = 150 if shots == 1 else 600
+    for batch in fine_tuned.random_batches(support[None], steps, 4, drop_last):
         loss = F.cross_entropy(head(support[batch[0]]), labels[batch[0]])
         sgd.zero_grad()
         loss.backward()
@@ -203,7 +204,6 @@ def meta_test_rows() -> list[Row]:
     rows = []
     for width in (1600, 640):
         for shots in (1, 5):
-            steps = {"steps": 150 if shots == 1 else 600}
             support = torch.randn(512, WAYS, 1, width) + 0.5 * torch.randn(512, WAYS, shots, width)
             support, query = (
                 support.flatten(1, 2).relu(),
@@ -221,25 +221,21 @@ def meta_test_rows() -> list[Row]:
                     many,
                 ),
                 "linear, fine-tuned": (
-                    lambda s, q, steps=steps: fine_tuned.linear(s, q, WAYS, **steps),
+                    partial(heads.FineTuned("linear"), ways=WAYS),
                     lambda s, q, shots=shots, width=width: plain_finetune(
                         nn.Linear(width, WAYS), s, q, shots
                     ),
                     few,
                 ),
                 "cosine, fine-tuned": (
-                    lambda s, q, steps=steps: fine_tuned.cosine(
-                        s, q, WAYS, temperature=2.0, **steps
-                    ),
+                    partial(heads.FineTuned("cosine", 2.0), ways=WAYS),
                     lambda s, q, shots=shots, width=width: plain_finetune(
                         heads.CosineLinear(width, WAYS, 2.0), s, q, shots
                     ),
                     few,
                 ),
                 "normalised, fine-tuned": (
-                    lambda s, q, steps=steps: fine_tuned.normalised(
-                        s, q, WAYS, temperature=5.0, drop_last=True, **steps
-                    ),
+                    partial(heads.FineTuned("normalised", 5.0), ways=WAYS),
                     lambda s, q, shots=shots, width=width: plain_finetune(
                         heads.NegMargin(width, WAYS, 0.0, 5.0), s, q, shots
                     ),
@@ -266,7 +262,7 @@ def transductive_methods(mean: Tensor) -> dict[str, tuple[Callable, Classifier, 
     """
 
     def cl2n(support: Tensor, query: Tensor) -> Iterator[Tensor]:
-        return (transductive.unit(transductive.centred(x, mean)) for x in (support, query))
+        return (transductive.unit(x - mean) for x in (support, query))
 
     def l2n(support: Tensor, query: Tensor) -> Iterator[Tensor]:
         return (transductive.unit(x) for x in (support, query))

@@ -1,10 +1,8 @@
 """A checkpoint of mmfewshot 0.1.0, published or one's own, as one of this project's self-describing
 files.
 
-    python scripts/convert_mmfewshot.py
-    tfa_r101_fpn_voc-split1_10shot-fine-tuning_20211101_023154-1f3d1ff1.pth python
-    scripts/convert_mmfewshot.py work_dirs/my_run/latest.pth --method matching_net --out
-    matching.safetensors
+    python scripts/convert_mmfewshot.py tfa_r101_fpn_voc-split1_10shot-fine-tuning_20211101_023154-1f3d1ff1.pth
+    python scripts/convert_mmfewshot.py work_dirs/my_run/latest.pth --method matching_net --out matching.safetensors
 
 The result is used with `fewshot.load`, `scripts/predict.py`, or as `--base` of a detector's recipe.
 """

@@ -1,9 +1,8 @@
 """A state dict of torchvision's Faster R-CNN as a base model, for `--base` of TFA, FSCE, MPSR, and
 for `fewshot.load`.
 
-    python scripts/convert_torchvision.py fasterrcnn_resnet50_fpn_coco-258fb6c6.pth --out
-    coco.safetensors python scripts/convert_torchvision.py mine.pth --out mine.safetensors --names
-    kettle teapot
+    python scripts/convert_torchvision.py fasterrcnn_resnet50_fpn_coco-258fb6c6.pth --out coco.safetensors
+    python scripts/convert_torchvision.py mine.pth --out mine.safetensors --names kettle teapot
 
 It is of `fasterrcnn_resnet50_fpn` or `fasterrcnn_mobilenet_v3_large_320_fpn`, with any number of
 classes.

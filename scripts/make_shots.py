@@ -5,8 +5,7 @@ share them.
     python scripts/make_shots.py my_objects --shots 5 all --format coco
     python scripts/make_shots.py voc --data-root data --shots 10 --shot-lists data/few_shot_ann/voc
     python scripts/make_shots.py glyphs --show runs/tfa/glyphs-split1-small/10shot-seed0/shots.json
-    accelerate launch recipes/tfa.py --dataset voc --shots 10 --shot-lists
-    shots/voc-split1/seed0/10shot.json
+    accelerate launch recipes/tfa.py --dataset voc --shots 10 --shot-lists shots/voc-split1/seed0/10shot.json
 
 Every draw is a picture of its objects by class, novel ones orange, and what `--shot-lists` of a
 recipe reads: a shots.json, or a folder with a list per class, as published. A recipe's own draw of

@@ -1,10 +1,9 @@
 """A trained model on your own pictures: class folders of supports in, json and annotated pictures
 out.
 
-    python scripts/predict.py runs/proto_net/glyphs-conv4-seed0 --support known --query new --out
-    predictions python scripts/predict.py runs/attention_rpn/glyphs-split1-small/base --support
-    objects --query photo.jpg python scripts/predict.py runs/tfa/voc-split1/10shot-seed0 --query
-    photos
+    python scripts/predict.py runs/proto_net/glyphs-conv4-seed0 --support known --query new --out predictions
+    python scripts/predict.py runs/attention_rpn/glyphs-split1-small/base --support objects --query photo.jpg
+    python scripts/predict.py runs/tfa/voc-split1/10shot-seed0 --query photos
 
 `--support` holds a folder per class; a new class needs only its folder. For detection a support's
 object is where `name.xml` beside the picture (VOC) or a json file in `--support` (COCO's format)

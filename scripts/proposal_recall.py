@@ -2,8 +2,7 @@
 boxes of a picture.
 
     python scripts/proposal_recall.py runs/tfa/voc-split1-resnet101/base
-    accelerate launch scripts/proposal_recall.py runs/attention_rpn/glyphs-split1-small/10shot-seed0
-    --test-images 100
+    accelerate launch scripts/proposal_recall.py runs/attention_rpn/glyphs-split1-small/10shot-seed0 --test-images 100
 
 What is not proposed is never found, so this says which of the two stages to work on. Base, novel
 and all classes are those of the data that the model was trained on, in their test part.

@@ -12,12 +12,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from runs import QUICK, load, run_here
+from runs import QUICK, run_here
 from safetensors.torch import load_file
 from torch import nn
 
 import fewshot
-from fewshot import InputError, backbones, heads, inference, methods, weights
+from fewshot import InputError, backbones, heads, inference, weights
 from fewshot.backbones.fpn import fpn
 from fewshot.backbones.trunks import c4
 from fewshot.data import detection
@@ -27,7 +27,15 @@ from fewshot.data.pipeline import Pipeline
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.meta_rcnn import MetaRCNN
 from fewshot.detectors.tfa import TFA
-from fewshot.heads import frn
+from fewshot.heads import (
+    CosineLinear,
+    FewShotClassifier,
+    FineTuned,
+    NegMargin,
+    SupervisedClassifier,
+    frn,
+)
+from fewshot.heads.feat import FEAT
 from fewshot.heads.maml import MAML
 
 ROOT = Path(__file__).parents[1]
@@ -41,17 +49,26 @@ ARGS = {
 }
 ARGS |= {"ways": 3, "test_steps": 2, "inner_lr": 0.1}
 WORKED_OUT = {"feat": {"temperature": 64.0}}  # what a recipe adds to its file
-RECIPES = {  # a model of every classifier's recipe, from its module and a backbone
-    "baseline": lambda recipe, backbone: recipe.Baseline(backbone, 6),
-    "baseline_plus": lambda recipe, backbone: recipe.BaselinePlus(backbone, 6, None, 2.0),
-    "neg_margin": lambda recipe, backbone: recipe.NegMargin(backbone, 6, -0.02, 10.0, 2.0),
-    "proto_net": lambda recipe, backbone: recipe.ProtoNet(backbone, "squared"),
-    "matching_net": lambda recipe, backbone: recipe.MatchingNet(backbone, 20.0),
-    "relation_net": lambda recipe, backbone: recipe.RelationNet(backbone, 0.1),
-    "meta_baseline": lambda recipe, backbone: recipe.MetaBaseline(backbone),
-    "maml": lambda recipe, backbone: recipe.MAML(backbone, 3, test_steps=2, lr=0.1),
-    "feat": lambda recipe, backbone: recipe.FEAT(backbone, recipe.PUBLISHED["conv4", 1]),
-    "frn": lambda recipe, backbone: recipe.FRN(*frn.parts(backbones.build("conv4", 32))),
+# a model of every classifier's recipe, by its backbone
+RECIPES = {
+    "baseline": lambda net: SupervisedClassifier(
+        net, nn.Linear(net.out_features, 6), FineTuned("linear")
+    ),
+    "baseline_plus": lambda net: SupervisedClassifier(
+        net, CosineLinear(net.out_features, 6), FineTuned("cosine", 2.0)
+    ),
+    "neg_margin": lambda net: SupervisedClassifier(
+        net, NegMargin(net.out_features, 6, -0.02, 10.0), FineTuned("normalised", 2.0)
+    ),
+    "proto_net": lambda net: FewShotClassifier(net, heads.Prototype("squared")),
+    "matching_net": lambda net: FewShotClassifier(net, heads.Matching(20.0)),
+    "relation_net": lambda net: FewShotClassifier(
+        net, heads.RelationHead(net.out_channels, net.map_size)
+    ),
+    "meta_baseline": lambda net: FewShotClassifier(net, heads.MetaBaseline()),
+    "maml": lambda net: MAML(net, 3, test_steps=2, lr=0.1),
+    "feat": lambda net: FewShotClassifier(net, FEAT(net.out_features)),
+    "frn": lambda net: FewShotClassifier(*frn.parts(net)),
 }
 
 
@@ -75,9 +92,7 @@ def save_classifiers(folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     places = {}
     for method, build in RECIPES.items():
-        model = build(
-            load(method), backbone(pooled=False) if method == "relation_net" else backbone()
-        )
+        model = build(backbone(pooled=method != "relation_net"))
         places[method] = save_classifier(folder / method, method, model)
     return places
 
@@ -165,9 +180,7 @@ def test_classifiers_learn_classes_from_supports(method, runs):
             == guess.probabilities[guess.name]
         )
     # as the recipe's model classifies
-    recipe = RECIPES[method](
-        load(method), backbone(pooled=False) if method == "relation_net" else backbone()
-    )
+    recipe = RECIPES[method](backbone(pooled=method != "relation_net"))
     recipe.load_state_dict(load_file(runs[method] / "model.safetensors"))
     recipe.eval()
     x = [
@@ -280,7 +293,7 @@ def test_a_classifier_of_ones_own(tmp_path):
         fewshot.load(place, model=Angles(backbones.build("resnet12", 32)))
     with pytest.raises(InputError, match=r"sharpness is missing from .*proto"):
         place = save_classifier(
-            tmp_path / "proto", "proto_net", methods.ByMeans(backbone(), heads.prototype)
+            tmp_path / "proto", "proto_net", FewShotClassifier(backbone(), heads.Prototype())
         )
         fewshot.load(place, model=trained)
     with pytest.raises(

@@ -147,21 +147,20 @@ def test_classifier_end_to_end(recipe, tmp_path):
 
 def test_the_documentations_own_recipe_runs(tmp_path):
     """README, "Your own recipe": copy, change ten lines, run, from any folder."""
-    (block,) = [block for block in python_blocks() if "class MyMethod" in block]
+    (block,) = [block for block in python_blocks() if "class Cosine" in block]
     source = (ROOT / "recipes" / "proto_net.py").read_text()
-    source = re.sub(
-        r"class ProtoNet.*?(?=    def forward)", lambda _: block + "\n", source, flags=re.S
-    )
-    built = "MyMethod(backbones.of(args, train_set.size))"
+    built = "FewShotClassifier(backbone, Cosine())"
     assert built in (ROOT / "README.md").read_text()
-    source = re.sub(r"ProtoNet\(backbones.*", built, source)
+    source = re.sub(r"FewShotClassifier\(backbone, .*", built, source)
+    imports = "from torch import Tensor, nn\n\n\n"
+    source = source.replace("def main(", f"{imports}{block}\n\ndef main(", 1)
     (tmp_path / "my_method.py").write_text(source)
     source = source.replace('METHOD = "proto_net"', 'METHOD = "my_method"')
     (tmp_path / "my_method.py").write_text(source)
     command = [sys.executable, str(tmp_path / "my_method.py"), *EPISODIC.split(), "--workers", "0"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     folder = tmp_path / "runs" / "my_method" / "glyphs-conv4-seed0"
-    assert "log_temperature" in load_file(folder / "model.safetensors")
+    assert "head.log_temperature" in load_file(folder / "model.safetensors")
     assert weights.describe_file(folder / "model.safetensors")["method"] == "my_method"
 
 

@@ -10,15 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from runs import load as load_recipe
 from test_scripts import load as load_script
 from torch import Tensor, nn
 
 import fewshot
-from fewshot import InputError, backbones, heads, weights
+from fewshot import InputError, heads, methods, weights
 from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
-from fewshot.heads import frn
 from fewshot.inference import Classifier
 
 predict = load_script("predict")
@@ -116,38 +114,26 @@ def test_the_threshold_is_the_quantile_of_the_supports_left_out_one_by_one():
         strokes().calibrate()
 
 
-METHODS = {
-    "baseline": lambda recipe, net: recipe.Baseline(net, 6),
-    "neg_margin": lambda recipe, net: recipe.NegMargin(net, 6, -0.02, 10.0, 5.0),
-    "proto_net": lambda recipe, net: recipe.ProtoNet(net, "scaled"),
-    "matching_net": lambda recipe, net: recipe.MatchingNet(net, 100.0),
-    "relation_net": lambda recipe, net: recipe.RelationNet(net, 0.1),
-    "meta_baseline": lambda recipe, net: recipe.MetaBaseline(net),
-    "maml": lambda recipe, net: recipe.MAML(net, 3, test_steps=1, lr=0.1),
-    "feat": lambda recipe, net: recipe.FEAT(net, recipe.PUBLISHED["conv4", 1]),
-    "frn": lambda recipe, net: recipe.FRN(*frn.parts(backbones.build("conv4", 32))),
-}
+METHODS = (
+    "baseline neg_margin proto_net matching_net relation_net meta_baseline maml feat frn".split()
+)
 
 
 def saved(method: str, folder: Path) -> Path:
     """A model as its recipe saves it, untrained."""
     torch.manual_seed(0)
-    network = METHODS[method](
-        load_recipe(method), backbones.build("conv4", 32, pooled=method != "relation_net")
-    )
     args = {
         "backbone": "conv4",
         "distance": "scaled",
         "temperature": 100.0,
         "test_temperature": 5.0,
+        "ways": 3,
+        "test_steps": 1,
+        "inner_lr": 0.1,
     }
-    args |= {"ways": 3, "test_steps": 1, "inner_lr": 0.1}
     worked_out = {"temperature": 64.0} if method == "feat" else {}
-    weights.save(
-        folder / "model.safetensors",
-        network,
-        {"method": method, "args": args, **ABOUT, **worked_out},
-    )
+    about = {"method": method, "args": args, **ABOUT, **worked_out}
+    weights.save(folder / "model.safetensors", methods.built(about), about)
     return folder
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naming_rule import array, close, golden, weight
+from runs import metrics, run_here
 from torch import Tensor, nn
 
-from fewshot import InputError, heads
+from fewshot import heads
 from fewshot.heads import fine_tuned
 
 WAYS = 5
@@ -53,22 +54,16 @@ def test_equals_the_reference(name):
     batches = [torch.tensor(batch)[None] for batch in case["batches"]]
     sgd = fine_tuned.SGD(**SGD)
     if cfg["type"] == "LinearHead":
-        init = tuple(stored_start(case))
-        function, more = fine_tuned.linear, {}
-        trainee = fine_tuned.LinearHeads(support, *init, sgd)
+        trainee = fine_tuned.LinearHeads(support, *stored_start(case), sgd)
     elif cfg["type"] == "CosineDistanceHead":
         gain, vectors = stored_start(case)
-        init = vectors, gain[..., 0]
-        function, more = fine_tuned.cosine, {"temperature": 2.0}
-        trainee = fine_tuned.CosineHeads(support, *init, sgd, 2.0, eps=1e-5)
+        trainee = fine_tuned.CosineHeads(support, vectors, gain[..., 0], sgd, 2.0, eps=1e-5)
     else:
         (init,) = stored_start(case)
-        function, more = (
-            fine_tuned.normalised,
-            {"temperature": cfg["temperature"], "margin": cfg["margin"]},
-        )
+        more = {"temperature": cfg["temperature"], "margin": cfg["margin"]}
         trainee = fine_tuned.CosineHeads(support, init, None, sgd, eps=1e-12, **more)
 
+    close(trainee.logits(query)[0].softmax(1), case["query_prob_start"], 1e-5)
     for batch, loss in zip(batches, case["loss_per_step"], strict=True):
         assert F.cross_entropy(trainee.step(batch)[0], labels[batch[0]]).item() == pytest.approx(
             loss, rel=1e-5
@@ -77,11 +72,7 @@ def test_equals_the_reference(name):
     for key, expected in case["params_end"].items():
         ours = trained["other" if key.endswith(("bias", "weight_g")) else "weight"][0]
         close(ours.view(expected["shape"]), expected, 1e-5)
-    for steps, expected in ((0, case["query_prob_start"]), (len(batches), case["query_prob_end"])):
-        logits = function(
-            support, query, WAYS, steps=steps, batches=batches[:steps], init=init, **more
-        )
-        close(logits[0].softmax(1), expected, 1e-5)
+    close(trainee.logits(query)[0].softmax(1), case["query_prob_end"], 1e-5)
 
 
 @pytest.mark.parametrize("shots", [1, 5])
@@ -145,21 +136,32 @@ def plain(
     return initial, torch.stack(logits)
 
 
-KINDS = {  # our function, with what, the plain module, and the names of its initial parameters
-    "linear": (fine_tuned.linear, {}, lambda d: nn.Linear(d, WAYS), ("weight", "bias")),
+KINDS = {  # our classifiers, with what, the plain module, and the names of its initial parameters
+    "linear": (fine_tuned.start_linear, {}, lambda d: nn.Linear(d, WAYS), ("weight", "bias")),
     "cosine": (
-        fine_tuned.cosine,
+        fine_tuned.start_cosine,
         {"temperature": 5.0},
         lambda d: heads.CosineLinear(d, WAYS, 5.0),
         ("weight_v", "weight_g"),
     ),
     "normalised": (
-        fine_tuned.normalised,
+        fine_tuned.start_normalised,
         {"temperature": 10.0, "margin": -0.02},
         lambda d: heads.NegMargin(d, WAYS, -0.02, 10.0),
         ("weight",),
     ),
 }
+
+
+def started(kind: str, support: Tensor, initial: list[dict], sgd: fine_tuned.SGD):
+    """Our classifiers with the initial parameters of these modules, one a task."""
+    _, more, _, names = KINDS[kind]
+    start = [torch.stack([state[name] for state in initial]) for name in names]
+    if kind == "linear":
+        return fine_tuned.LinearHeads(support, *start, sgd)
+    if kind == "cosine":
+        return fine_tuned.CosineHeads(support, start[0], start[1][..., 0], sgd, eps=1e-5, **more)
+    return fine_tuned.CosineHeads(support, start[0], None, sgd, eps=1e-12, **more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,37 +178,41 @@ KINDS = {  # our function, with what, the plain module, and the names of its ini
 )
 def test_equals_torchs_sgd(kind, shots, drop_last, settings):
     torch.manual_seed(0)
-    function, more, make, names = KINDS[kind]
     support, query = episodes(shots)
     batches = list(fine_tuned.random_batches(support, 150, 4, drop_last))
-    initial, expected = plain(make, support, query, batches, **SGD | settings)
-    init = [torch.stack([state[name] for state in initial]) for name in names]
-    if kind == "cosine":
-        init[1] = init[1][..., 0]
-    init = init[0] if kind == "normalised" else tuple(init)
-    logits = function(
-        support, query, WAYS, steps=150, batches=batches, init=init, **more, **settings
-    )
-    start = function(support, query, WAYS, steps=0, batches=[], init=init, **more)
-    assert (start - expected).abs().max() > 0.1  # it has learnt
-    close(logits, expected.tolist(), 1e-4)
+    initial, expected = plain(KINDS[kind][2], support, query, batches, **SGD | settings)
+
+    ours = started(kind, support, initial, fine_tuned.SGD(**settings))
+    assert (ours.logits(query) - expected).abs().max() > 0.1  # it has something to learn
+    close(fine_tuned.train(ours, batches).logits(query), expected.tolist(), 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_numbers_follow_from_torchs_seed(kind):
-    function, more, *_ = KINDS[kind]
     support, query = episodes(5)
+    head = heads.FineTuned(kind, temperature=5.0)
 
     def logits(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return function(support, query, WAYS, steps=10, **more)
+        return head(support, query, WAYS)
 
     assert torch.equal(logits(1), logits(1))
     assert not torch.allclose(logits(1), logits(2))
-    torch.manual_seed(1)
-    batches = list(fine_tuned.random_batches(support, 10, 4, True))
-    same_orders = function(support, query, WAYS, steps=10, batches=batches, **more)
-    assert not torch.allclose(logits(1), same_orders)
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize(("kind", "drop_last"), [("linear", 1), ("cosine", 1), ("normalised", 0)])
+def test_the_head_takes_the_published_steps(kind, drop_last, shots):
+    """150 or 600 of them, on batches of 4, after the initial weights are drawn."""
+    support, query = episodes(shots)
+    torch.manual_seed(0)
+    found = heads.FineTuned(kind, temperature=5.0)(support, query, WAYS)
+    torch.manual_seed(0)
+    more = {} if kind == "linear" else {"temperature": 5.0}
+    start = KINDS[kind][0](support, WAYS, **more)
+    steps = 150 if shots == 1 else 600
+    batches = fine_tuned.random_batches(support, steps, 4, bool(drop_last))
+    assert torch.equal(found, fine_tuned.train(start, batches).logits(query))
 
 
 def test_initial_weights_are_pytorchs():
@@ -218,9 +224,9 @@ def test_initial_weights_are_pytorchs():
 
     def start(function, **more) -> Tensor:
         torch.manual_seed(0)
-        return function(support, query, WAYS, steps=0, **more)
+        return function(support, WAYS, **more).logits(query)
 
-    biases, weights = start(fine_tuned.linear).split([1, d], dim=1)
+    biases, weights = start(fine_tuned.start_linear).split([1, d], dim=1)
     weights = weights - biases
     bound = d**-0.5
     for values in (biases, weights):
@@ -230,9 +236,9 @@ def test_initial_weights_are_pytorchs():
             [-0.5, 0, 0.5], abs=0.15 if values is biases else 0.03
         )
     # the same draws, with the gain that leaves a weight as it is, and without
-    cosines = start(fine_tuned.cosine, temperature=2.0)[:, 1:]
+    cosines = start(fine_tuned.start_cosine, temperature=2.0)[:, 1:]
     assert torch.allclose(cosines, 2 * weights / (1 + 1e-5), atol=1e-6)
-    normalised = start(fine_tuned.normalised, temperature=2.0)[:, 1:]
+    normalised = start(fine_tuned.start_normalised, temperature=2.0)[:, 1:]
     assert torch.allclose(normalised, 2 * F.normalize(weights, dim=1), atol=1e-6)
 
 
@@ -260,12 +266,12 @@ def test_a_pass_takes_every_support_once_in_an_order_of_each_task():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stays_in_float32_and_out_of_autograd(kind):
-    function, more, *_ = KINDS[kind]
     support, query = episodes(5)
+    head = heads.FineTuned(kind, temperature=5.0)
 
     def logits(x: Tensor) -> Tensor:
         torch.manual_seed(0)
-        return function(x, query, WAYS, steps=10, **more)
+        return head(x, query, WAYS)
 
     expected = logits(support)
     with torch.autocast("cpu", torch.bfloat16):
@@ -274,16 +280,22 @@ def test_stays_in_float32_and_out_of_autograd(kind):
     assert not logits(support.clone().requires_grad_()).requires_grad
 
 
-def test_what_cannot_be():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ways", [2, 3])
+def test_fewer_supports_than_a_batch_are_one_batch(kind, ways):
+    """Two or three ways of one shot: all supports in every step."""
     support, query = episodes(1)
-    with pytest.raises(InputError, match="5 supports make no batch of 8: lower batch_size"):
-        fine_tuned.linear(support, query, WAYS, steps=1, batch_size=8)
-    assert (
-        fine_tuned.linear(support, query, WAYS, steps=1, batch_size=8, drop_last=False)
-        .isfinite()
-        .all()
-    )
-    with pytest.raises(ValueError, match="shorter"):
-        fine_tuned.linear(
-            support, query, WAYS, steps=2, batches=[torch.zeros(3, 1, dtype=torch.long)]
-        )
+    support, query = support[:, :ways], query[:, : 3 * ways]
+    batches = list(fine_tuned.random_batches(support, 2, 4, drop_last=True))
+    assert [batch.sort(1).values.tolist() for batch in batches] == [[list(range(ways))] * 3] * 2
+    logits = heads.FineTuned(kind, temperature=5.0)(support, query, ways)
+    labels = torch.arange(ways).repeat_interleave(3)
+    assert (logits.argmax(2) == labels).float().mean() > 0.6
+
+
+@pytest.mark.parametrize(("recipe", "ways"), [("baseline", 3), ("baseline_plus", 2)])
+def test_recipes_test_on_few_ways(recipe, ways, tmp_path):
+    tasks = "--val-tasks 2 --tasks 2"
+    run_here(recipe, f"--ways {ways} --iters 2 --batch-size 8 {tasks} --out {tmp_path}")
+    result = metrics(tmp_path)
+    assert result["ways"] == ways and set(result["shots"]) == {"1", "5"}

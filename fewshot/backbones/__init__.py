@@ -1,5 +1,5 @@
 """Networks from images to features: built here, of torchvision and timm, and trunks of detectors."""
 
-from fewshot.backbones.networks import build, of, together
+from fewshot.backbones.networks import build, of
 
-__all__ = ["build", "of", "together"]
+__all__ = ["build", "of"]

@@ -378,18 +378,6 @@ def inputs(args: Any) -> dict[str, Any]:
     return {"size": args.size or size, "normalisation": normalisation}
 
 
-def together(net: nn.Module, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (tasks, n, ...) and (tasks, m, ...) of images (tasks, n, 3, H, W) and (tasks, m, 3,
-    H, W).
-
-    They are one batch, so that batch norms have the statistics of both: those of one support of
-    each class are poor.
-    """
-    images = torch.cat([support, query], 1)
-    features = net(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-    return features.split((support.shape[1], query.shape[1]), 1)
-
-
 def init_convs(net: nn.Module) -> None:
     """He et al.'s normal initialisation by fan-out; biases and norms keep PyTorch's."""
     for module in net.modules():

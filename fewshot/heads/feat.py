@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot import InputError
-from fewshot.heads.metric import class_means, squared_distances
+from fewshot.heads.metric import ByMeans, class_means, squared_distances
 
 
 class SetAttention(nn.Module):
@@ -48,7 +48,7 @@ class SetAttention(nn.Module):
         return self.norm(x + self.dropout(self.fc(seen)))
 
 
-class FEAT(nn.Module):
+class FEAT(ByMeans):
     """FEAT's head. The published results need a backbone trained beforehand, and Euclidean
     distances.
 

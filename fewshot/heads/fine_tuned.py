@@ -3,8 +3,8 @@ tasks at once.
 
 Baseline and Baseline++ (Chen et al., 2019, https://arxiv.org/abs/1904.04232, section 3) and
 Negative Margin (Liu et al., 2020, https://arxiv.org/abs/2003.12060) meet a task with a classifier
-initialised at random, which SGD then trains on batches of the support features. `linear`, `cosine`
-and `normalised` compute what torch.optim.SGD would make of `nn.Linear`, `heads.CosineLinear` and
+initialised at random, which SGD then trains on batches of the support features. `LinearHeads` and
+`CosineHeads` compute what torch.optim.SGD would make of `nn.Linear`, `heads.CosineLinear` and
 `heads.NegMargin`, up to rounding, but put the weights together only once, at the end. That is exact
 because SGD never leaves the span of the initial weights and the support features:
 
@@ -39,158 +39,118 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fewshot import InputError
+from fewshot.heads.metric import Fitted, Groups, Head, equal_rows
 
 
-@torch.no_grad()
-def fit_linear(
-    support: Tensor,
-    ways: int,
-    *,
-    steps: int,
-    batch_size: int = 4,
-    drop_last: bool = True,
-    lr: float = 0.01,
-    momentum: float = 0.9,
-    dampening: float = 0.9,
-    weight_decay: float = 1e-3,
-    batches: Iterable[Tensor] | None = None,
-    init: tuple[Tensor, Tensor] | None = None,
-) -> LinearHeads:
-    """Linear classifiers with bias, one for each task, trained on its supports: Baseline.
+class FineTuned(Head):
+    """A new classifier for every task, trained on its supports, all of them at once.
 
-    What is random, first the initial weights and then the batches, comes from torch's global
-    generator on the CPU. Give some hundred tasks at once: fewer take hardly less time.
+    SGD takes 150 steps on one support per class, else 600, each on a batch of 4. What is random,
+    first the initial weights and then the batches, comes from torch's global generator on the CPU.
+    Give some hundred tasks at once: fewer take hardly less time.
+
+    Args:
+        kind: "linear" as of Baseline, "cosine" as of Baseline++, "normalised" as of Negative Margin.
+        temperature: of the last two, multiplies the cosines.
+    """
+
+    tasks_at_once = 512  # classifiers that are trained side by side
+    unused = ("head.",)  # the classifier of the training classes, which a model's file has
+
+    def __init__(
+        self,
+        kind: Literal["linear", "cosine", "normalised"] = "linear",
+        temperature: float | None = None,
+    ):
+        super().__init__()
+        self.kind, self.temperature = kind, temperature
+
+    @torch.no_grad()
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Features (tasks, ways * shots, D), class-major, and (tasks, m, D) -> logits (tasks, m,
+        ways).
+        """
+        return self.trained(support, ways).logits(query)
+
+    @torch.no_grad()
+    def fit(self, support: Tensor, groups: Groups) -> Fitted:
+        """One classifier for all queries to come; smaller classes show some supports again."""
+        trained = self.trained(support[equal_rows(groups)][None], len(groups))
+        return lambda query: trained.logits(query[None])[0]
+
+    def trained(self, support: Tensor, ways: int) -> LinearHeads | CosineHeads:
+        """The classifiers of supports (tasks, ways * shots, D), class-major."""
+        if self.kind == "linear":
+            heads = start_linear(support, ways)
+        elif self.kind == "cosine":
+            heads = start_cosine(support, ways, self.temperature)
+        else:
+            heads = start_normalised(support, ways, self.temperature)
+
+        steps = 150 if support.shape[1] == ways else 600
+        drop_last = self.kind != "normalised"
+        return train(heads, random_batches(support, steps, batch_size=4, drop_last=drop_last))
+
+
+def start_linear(support: Tensor, ways: int, sgd: SGD | None = None) -> LinearHeads:
+    """Linear classifiers with bias as PyTorch initialises them, one for each task: Baseline's.
 
     Args:
         support: features (tasks, ways * shots, D), all shots of class 0 first.
-        steps: of SGD, each on one batch. Every pass over a task's supports takes them in a new
-            random order.
-        batch_size: supports in a batch.
-        drop_last: whether to leave out the last batch of a pass if it is smaller.
-        lr, momentum, dampening, weight_decay: those of torch.optim.SGD.
-        batches: in place of random ones, `steps` tensors (tasks, size) of indices into the
-            supports.
-        init: in place of `nn.Linear`'s, initial weights (tasks, ways, D) and biases (tasks, ways).
-
-    Raises:
-        InputError: there are fewer supports than `batch_size`, and `drop_last` leaves none of them.
     """
-    weight, bias = init or (_uniform(support, ways, support.shape[2]), _uniform(support, ways))
-    heads = LinearHeads(support, weight, bias, SGD(lr, momentum, dampening, weight_decay))
-    batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
-    return _train(heads, batches, steps)
+    weight = _uniform(support, ways, support.shape[2])
+    bias = _uniform(support, ways)
+    return LinearHeads(support, weight, bias, sgd or SGD())
 
 
-@torch.no_grad()
-def fit_cosine(
-    support: Tensor,
-    ways: int,
-    *,
-    temperature: float,
-    steps: int,
-    batch_size: int = 4,
-    drop_last: bool = True,
-    lr: float = 0.01,
-    momentum: float = 0.9,
-    dampening: float = 0.9,
-    weight_decay: float = 1e-3,
-    batches: Iterable[Tensor] | None = None,
-    init: tuple[Tensor, Tensor] | None = None,
+def start_cosine(
+    support: Tensor, ways: int, temperature: float, sgd: SGD | None = None
 ) -> CosineHeads:
-    """Weight-normalised cosine classifiers with learnt gains, one for each task: Baseline++.
-
-    Args:
-        temperature: multiplies the cosines.
-        init: in place of `heads.CosineLinear`'s, initial weights (tasks, ways, D) and gains (tasks,
-            ways).
-
-    The other arguments and the errors are those of `fit_linear`.
-    """
-    if init is None:
-        weight = _uniform(support, ways, support.shape[2])
-        init = weight, weight.norm(dim=2)
-    sgd = SGD(lr, momentum, dampening, weight_decay)
-    heads = CosineHeads(support, *init, sgd, temperature, eps=1e-5)
-    batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
-    return _train(heads, batches, steps)
+    """Weight-normalised cosine classifiers with learnt gains, one for each task: Baseline++'s."""
+    weight = _uniform(support, ways, support.shape[2])
+    gain = weight.norm(dim=2)
+    return CosineHeads(support, weight, gain, sgd or SGD(), temperature, eps=1e-5)
 
 
-@torch.no_grad()
-def fit_normalised(
-    support: Tensor,
-    ways: int,
-    *,
-    temperature: float,
-    margin: float = 0.0,
-    steps: int,
-    batch_size: int = 4,
-    drop_last: bool = False,
-    lr: float = 0.01,
-    momentum: float = 0.9,
-    dampening: float = 0.9,
-    weight_decay: float = 1e-3,
-    batches: Iterable[Tensor] | None = None,
-    init: Tensor | None = None,
+def start_normalised(
+    support: Tensor, ways: int, temperature: float, margin: float = 0.0, sgd: SGD | None = None
 ) -> CosineHeads:
-    """Cosine classifiers without gain, one for each task: Negative Margin.
+    """Cosine classifiers without gain, one for each task: Negative Margin's.
 
-    Args:
-        temperature: multiplies the cosines.
-        margin: subtracted from the true class's cosine while training.
-        init: in place of `heads.NegMargin`'s, initial weights (tasks, ways, D).
-
-    The other arguments and the errors are those of `fit_linear`.
+    `margin` is subtracted from the true class's cosine while training.
     """
-    weight = _uniform(support, ways, support.shape[2]) if init is None else init
-    sgd = SGD(lr, momentum, dampening, weight_decay)
+    weight = _uniform(support, ways, support.shape[2])
     # added to the norm, 1e-12 does what F.normalize's lower bound of 1e-12 does: it matters to
     # features of 0 alone
-    heads = CosineHeads(support, weight, None, sgd, temperature, eps=1e-12, margin=margin)
-    batches = random_batches(support, steps, batch_size, drop_last) if batches is None else batches
-    return _train(heads, batches, steps)
+    return CosineHeads(support, weight, None, sgd or SGD(), temperature, eps=1e-12, margin=margin)
 
 
-@torch.no_grad()
-def linear(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
-    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_linear` on the
-    supports.
-    """
-    return fit_linear(support, ways, **options).logits(query)
-
-
-@torch.no_grad()
-def cosine(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
-    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_cosine` on the
-    supports.
-    """
-    return fit_cosine(support, ways, **options).logits(query)
-
-
-@torch.no_grad()
-def normalised(support: Tensor, query: Tensor, ways: int, **options) -> Tensor:
-    """Logits (tasks, queries, ways) of features (tasks, queries, D) by `fit_normalised` on the
-    supports.
-    """
-    return fit_normalised(support, ways, **options).logits(query)
+def train(heads: LinearHeads | CosineHeads, batches: Iterable[Tensor]) -> LinearHeads | CosineHeads:
+    """The same heads after a step on each of the batches, indices (tasks, size) of supports."""
+    for batch in batches:
+        heads.step(batch)
+    return heads
 
 
 def random_batches(
     support: Tensor, steps: int, batch_size: int, drop_last: bool
 ) -> Iterator[Tensor]:
-    """`steps` batches, indices (tasks, size) into the supports; for the arguments and the errors
-    see `fit_linear`.
+    """`steps` batches, indices (tasks, size) into supports (tasks, n, ...).
+
+    Every pass over a task's supports takes them in a new random order. Fewer supports than
+    `batch_size` are one batch.
+
+    Args:
+        drop_last: whether to leave out the last batch of a pass if it is smaller.
     """
     tasks, n = support.shape[:2]
+    batch_size = min(batch_size, n)
     per_pass = n // batch_size if drop_last else math.ceil(n / batch_size)
-    if per_pass == 0:
-        raise InputError(
-            f"{n} supports make no batch of {batch_size}: lower batch_size or unset drop_last"
-        )
     # all passes move to the device at once: a copy between steps would wait for the device
     orders = (
         torch.rand(math.ceil(steps / per_pass), tasks, n)
@@ -214,12 +174,12 @@ def _uniform(support: Tensor, *shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SGD:
-    """Arguments of torch.optim.SGD."""
+    """Arguments of torch.optim.SGD, by default as published."""
 
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
+    lr: float = 0.01
+    momentum: float = 0.9
+    dampening: float = 0.9
+    weight_decay: float = 1e-3
 
 
 class GramWeights:
@@ -404,14 +364,6 @@ class CosineHeads:
         w = self.weights
         cross = w.coefficients * torch.addcmul(w.products, w.share, self.initial_products)
         return cross.sum(0) + w.share.square() * self.initial_square
-
-
-def _train(
-    heads: LinearHeads | CosineHeads, batches: Iterable[Tensor], steps: int
-) -> LinearHeads | CosineHeads:
-    for _, batch in zip(range(steps), batches, strict=True):
-        heads.step(batch)
-    return heads
 
 
 def _loss_gradient(logits: Tensor, labels: Tensor) -> Tensor:

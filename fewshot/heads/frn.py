@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewshot.backbones.networks import Backbone, ConvNet
+from fewshot.heads.metric import Fitted, Groups, Head
 
 
 def reconstructed(query: Tensor, pool: Tensor, penalty: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def reconstructed(query: Tensor, pool: Tensor, penalty: Tensor) -> Tensor:
     return query @ torch.cholesky_solve(gram, root)
 
 
-class FRN(nn.Module):
+class FRN(Head):
     """FRN's head on maps that no pooling has made vectors: minus the distance of a query to its
     reconstruction.
 
@@ -50,6 +51,11 @@ class FRN(nn.Module):
         (tasks, m, ways).
         """
         return -self.gamma * self.distances(support, query, ways)
+
+    def fit(self, support: Tensor, groups: Groups) -> Fitted:
+        """A class reconstructs from its own supports, however many these are."""
+        pools = [support[rows][None] for rows in groups]
+        return lambda query: torch.cat([self(pool, query[None], 1)[0] for pool in pools], 1)
 
     def distances(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """(tasks, m, ways): squared, summed over channels, mean over a query's places: equations 9

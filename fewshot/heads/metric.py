@@ -1,13 +1,15 @@
-"""Classification heads: metric heads that compare queries with supports, many tasks at once, and
-trained classifiers.
+"""Few-shot classifiers: a backbone, and a head that compares queries with supports.
 
-Metric heads take support features (tasks, ways * shots, D), all shots of class 0 first, and query
-features (tasks, queries, D), and give logits (tasks, queries, ways). Distances and cosines are
-computed in float32 at least, also under autocast: multiplied by a temperature or squared,
-bfloat16's three digits would not do.
+Heads take support features (tasks, ways * shots, D), all shots of class 0 first, and query
+features (tasks, queries, D), and give logits (tasks, queries, ways), for many tasks at once.
+Distances and cosines are computed in float32 at least, also under autocast: multiplied by a
+temperature or squared, bfloat16's three digits would not do.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +17,123 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot import InputError
+
+Groups = Sequence[Sequence[int]]  # the rows of each class's supports
+Fitted = Callable[[Tensor], Tensor]  # queries (m, ...) -> logits (m, ways)
+
+
+class FewShotClassifier(nn.Module):
+    """A backbone under a head: what is trained, tested and used.
+
+    Args:
+        backbone: images (n, 3, H, W) -> features (n, ...).
+        head: (support, query, ways) -> logits, see the module; a `Head`, or any module.
+        centred: take the mean of the base classes' features, the buffer `mean`, off all features.
+        together: supports and queries of a step are one batch of the backbone, so that batch norms
+            have the statistics of both: those of one support of each class are poor.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        *,
+        centred: bool = False,
+        together: bool = False,
+    ):
+        super().__init__()
+        self.features, self.head = backbone, head
+        self.register_buffer("mean", torch.zeros(backbone.out_features) if centred else None)
+        self.together = together
+        # how many tasks `classify` is best given, and how names of tensors begin that a model's
+        # file has for training alone
+        self.tasks_at_once = getattr(head, "tasks_at_once", None)
+        self.unused = getattr(head, "unused", ())
+
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Logits (tasks, m, ways) of images (tasks, n, 3, H, W) and (tasks, m, 3, H, W)."""
+        return self.classify(*self.embed(support, query), ways)
+
+    def embed(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (tasks, n, ...) and (tasks, m, ...) of images (tasks, n or m, 3, H, W)."""
+        if not self.together:
+            return self._embed(support), self._embed(query)
+        features = self._embed(torch.cat([support, query], 1))
+        return features.split((support.shape[1], query.shape[1]), 1)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Logits (tasks, m, ways) of features (tasks, n, ...) and (tasks, m, ...)."""
+        return self.head(self._centred(support), self._centred(query), ways)
+
+    def fit(self, support: Tensor, groups: Groups) -> Fitted:
+        """A classifier of features (m, ...), by supports (n, ...) of as many as each class has."""
+        fit = getattr(self.head, "fit", None)
+        support = self._centred(support)
+        fitted = fit(support, groups) if fit else fit_repeated(self.head, support, groups)
+        return lambda query: fitted(self._centred(query))
+
+    def _centred(self, features: Tensor) -> Tensor:
+        return features if self.mean is None else features - self.mean
+
+
+class SupervisedClassifier(nn.Module):
+    """A backbone that learns to tell the training classes apart, and then meets tasks.
+
+    Args:
+        head: features (n, D), and labels if it wants them -> logits of the training classes.
+        few_shot: the head of `FewShotClassifier` in tests; it learns nothing in training.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, few_shot: nn.Module):
+        super().__init__()
+        self.features, self.head, self.few_shot = backbone, head, few_shot
+        self.tasks_at_once = getattr(few_shot, "tasks_at_once", None)
+
+    def forward(self, images: Tensor, *labels: Tensor) -> Tensor:
+        """Logits (b, classes) of the training classes for images (b, 3, H, W)."""
+        return self.head(self.features(images), *labels)
+
+    def classify(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Logits (tasks, m, ways) of features (tasks, n, D) and (tasks, m, D)."""
+        return self.few_shot(support, query, ways)
+
+
+class Head(nn.Module):
+    """A head whose classes, in use, may have different numbers of supports."""
+
+    def fit(self, support: Tensor, groups: Groups) -> Fitted:
+        """A classifier of features (m, ...), by supports (n, ...) of which `groups` has the rows of
+        each class. Here, classes of fewer supports show some of theirs again.
+        """
+        return fit_repeated(self, support, groups)
+
+
+class ByMeans(Head):
+    """A head that looks at no more than the mean of each class's supports."""
+
+    def fit(self, support: Tensor, groups: Groups) -> Fitted:
+        means = group_means(support, groups)[None]
+        return lambda query: self(means, query[None], len(groups))[0]
+
+
+def fit_repeated(compare: Callable, support: Tensor, groups: Groups) -> Fitted:
+    """What `compare`, as a head's forward, makes of supports (n, ...), as `equal_rows` repeats them."""
+    repeated = support[equal_rows(groups)][None]
+    return lambda query: compare(repeated, query[None], len(groups))[0]
+
+
+def equal_rows(groups: Groups) -> list[int]:
+    """As many rows of every class as the largest has, class by class; smaller ones begin again."""
+    most = max(map(len, groups))
+    return [rows[i % len(rows)] for rows in groups for i in range(most)]
+
+
+def group_means(support: Tensor, groups: Groups) -> Tensor:
+    """Means (ways, ...) of features (n, ...), of which `groups` has the rows of each class."""
+    return torch.stack([support[rows].mean(0) for rows in groups])
 
 
 def class_means(support: Tensor, ways: int) -> Tensor:
@@ -77,6 +196,38 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class Prototype(ByMeans):
+    """`prototype` as a head."""
+
+    def __init__(self, distance: Distance = "squared"):
+        super().__init__()
+        self.distance = distance
+
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return prototype(support, query, ways, self.distance)
+
+
+class Matching(Head):
+    """`matching` as a head."""
+
+    def __init__(self, temperature: float = 100.0):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return matching(support, query, ways, self.temperature)
+
+    def fit(self, support: Tensor, groups: Groups) -> Fitted:
+        """A class has the mean attention of its supports, however many these are."""
+
+        def log_probabilities(query: Tensor) -> Tensor:
+            attention = (self.temperature * cosines(query, support)).log_softmax(1)  # (m, n)
+            of_classes = [attention[:, rows].logsumexp(1) - math.log(len(rows)) for rows in groups]
+            return torch.stack(of_classes, 1)
+
+        return log_probabilities
+
+
 def matching(support: Tensor, query: Tensor, ways: int, temperature: float = 100.0) -> Tensor:
     """Log-probabilities of Matching Networks (Vinyals et al., 2016, section 2.1.1), without full
     context embeddings.
@@ -92,7 +243,7 @@ def matching(support: Tensor, query: Tensor, ways: int, temperature: float = 100
     return attention.logsumexp(3) - math.log(attention.shape[3])
 
 
-class MetaBaseline(nn.Module):
+class MetaBaseline(ByMeans):
     """A learnt temperature times the cosine with each class mean (Chen et al., 2021,
     https://arxiv.org/abs/2003.04390).
     """
@@ -106,7 +257,7 @@ class MetaBaseline(nn.Module):
         return self.temperature * cosines(query, class_means(support, ways))
 
 
-class RelationHead(nn.Module):
+class RelationHead(ByMeans):
     """A small network that scores pairs of a query's and a class's map (Sung et al., 2018, section
     3).
 

@@ -5,7 +5,7 @@ Methods take features, supports (tasks, ways * shots, D), all shots of class 0 f
 (tasks, m, D) in any order, and give probabilities (tasks, m, ways), or scores where they say so.
 How features are prepared decides more than the method does:
 
-    SimpleShot, BD-CSPN, LaplacianShot    unit(centred(x, mean of the base classes' features)), known as CL2N
+    SimpleShot, BD-CSPN, LaplacianShot    unit(x - mean of the base classes' features), known as CL2N
     TIM, alpha-TIM                        unit(x), known as L2N
     PT-MAP                                power(support, query)
 
@@ -23,24 +23,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot import InputError
-from fewshot.heads.metric import class_means, cosines, prototype, squared_distances
+from fewshot.heads.metric import Head, class_means, cosines, prototype, squared_distances
 
 
-def centred(features: Tensor, mean: Tensor) -> Tensor:
-    """Features (..., D) less `mean` (D,): that of all pictures of the base classes, one vector for
-    all tasks.
+class TrainingFree(Head):
+    """A method that trains nothing, as a head.
 
-    A pretrained backbone has no base classes: leave this out, or subtract the mean over a task's
-    own features, which nobody published for these methods.
+    Args:
+        infer: (support, query, ways, **options) -> scores, of this module or of `logistic`, of
+            prepared features.
+        prepare: (support, query) -> the same, prepared; by default brought to unit length.
+        tasks_at_once: how many tasks it is best given.
     """
-    return features - mean
+
+    def __init__(
+        self,
+        infer: Callable[..., Tensor],
+        prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        tasks_at_once: int | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        self.infer, self.prepare, self.options = infer, prepare, options
+        self.tasks_at_once = tasks_at_once
+
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """Features (tasks, ways * shots, D) and (tasks, m, D) -> scores (tasks, m, ways)."""
+        if self.prepare is None:
+            support, query = unit(support), unit(query)
+        else:
+            support, query = self.prepare(support, query)
+        return self.infer(support, query, ways, **self.options)
 
 
 def unit(features: Tensor) -> Tensor:
@@ -255,6 +275,23 @@ def laplacian_shot(
             if not runs.any():
                 break
     return y.mT
+
+
+def tim(
+    support: Tensor,
+    query: Tensor,
+    ways: int,
+    *,
+    version: Literal["gd", "adm"] = "gd",
+    steps: int | None = None,
+    **options,
+) -> Tensor:
+    """TIM by gradient descent, `tim_gd`, or alternating directions, `tim_adm`; by default as many
+    steps of them as published.
+    """
+    if version == "gd":
+        return tim_gd(support, query, ways, steps=steps or 1000, **options)
+    return tim_adm(support, query, ways, steps=steps or 150, **options)
 
 
 @_exact

@@ -12,8 +12,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
-from fewshot import InputError, heads, methods, show
+from fewshot import InputError, show
 from fewshot.data.transforms import TestCrop, Whole
+from fewshot.heads.metric import (
+    ByMeans,
+    FewShotClassifier,
+    Fitted,
+    Groups,
+    cosines,
+    fit_repeated,
+    group_means,
+)
 from fewshot.inference.export import PrototypeNetwork
 from fewshot.inference.model import NO_SUPPORTS, Model, Picture, Size, check_size, listed
 
@@ -58,8 +67,8 @@ class Classifier(Model):
         super().__init__(network, state, about, device)
         # all of itself: it has no features apart from a task
         self.adapts = hasattr(network, "predict")
-        self._supports: tuple[Tensor, methods.Groups] | None = None
-        self._logits: methods.Adapted | None = None  # of features; of images where it adapts
+        self._supports: tuple[Tensor, Groups] | None = None
+        self._logits: Fitted | None = None  # of features; of images where it adapts
         self.threshold: float | None = None
 
     @torch.no_grad()
@@ -109,20 +118,20 @@ class Classifier(Model):
             self.adapt(support, groups, seed)
             self.classes, self.threshold = names, threshold
 
-    def adapt(self, support: Tensor, groups: methods.Groups, seed: int = 0) -> None:
+    def adapt(self, support: Tensor, groups: Groups, seed: int = 0) -> None:
         """Learn classes from supports' features (n, ...), or images where it adapts; `groups` has
         each class's rows.
         """
-        if isinstance(self.network, methods.FeatureClassifier):
+        if isinstance(self.network, FewShotClassifier):
             with self._drawing(seed):
-                self._logits = self.network.adapt(support, groups)
+                self._logits = self.network.fit(support, groups)
         else:
-            repeated = support[methods.equal(groups)][None]
             compare = self.network.predict if self.adapts else self.network.classify
+            fitted = fit_repeated(compare, support, groups)
 
             def logits(query: Tensor) -> Tensor:
                 with self._drawing(seed):
-                    return compare(repeated, query[None], len(groups))[0]
+                    return fitted(query)
 
             self._logits = logits
         self._supports, self.threshold = (support, groups), None
@@ -146,7 +155,7 @@ class Classifier(Model):
             self.threshold = self._threshold(*self._supports, reject)
             return self.threshold
 
-    def _threshold(self, support: Tensor, groups: methods.Groups, reject: float) -> float:
+    def _threshold(self, support: Tensor, groups: Groups, reject: float) -> float:
         if not 0 < reject <= 1:
             raise InputError(
                 f"reject {reject}: give the share of the classes' own pictures to keep, say {REJECT}"
@@ -191,7 +200,7 @@ class Classifier(Model):
                 table = dict(zip(self.classes, row.tolist()))
                 guesses.append(Guess(self.classes[best], table[self.classes[best]], table))
             if self.threshold is not None:
-                far = _distances(query, methods.class_means(*self._supports)).amin(1).tolist()
+                far = _distances(query, group_means(*self._supports)).amin(1).tolist()
                 guesses = [
                     g._replace(rejected=d > self.threshold, distance=d)
                     for g, d in zip(guesses, far)
@@ -250,16 +259,16 @@ class Classifier(Model):
         Raises:
             InputError: there are no supports yet, or the method does not classify by their means.
         """
-        if not isinstance(self.network, methods.ByMeans):
+        if not isinstance(getattr(self.network, "head", None), ByMeans):
             names = "proto_net, relation_net, meta_baseline and feat"
             raise InputError(
                 f"{self.method} does not classify by its supports' means: only {names} export"
             )
         if self._supports is None:
             raise InputError(NO_SUPPORTS)
-        return PrototypeNetwork(self.network, methods.class_means(*self._supports))
+        return PrototypeNetwork(self.network, group_means(*self._supports))
 
 
 def _distances(x: Tensor, means: Tensor) -> Tensor:
     """1 - cosine (n, m) between features (n, ...) and class means (m, ...)."""
-    return 1 - heads.cosines(x.flatten(1), means.flatten(1))
+    return 1 - cosines(x.flatten(1), means.flatten(1))
