@@ -168,11 +168,15 @@ def translate(images: Tensor, shifts: Tensor) -> Tensor:
 
     What comes from beyond the border is 0, the mean colour.
     """
-    (rows, rows_inside), (columns, columns_inside) = (
-        (place.clamp(0, side - 1), (place >= 0) & (place < side))
-        for shift, side in zip(shifts.T, images.shape[-2:])
-        for place in [shift[:, None] + torch.arange(side, device=images.device)]  # (n, side)
-    )
+    height, width = images.shape[-2:]
+    rows = shifts[:, :1] + torch.arange(height, device=images.device)  # (n, H)
+    columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # (n, W)
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
+        :, None
+    ]
+
     number = torch.arange(len(images), device=images.device)[:, None, None]
-    moved = images[number, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-    return moved * (rows_inside[:, :, None] & columns_inside[:, None])[:, None]
+    rows = rows.clamp(0, height - 1)[:, :, None]
+    columns = columns.clamp(0, width - 1)[:, None]
+    moved = images[number, :, rows, columns].permute(0, 3, 1, 2)  # (n, C, H, W)
+    return moved * inside[:, None]

@@ -352,7 +352,15 @@ def tim_prototypes(
     lr: float = 1e-4,
     temperature: float = 15.0,
 ) -> Tensor:
-    """Prototypes (tasks, ways, D) after Adam's steps from the class means: equations 1 to 3 of TIM.
+    """Prototypes w (tasks, ways, D) after Adam's steps from the class means: equations 1 to 3 of TIM.
+
+    The gradient is written out, which is several times as fast as autograd's of
+
+        log_p = (-temperature / 2 * squared_distances(x, w)).log_softmax(2)  # of supports, queries
+        p = log_p.exp()
+        ce = -(labels * log_p[:, :n]).sum(2).mean(1)
+        h = lambda p: -(p * p.log()).sum(-1)  # alpha 1; else (1 - (p**alpha).sum(-1)) / (alpha - 1)
+        loss = l_0 * ce - l_1 * h(p[:, n:].mean(1)) + l_2 * h(p[:, n:]).mean(1)
 
     Args:
         weights: l of the loss l_0 CE(supports) - l_1 H(mean of queries' p) + l_2 mean of H(queries'
