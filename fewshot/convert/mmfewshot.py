@@ -175,7 +175,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} holds {what}, which is not read since that would run its code: where it was made, save "
             "{'state_dict': checkpoint['state_dict'], 'meta': {'CLASSES': checkpoint['meta']['CLASSES']}} anew"
         ) from None
-    except weights.UNPICKLING_ERRORS as error:
+    except Exception as error:  # torch stumbles over many things in a file that is damaged
         raise InputError(
             f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]:.300}"
         ) from None
