@@ -51,6 +51,7 @@ from fewshot.data.transforms import IMAGENET
 from fewshot.detectors import calibrate
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.defrcn import DeFRCN
+from fewshot.detectors.mpsr import MPSR, from_tfa
 from fewshot.detectors.prototype import PrototypeDetector
 from fewshot.detectors.tfa import TFA
 from fewshot.evaluation import frozen
@@ -1083,6 +1084,8 @@ def test_numbers_that_no_tensor_has_take_no_memory_and_no_time(tmp_path):
 def test_a_base_models_file_does_not_steer_what_is_rebuilt_of_it(tmp_path):
     path = say(detector(tmp_path), "sizes", {"rpn_channels": 10**9})
     words = refusal(lambda path: rebuilt(TFA, weights.describe_file(path), 5), path)
+    assert "describes a model of" in words
+    words = refusal(lambda path: rebuilt(MPSR, from_tfa(*weights.load(path))[1]), path)
     assert "describes a model of" in words
 
 
