@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fewshot import InputError, backbones, heads, weights
-from fewshot.described import NESTED, Said, check_flags, check_known
 from fewshot.detectors import build, prototype
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.defrcn import DeFRCN
@@ -150,32 +149,16 @@ DETECTORS: dict[str, type[nn.Module]] = {
 def built(about: About) -> nn.Module:
     """The model that a file describes, before its weights are filled in.
 
-    Of what `weights.load` gave it is first built without memory, to see that it has the file's
-    tensors and no others.
+    A model that `weights.load` described is first built on the meta device, where it takes no
+    memory, and its shapes are compared with the file's.
 
     Raises:
         InputError: its method is none of these, or it is not what its tensors are of.
     """
-    if not isinstance(about, Said):
-        return _made(about)
-    try:
-        check_flags(about)
-        check_known(about, "pictures", NESTED["pictures"])
-        if about.get("method") in DETECTORS and "first_stage" not in about:
-            pyramid = issubclass(DETECTORS[about["method"]], (TFA, MPSR))
-            if pyramid != ("channels" in about["architecture"]):
-                has = "no channels" if pyramid else "channels"
-                raise InputError(
-                    f"a model of {about['method']} whose architecture has {has}, as if of another method"
-                )
-        with torch.device("meta"):
-            model = _made(about)
+    if isinstance(about, weights.Metadata):
+        model = weights.on_meta(about, partial(_made, about))
         weights.check_fit(model, about.shapes, about.source, unused(model))
-        return _made(about)
-    except InputError as error:
-        raise (
-            error if about.source in str(error) else InputError(f"{about.source}: {error}")
-        ) from None
+    return _made(about)
 
 
 def _made(about: About) -> nn.Module:
@@ -183,7 +166,7 @@ def _made(about: About) -> nn.Module:
     if "first_stage" in about:  # stands on another detector
         return prototype.rebuilt(_made(about["first_stage"]), about)
     if method in DETECTORS:
-        return build.rebuilt(DETECTORS[method], about)
+        return build.described(DETECTORS[method], about)
     if method in CLASSIFIERS:
         return CLASSIFIERS[method](about)
     known = ", ".join([*CLASSIFIERS, *DETECTORS])

@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import pickle
-import struct
 import subprocess
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,32 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewshot import InputError
-from fewshot.described import Said, Shapes, checked
 
+Shapes = Mapping[str, Sequence[int]]  # of a file's tensors, by name
 ADVICE = "give the model.safetensors of a run, or of one of scripts/convert_*.py"
 FILE = "model.safetensors"  # of a run's folder, and on the hub
 FORMAT = 1  # of the metadata; a reader refuses newer ones
+# fields that every reader relies on where a file has them, and what they are
+KINDS = {"method": str, "classes": list, "base": list, "novel": list}
+KINDS |= {"args": dict, "architecture": dict, "sizes": dict, "normalisation": dict}
+KINDS |= {"pictures": dict, "results": dict, "calibration": dict}
+
+
+class Metadata(dict):
+    """What a model's file says of itself. To ask for a field that it lacks is an `InputError`.
+
+    Attributes:
+        source: the file.
+        shapes: of its tensors; only the outermost object has them.
+    """
+
+    source: str
+    shapes: Shapes
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(
+            f"{self.source}: a model's file that does not say its {key!r}: save it anew"
+        )
 
 
 def save(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -> None:
@@ -120,10 +141,10 @@ def download(repo_id: str, **options: Any) -> Path:
 def model_file(source: str | Path) -> Path:
     """The model's file that is meant by itself, or by the folder of its run."""
     path = Path(source)
-    return path / "model.safetensors" if path.is_dir() else path
+    return path / FILE if path.is_dir() else path
 
 
-def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Said]:
+def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Metadata]:
     """(state dict, metadata) of a file that `save` wrote, or of the one in a run's folder.
 
     Raises:
@@ -131,6 +152,7 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Said]:
     """
     path = model_file(path)
     about = describe_file(path)
+
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118  (not a dict)
@@ -141,39 +163,76 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Said]:
         ) from error
 
 
-def describe_file(path: str | Path) -> Said:
-    """What a file that `save` wrote says of itself, `described.checked`; arguments and errors as of
-    `load`.
-    """
+def describe_file(path: str | Path) -> Metadata:
+    """What a file that `save` wrote says of itself; arguments and errors as of `load`."""
     path = model_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such model file; train it first, or correct the path")
 
-    def said(fields: dict[str, Any]) -> Said:
-        about = Said(fields)
+    def metadata(fields: dict[str, Any]) -> Metadata:
+        about = Metadata(fields)
         about.source = str(path)
         return about
 
     try:
         with safe_open(path, "pt") as file:
-            texts = {
-                key: value for key, value in (file.metadata() or {}).items() if key != "format"
-            }
-            about = said({key: json.loads(value, object_hook=said) for key, value in texts.items()})
+            about = metadata(file.metadata() or {})
             about.shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (not a dict)
+
+        about.pop("format", None)  # safetensors' own
+        for key, text in about.items():
+            about[key] = json.loads(text, object_hook=metadata)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not a model file of this project ({error!s:.300}); {ADVICE}"
         ) from error
-    if not isinstance(about.get("fewshot_format"), int):
+
+    version = about.get("fewshot_format")
+    if not isinstance(version, int):
         raise InputError(
             f"{path}: not a model file of this project (it does not describe itself); {ADVICE}"
         )
-    if about["fewshot_format"] > FORMAT:
+    if version > FORMAT:
         raise InputError(
-            f"{path}: written by a newer version (format {about['fewshot_format']}, this one reads {FORMAT})"
+            f"{path}: written by a newer version (format {version}, this one reads {FORMAT})"
         )
-    return checked(about)
+
+    for key, kind in KINDS.items():
+        value = about.get(key, kind())
+        names = value if kind is list and isinstance(value, list) else ()
+        if not isinstance(value, kind) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{path}: its {key!r} is {value!r:.60}; {ADVICE}")
+    return about
+
+
+@contextmanager
+def naming(about: Mapping[str, Any]) -> Iterator[None]:
+    """What goes wrong while something is made of a file's metadata is an `InputError` that names it.
+
+    The error is quoted: it may be the file's, or that of the code which makes something of it.
+    """
+    source = getattr(about, "source", "the model")
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError):
+            reason = str(error)
+        else:
+            reason = (
+                f"what it says of itself does not suit this code ({error!r:.300}): was it saved by "
+                "another recipe, or is it of a class that has changed since?"
+            )
+        raise InputError(reason if source in reason else f"{source}: {reason}") from error
+
+
+def on_meta(about: Metadata, make: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `make` makes of a file's metadata, on the meta device: it takes no memory.
+
+    Raises:
+        InputError: `make` fails; the message names the file.
+    """
+    with naming(about), torch.device("meta"):
+        return make()
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -188,46 +247,28 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+
         state = unpickled(path)
-        state = next((state[key] for key in ("state_dict", "model") if key in state), state)
+        if isinstance(state, dict):
+            state = state.get("state_dict", state.get("model", state))
         if flaw := state_flaw(state):
             raise ValueError(flaw)
         return state
-    except (SafetensorError, *UNPICKLING_ERRORS) as error:
-        pickled = isinstance(error, pickle.UnpicklingError)
-        reason = (
-            "it is no file of tensors alone"
-            if pickled
-            else f"{str(error).partition(chr(10))[0]:.300}"
-        )
+    except Exception as error:  # torch stumbles over many things in a file that is damaged
+        reason = f"{str(error).partition(chr(10))[0]:.300}"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is no file of tensors alone"
         raise InputError(
             f"{path} cannot be read as weights ({reason}): give a .safetensors or .pth file"
         ) from error
 
 
-# whatever torch stumbles over in a file that is damaged
-UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-)
-UNPICKLING_ERRORS += (
-    LookupError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-
-
 def unpickled(path: Path) -> Any:
-    """What a PyTorch file holds, of which no code is run. Raises one of `UNPICKLING_ERRORS`, also
-    for a zip bomb.
+    """What a PyTorch file holds, of which no code is run.
+
+    Raises:
+        Exception: of any kind, if it is damaged, or a zip bomb; `pickle.UnpicklingError` if it
+            holds other objects than tensors.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -43,10 +43,8 @@ class FPN(Trunk):
         self.roi_levels = len(set(trunk.pyramid.strides[: len(widths)]))
         self.strides, self.anchor_scales = trunk.pyramid.strides, trunk.pyramid.anchor_scales
         self.out_channels, self.normalisation = channels, trunk.normalisation
-        inherited = ("name", "style", "norm", "pretrained")
-        self.architecture = {key: trunk.architecture[key] for key in inherited} | {
-            "channels": channels
-        }
+        self.architecture = {**trunk.architecture, "channels": channels}
+        del self.architecture["meta"]  # supports have an entrance to trunks of one map alone
 
     def body(self, images: Tensor) -> list[Tensor]:
         """The stages' maps, finest first, of normalised images (b, 3, H, W)."""

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fewshot import InputError, weights
 from fewshot.backbones import pretrained
@@ -296,9 +297,13 @@ class Pretrained(Backbone):
     def __init__(self, name: str, image_size: int, pooled: bool = True, source: str = "pretrained"):
         super().__init__()
         self.net = pretrained.network(name, image_size, pooled, source).eval()
+        # on the meta device an image takes no memory, however large a model's file says it is
+        tensors = [*self.net.named_parameters(), *self.net.named_buffers()]
+        twin = {name: tensor.to("meta") for name, tensor in tensors}
         try:
-            with torch.no_grad():
-                shape = self.net(torch.zeros(1, 3, image_size, image_size)).shape
+            with torch.no_grad(), torch.device("meta"):
+                image = torch.zeros(1, 3, image_size, image_size)
+                shape = functional_call(self.net, twin, (image,)).shape
         except RuntimeError as error:
             raise InputError(
                 f"{name} cannot take {image_size} pixels ({error}): give another --size"

@@ -81,36 +81,38 @@ def convert(
         raise InputError(
             f"{source} is neither of ResNet-50 nor of ResNet-101: its backbone.res4 has another length"
         )
-    names = _classes(
-        len(tensors["roi_heads.box_predictor.cls_score.weight"]) - 1, source, of, classes, novel
-    )
-    sizes = {
-        "rois": 512,
-        "roi_size": 7,
-        "rpn_channels": len(tensors["proposal_generator.rpn_head.conv.weight"]),
-    }
-    sizes |= {"train_proposals": (12000, 2000), "test_proposals": (6000, 1000)}
+
+    number = len(tensors["roi_heads.box_predictor.cls_score.weight"]) - 1
+    names = _classes(number, source, of, classes, novel)
     about = {
         "method": "defrcn",
         "args": {"backbone": f"resnet{depth}"},
         "stage": "finetune" if names["novel"] else "base",
-    }
-    about |= {"pictures": {"short": 800, "long": 1333, "multiple": 1}, "sizes": sizes, **names}
-    about |= {
+        "pictures": {"short": 800, "long": 1333, "multiple": 1},
+        "sizes": {
+            "rois": 512,
+            "roi_size": 7,
+            "rpn_channels": len(tensors["proposal_generator.rpn_head.conv.weight"]),
+            "train_proposals": (12000, 2000),
+            "test_proposals": (6000, 1000),
+        },
+        **names,
         "architecture": {
             "name": f"resnet{depth}",
             "style": "caffe",
             "norm": "frozen",
             "pretrained": True,
-        }
+        },
+        "normalisation": CAFFE.to_dict(),
     }
-    about |= {"normalisation": CAFFE.to_dict()}
+
     with torch.device("meta"):  # without memory, however large the file says that it is
         model = methods.built(about)
     ours = {tensor_name(key): tensor for key, tensor in tensors.items()}
     shapes = {name: tensor.shape for name, tensor in ours.items()}
     # stops at what is missing, left over or of another shape
     weights.check_fit(model, shapes, source)
+
     grid = anchor_grid((1, 1), model.trunk.stride, model.rpn.scales[0], model.rpn.ratios)
     if anchors is not None and not (
         anchors.shape == grid.shape and torch.allclose(anchors.float(), grid, atol=1e-3)
@@ -133,20 +135,28 @@ def _classes(
         raise InputError(
             f"{source} does not name its {number} classes: say whose they are with --of, or give --classes"
         )
+
     if of == "coco":
-        every, few = COCO_CLASSES, [name for name in COCO_CLASSES if name in COCO_NOVEL]
+        few = [name for name in COCO_CLASSES if name in COCO_NOVEL]
+        every = COCO_CLASSES
     elif of:
         few = VOC_NOVEL[int(of[-1])].split()
         every = [name for name in VOC_CLASSES if name not in few] + few
     else:
-        every, few = list(given), list(novel)
+        few = list(novel)
+        every = list(given)
     if foreign := set(few) - set(every):
         raise InputError(f"--novel {min(foreign)} is none of --classes: correct one of them")
     base = [name for name in every if name not in few]
+
+    # a published model detects its base classes, its novel ones, or all
     names = {len(few): few, len(base): base, len(every): every}.get(number) if of else every
     if names is None or len(names) != number:
         raise InputError(
             f"{source} has {number} classes, which {of or '--classes'} has not: correct --of or --classes"
         )
-    described = {"classes": names, "base": base, "novel": few}
-    return {key: [name for name in part if name in names] for key, part in described.items()}
+    return {
+        "classes": names,
+        "base": [name for name in base if name in names],
+        "novel": [name for name in few if name in names],
+    }

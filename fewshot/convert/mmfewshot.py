@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,7 @@ DETECTOR_HEADS = LAST | {
     "local_correlation_fc_cls": "relation.local_cls",
     "global_relation_fc_cls": "relation.whole_cls",
 }
+BOX_HEAD = "roi_head.bbox_head."
 AGGREGATOR = "roi_head.aggregation_layer.aggregator_list."
 VAE = "roi_head.vae."
 VAE_LAYERS = {
@@ -120,6 +122,14 @@ def head_name(key: str) -> str:
     return _rewritten(key, HEADS)
 
 
+def classifier_name(key: str, backbone: str) -> str | None:
+    """The reference's name of a classifier's tensor -> ours; None where it is no part of one."""
+    part, _, rest = key.partition(".")
+    if part == "backbone":
+        return f"features.{backbone_name(rest, backbone)}"
+    return f"head.{head_name(rest)}" if part == "head" else None
+
+
 def detector_name(key: str, method: str) -> str | None:
     """The reference's name of a detector's tensor -> ours; None where it is no part of such a
     detector.
@@ -139,7 +149,7 @@ def detector_name(key: str, method: str) -> str | None:
     if key.startswith(VAE):
         layer, _, kind = key.removeprefix(VAE).rpartition(".")
         return f"vae.{VAE_LAYERS[layer]}.{kind}" if layer in VAE_LAYERS else None
-    layer, _, kind = key.removeprefix("roi_head.bbox_head.").rpartition(".")
+    layer, _, kind = key.removeprefix(BOX_HEAD).rpartition(".")
     return f"{DETECTOR_HEADS[layer]}.{kind}" if layer in DETECTOR_HEADS else None
 
 
@@ -175,7 +185,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} holds {what}, which is not read since that would run its code: where it was made, save "
             "{'state_dict': checkpoint['state_dict'], 'meta': {'CLASSES': checkpoint['meta']['CLASSES']}} anew"
         ) from None
-    except weights.UNPICKLING_ERRORS as error:
+    except Exception as error:  # torch stumbles over many things in a file that is damaged
         raise InputError(
             f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]:.300}"
         ) from None
@@ -233,8 +243,50 @@ def _converted(
     split: int | None,
     aligned: bool | None,
 ) -> Converted:
-    dropped: Counter = Counter()
-    tensors = {}
+    tensors, dropped = _needed(state)
+    detects = any(key.startswith(("rpn_head.", "roi_head.")) for key in tensors)
+    possible = DETECTORS if detects else CLASSIFIER_NAMES.values()
+    if method is not None and method not in possible:
+        kind = "detector" if detects else "classifier"
+        raise InputError(f"{name} is a {kind}, and {method!r} is none of {', '.join(possible)}")
+
+    text = f"{name} {meta.get('config', '')}"
+    if detects:
+        method = method or _detector_method(tensors, text)
+        names = _classes(tensors, meta, classes, split)
+        about = _detector_about(tensors, method, names, aligned, text)
+        rename = partial(detector_name, method=method)
+    else:
+        method = method or _classifier_method(tensors, text)
+        about = _classifier_about(tensors, method, meta, classes)
+        rename = partial(classifier_name, backbone=about["args"]["backbone"])
+
+    ours = {}
+    for key, value in tensors.items():
+        renamed = rename(key)
+        counts = key.endswith("num_batches_tracked") and not key.startswith((AGGREGATOR, VAE))
+        if detects and counts:
+            dropped["num_batches_tracked: of norms that are constants"] += 1
+        elif renamed is None:
+            raise InputError(
+                f"{key} in {name} is no part of {method}: is it of another method? (--method)"
+            )
+        else:
+            ours[renamed] = value
+
+    with torch.device("meta"):  # it need not be there to be compared with
+        model = methods.built(about)
+    # no class is known yet
+    ours |= {
+        n: torch.zeros_like(t, device="cpu") for n, t in model.named_buffers() if n in PROTOTYPES
+    }
+    weights.check_fit(model, {n: t.shape for n, t in ours.items()}, name, methods.unused(model))
+    return Converted(ours, about, dropped)
+
+
+def _needed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Counter]:
+    """The tensors without what wraps a model in training or is there twice, and what was dropped."""
+    tensors, dropped = {}, Counter()
     for key, value in state.items():
         key = key.removeprefix("module.")
         if key.endswith("device_indicator"):
@@ -248,59 +300,17 @@ def _converted(
             dropped["support_backbone.*: the same tensors as backbone.*"] += 1
         else:
             tensors[key] = value
-    detector = any(key.startswith(("rpn_head.", "roi_head.")) for key in tensors)
-    task, possible = (
-        ("detector", DETECTORS) if detector else ("classifier", CLASSIFIER_NAMES.values())
-    )
-    if method is not None and method not in possible:
-        raise InputError(f"{name} is a {task}, and {method!r} is none of {', '.join(possible)}")
-    text = f"{name} {meta.get('config', '')}"
-    if detector:
-        method = method or _detector_method(tensors, text)
-        about = _detector_about(
-            tensors, method, _classes(tensors, meta, classes, split), aligned, text
-        )
-        ours = {}
-        for key, value in tensors.items():
-            renamed = detector_name(key, method)
-            if key.endswith("num_batches_tracked") and not key.startswith((AGGREGATOR, VAE)):
-                dropped["num_batches_tracked: of norms that are constants"] += 1
-            elif renamed is None:
-                raise InputError(
-                    f"{key} in {name} is no part of {method}: is it of another method? (--method)"
-                )
-            else:
-                ours[renamed] = value
-    else:
-        method = method or _classifier_method(tensors, text)
-        about = _classifier_about(tensors, method, meta, classes)
-        ours, backbone = {}, about["args"]["backbone"]
-        for key, value in tensors.items():
-            prefix, _, rest = key.partition(".")
-            if prefix == "backbone":
-                ours[f"features.{backbone_name(rest, backbone)}"] = value
-            elif prefix == "head":
-                ours[f"head.{head_name(rest)}"] = value
-            else:
-                raise InputError(f"{key} in {name} is no part of a classifier of mmfewshot 0.1.0")
-    with torch.device("meta"):  # it need not be there to be compared with
-        model = methods.built(about)
-    # no class is known yet
-    ours |= {
-        n: torch.zeros_like(t, device="cpu") for n, t in model.named_buffers() if n in PROTOTYPES
-    }
-    weights.check_fit(model, {n: t.shape for n, t in ours.items()}, name, methods.unused(model))
-    return Converted(ours, about, dropped)
+    return tensors, dropped
 
 
 def _detector_method(state: Mapping[str, Tensor], text: str) -> str:
     marks = {
         "rpn_head.rpn_cls_conv.": "mpsr",
-        "roi_head.bbox_head.patch_relation_branch.": "attention_rpn",
+        f"{BOX_HEAD}patch_relation_branch.": "attention_rpn",
         AGGREGATOR: "fsdetview",
         VAE: "vfa",
-        "roi_head.bbox_head.fc_meta.": "meta_rcnn",
-        "roi_head.bbox_head.contrastive_head.": "fsce",
+        f"{BOX_HEAD}fc_meta.": "meta_rcnn",
+        f"{BOX_HEAD}contrastive_head.": "fsce",
     }
     for mark, method in marks.items():
         if any(key.startswith(mark) for key in state):
@@ -318,19 +328,16 @@ def _classifier_method(state: Mapping[str, Tensor], text: str) -> str:
         return "relation_net"
     if any("weight_g" in key or "original0" in key for key in head):
         return "baseline_plus"
-    said = [
-        ours
-        for theirs, ours in CLASSIFIER_NAMES.items()
-        if re.search(rf"type='{theirs}'|\b{theirs}\b", text)
-    ]
-    spelt = [
-        n
-        for n in CLASSIFIER_NAMES.values()
-        if re.search(rf"(^|[/\s]){n.replace('_', '[-_]')}[-_]", text)
-    ]
-    possible = ("baseline", "maml") if head else ("proto_net", "matching_net")
-    if told := [n for n in (*said, *spelt) if n in possible]:
-        return told[0]
+
+    names = ("baseline", "maml") if head else ("proto_net", "matching_net")
+    possible = {theirs: ours for theirs, ours in CLASSIFIER_NAMES.items() if ours in names}
+    for theirs, ours in possible.items():
+        if re.search(rf"\b{theirs}\b", text):
+            return ours
+    for ours in possible.values():
+        if re.search(rf"(^|[/\s]){ours.replace('_', '[-_]')}[-_]", text):
+            return ours
+
     if head:  # MAML never updates the running statistics of its norms
         means = [value for key, value in state.items() if key.endswith("running_mean")]
         return "baseline" if any(mean.any() for mean in means) else "maml"
@@ -350,16 +357,17 @@ def _classes(
     split: int | None,
 ) -> list[str]:
     """Class names in label order."""
-    last = "roi_head.bbox_head.fc_cls.weight"
+    last = f"{BOX_HEAD}fc_cls.weight"
     number = _rows(state, last) - 1 if last in state else None
     names = _named(meta, given)
+
     if not names and split and number in (15, 20):
         novel = VOC_NOVEL[split].split()
-        names = [name for name in VOC_CLASSES if name not in novel] + (
-            novel if number == 20 else []
-        )
+        base = [name for name in VOC_CLASSES if name not in novel]
+        names = base + novel if number == 20 else base
     elif not names and number in (60, 80):
         names = [name for name in COCO_CLASSES if number == 80 or name not in COCO_NOVEL]
+
     if not names and number:
         raise InputError(
             f"the names of its {number} classes are not in the file: give --split, or --classes"
@@ -400,36 +408,39 @@ def _detector_about(
     novel = _novel(classes)
     architecture: dict[str, Any] = {"name": f"resnet{depth}", "style": "caffe", "norm": "frozen"}
     sizes: dict[str, Any] = {"rpn_channels": _rows(state, "rpn_head.rpn_conv.weight")}
-    about: dict[str, Any] = {"method": method, "args": {"backbone": architecture["name"]}}
-    about |= {"stage": "finetune" if novel else "base", "classes": classes, "novel": novel}
-    about |= {"base": [name for name in classes if name not in novel]}
+    about: dict[str, Any] = {
+        "method": method,
+        "args": {"backbone": architecture["name"]},
+        "stage": "finetune" if novel else "base",
+        "classes": classes,
+        "novel": novel,
+        "base": [name for name in classes if name not in novel],
+        "pictures": {"short": 800, "long": 1333, "multiple": 32},
+    }
+
     if method in PYRAMIDS:
         architecture["channels"] = _rows(state, "neck.lateral_convs.0.conv.weight")
         hidden = "cls_fcs" if method == "mpsr" else "shared_fcs"
-        sizes["width"] = _rows(state, f"roi_head.bbox_head.{hidden}.0.weight")
-        about["pictures"] = {"short": 800, "long": 1333, "multiple": 1 if method == "mpsr" else 32}
-    else:
-        if method != "attention_rpn":
-            architecture["meta"] = True
-        large = {"short": 800, "long": 1333, "multiple": 32}
-        about["pictures"] = (
-            large if method == "vfa" else {"short": 600, "long": 1000, "multiple": 1}
-        )
-        about["support_size"] = 320 if method == "attention_rpn" else 224
-    if method == "mpsr":
+        sizes["width"] = _rows(state, f"{BOX_HEAD}{hidden}.0.weight")
+    elif method != "vfa":
+        about["pictures"] = {"short": 600, "long": 1000, "multiple": 1}
+
+    normalisation = CAFFE
+    if method in ("tfa", "fsce"):
+        about["cosine"] = f"{BOX_HEAD}fc_cls.bias" not in state
+    if method == "fsce":
+        contrast = f"{BOX_HEAD}contrastive_head.2.weight"
+        about["dimensions"] = _rows(state, contrast) if contrast in state else 0
+    elif method == "mpsr":
+        about["pictures"]["multiple"], normalisation = 1, CAFFE_MPSR
         voc = len(classes) == 20 and set(classes) == set(VOC_CLASSES)
         sizes["aligned"] = not (voc or "convert_" in text) if aligned is None else aligned
-    if method in ("tfa", "fsce"):
-        about["cosine"] = "roi_head.bbox_head.fc_cls.bias" not in state
-    if method == "fsce":
-        contrast = "roi_head.bbox_head.contrastive_head.2.weight"
-        about["dimensions"] = _rows(state, contrast) if contrast in state else 0
-    if method == "attention_rpn":
-        sizes["relation_channels"] = _rows(
-            state, "roi_head.bbox_head.patch_relation_branch.0.weight"
-        )
-        about["context"] = 16
-    normalisation = CAFFE_MPSR if method == "mpsr" else CAFFE
+    elif method == "attention_rpn":
+        sizes["relation_channels"] = _rows(state, f"{BOX_HEAD}patch_relation_branch.0.weight")
+        about |= {"support_size": 320, "context": 16}
+    elif method not in PYRAMIDS:
+        architecture["meta"] = True
+        about["support_size"] = 224
     return about | {
         "architecture": architecture,
         "sizes": sizes,
@@ -455,6 +466,7 @@ def _classifier_about(
         backbone = "conv4"
     else:
         backbone = "wrn28_10" if "backbone.layer1.0.shortcut.0.weight" in state else "resnet12"
+
     args: dict[str, Any] = {"backbone": backbone}
     if method == "proto_net":
         args["distance"] = "euclidean"  # with which it was trained

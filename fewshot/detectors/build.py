@@ -1,7 +1,9 @@
 """Detectors made anew from what their files say, and with batch norms folded, for tests."""
 
 import copy
+import math
 from collections.abc import Mapping
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -9,10 +11,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+from fewshot import InputError, weights
 from fewshot.backbones.fpn import fpn
 from fewshot.backbones.trunks import c4
 from fewshot.data.transforms import Normalisation
-from fewshot.described import NESTED, check_known
+
+# arguments that are not taken from a file: two that a caller gives, and what names a file or a
+# download
+NOT_FROM_FILES = ("trunk", "classes", "weights", "source")
+# a detector has at most so many times the numbers of the file that describes it; it has more than
+# the file where it is for more classes, or extends the class that the file is of
+LARGEST = 10
 
 
 def rebuilt(
@@ -20,31 +29,56 @@ def rebuilt(
 ) -> nn.Module:
     """The detector that its `describe` described, with fresh weights.
 
+    The metadata's sizes, and its other fields that are called as an argument of the class, are its
+    arguments. What they lack has the class's defaults.
+
     Args:
         detector: its class, or another that takes the same trunk and sizes.
-        about: what `describe` gave, or the metadata of a saved model; sizes that it lacks are the
-            class's defaults.
+        about: what `describe` gave, or the metadata of a saved model.
         classes: how many the new one is for; by default as many as the metadata name.
         changes: arguments of `detector` that are to differ; those that are None are as described.
 
     Raises:
-        InputError: a file's metadata have arguments that trunk or detector have not, or should not
-            take from a file.
+        InputError: naming the file, whose metadata the detector or its trunk cannot be made of, or
+            describe far more than the file has.
     """
-    taken = {name for kind in detector.__mro__ for name in signature(kind.__init__).parameters}
-    check_known(about, "sizes", taken)
-    # weights would be a file or a download
-    check_known(about, "architecture", NESTED["architecture"])
+    changes = {key: value for key, value in changes.items() if value is not None}
+    make = partial(described, detector, about, classes, **changes)
+
+    if isinstance(about, weights.Metadata):
+        model = weights.on_meta(about, make)
+        size = sum(tensor.numel() for tensor in model.state_dict().values())
+        given = sum(math.prod(shape) for shape in about.shapes.values())
+        if size > LARGEST * given:
+            raise InputError(
+                f"{about.source} describes a model of {size} numbers, and has {given}: "
+                "was it made with another backbone or recipe?"
+            )
+    return make()
+
+
+def described(
+    detector: type[nn.Module], about: Mapping[str, Any], classes: int | None = None, **changes
+) -> nn.Module:
+    """As `rebuilt`, without the comparison with the file."""
     build = fpn if "channels" in about["architecture"] else c4
-    trunk = build(**{"name": about["architecture"]["name"], **about["architecture"]})
+    trunk = build(**_from_file(about["architecture"]))
     trunk.normalisation = Normalisation.from_dict(about["normalisation"])
-    options = {key: about[key] for key in getattr(detector, "OPTIONS", ()) if key in about}
-    options |= {key: value for key, value in changes.items() if value is not None}
-    return detector(
-        trunk,
-        len(about["classes"]) if classes is None else classes,
-        **{**about["sizes"], **options},
-    )
+
+    # a subclass that passes on what it does not know itself also takes its parents' arguments
+    taken = {
+        name
+        for kind in detector.__mro__
+        for name, parameter in signature(kind.__init__).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    arguments = {key: value for key, value in about.items() if key in taken} | about["sizes"]
+    classes = len(about["classes"]) if classes is None else classes
+    return detector(trunk, classes, **_from_file(arguments) | changes)
+
+
+def _from_file(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key not in NOT_FROM_FILES}
 
 
 def folded(model: nn.Module) -> nn.Module:

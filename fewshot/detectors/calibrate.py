@@ -234,20 +234,22 @@ def restored(
         raise InputError(
             f"{source} has no supports to calibrate by: fine-tune with --calibrate {choice or 'resnet101'}"
         )
-    regions = backbone(choice or kept["backbone"]).to(device)
+    regions = backbone(choice or str(kept["backbone"])).to(device)
     if regions.fingerprint() != kept["fingerprint"]:
         raise InputError(
             f"{source} has prototypes of {kept['backbone']}, and {choice or 'this one'} is another network"
         )
     blank = torch.zeros(3, 32, 32, dtype=torch.uint8, device=device)
     (wanted,) = regions(blank, torch.tensor([[0.0, 0, 32, 32]], device=device))
-    prototypes = {
-        name: torch.tensor(vector, device=device) for name, vector in kept["prototypes"].items()
-    }
+    with weights.naming(about):
+        prototypes = {
+            name: torch.tensor(vector, dtype=torch.float32, device=device)
+            for name, vector in kept["prototypes"].items()
+        }
     for name, vector in prototypes.items():
-        if vector.shape != wanted.shape:
+        if vector.shape != wanted.shape or not vector.isfinite().all():
             raise InputError(
-                f"{source} has a prototype of {len(vector)} numbers for {name!r:.60}, and its network's vectors have "
-                f"{len(wanted)}: fine-tune again with --calibrate"
+                f"{source} has a prototype of {vector.numel()} numbers for {name!r:.60}, and its network's "
+                f"vectors have {len(wanted)} finite ones: fine-tune again with --calibrate"
             )
     return Calibration(regions, prototypes)

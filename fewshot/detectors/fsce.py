@@ -68,8 +68,6 @@ class FSCE(TFA):
         strength: factor of the contrastive loss, which recipes let decay.
     """
 
-    OPTIONS = ("cosine", "dimensions")
-
     def __init__(
         self,
         trunk: FPN,

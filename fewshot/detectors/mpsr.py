@@ -1,6 +1,7 @@
 """MPSR, multi-scale positive sample refinement (Wu et al., 2020, https://arxiv.org/abs/2007.09384)."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -317,4 +318,6 @@ def from_tfa(
         "cls.weight": torch.randn(classes + 1, width) * 0.01,
         "cls.bias": torch.zeros(classes + 1),
     }
-    return ours, {**about, "method": "mpsr", "sizes": sizes}
+    about = copy(about)  # of the same file, if it is of one
+    about.update(method="mpsr", sizes=sizes)
+    return ours, about

@@ -119,8 +119,8 @@ class PrototypeDetector(nn.Module):
         super().__init__()
         self.numbers = {"roi_size": roi_size, "clusters": clusters, "temperature": temperature}
         self.numbers |= {"objectness": objectness, "nms": nms, "decay": decay}
-        for name, value in self.numbers.items():
-            low, high = LIMITS[name]
+        for name, (low, high) in LIMITS.items():
+            value = self.numbers[name]
             if not low <= value <= high:
                 raise InputError(
                     f"{name.replace('_', '-')} is {value}: must be from {low} to {high}"

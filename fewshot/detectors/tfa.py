@@ -57,8 +57,6 @@ class TFA(nn.Module):
         convention: of boxes and RoIs, see `faster_rcnn.CONVENTIONS`.
     """
 
-    OPTIONS = ("cosine",)  # arguments that `describe` gives beside the sizes
-
     def __init__(
         self,
         trunk: FPN,

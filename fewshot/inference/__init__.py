@@ -24,7 +24,6 @@ from fewshot.detectors.build import folded
 from fewshot.inference.classifier import NONE, Classifier, Guess
 from fewshot.inference.detector import Detector, Found
 from fewshot.inference.model import decoded
-from fewshot.weights import find
 
 __all__ = ["NONE", "Classifier", "Detector", "Found", "Guess", "decoded", "load"]
 
@@ -46,7 +45,7 @@ def load(
             or the hub cannot be reached; or the weights do not fit `model`, or it is no model of
             the file's task.
     """
-    path = find(source)
+    path = weights.find(source)
     state, about = weights.load(path)
     if model is None:
         model = methods.built(about)
@@ -70,7 +69,7 @@ def _check_task(model: nn.Module, about: dict[str, Any], path: Path) -> None:
             f"{name} has neither features and classify, nor predict, nor detect: give a recipe's model"
         )
     if detects != ("architecture" in about):
-        theirs, ours = ("classifier", "detector")[:: 1 if detects else -1]
+        theirs, ours = ("classifier", "detector") if detects else ("detector", "classifier")
         raise InputError(
             f"{path} is a {theirs}, and {name} is a {ours}: give the model that the file was saved from"
         )

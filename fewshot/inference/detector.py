@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewshot import InputError, show
+from fewshot import InputError, show, weights
 from fewshot.data.pipeline import Pipeline, collate_images
 from fewshot.data.query_aware import support_crop
 from fewshot.data.support import support_image
@@ -43,7 +43,9 @@ class Detector(Model):
     ):
         super().__init__(network, state, about, device)
         self.classes = list(about["classes"])
-        self.pipeline = Pipeline(**about.get("pictures", {}))
+        with weights.naming(about):
+            self.pipeline = Pipeline(**about.get("pictures", {}))
+            self.pipeline.resized(1, 1)  # stops at what are no numbers
         self.calibration: calibrate.Calibration | None = None
 
     def calibrate(self, backbone: str | None = None) -> None:

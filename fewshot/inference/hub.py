@@ -18,7 +18,7 @@ CARD = """---
 
 # {{ title }}
 
-{{ sentence }}
+A few-shot model: it learns classes from a few examples of each.
 
 | | |
 |---|---|
@@ -70,33 +70,34 @@ class HubModel(ModelHubMixin):
         about, args = self.about, self.about.get("args", {})
         task = "object-detection" if "architecture" in about else "image-classification"
         dataset = about.get("dataset") or args.get("dataset") or "unknown"
-        data = ModelCardData(
-            library_name="fewshot", pipeline_tag=task, tags=["few-shot", self.method]
-        )
+
         rows = {
             "method": self.method,
             "data": dataset,
             "backbone": args.get("backbone") or about.get("architecture"),
         }
         if "stage" in about:
-            rows |= {
-                "stage": about["stage"],
-                "split": args.get("split"),
-                "novel classes": ", ".join(about["novel"]),
-            }
-            rows |= {"shots": args.get("shots") if about["stage"] != "base" else None}
-        rows |= {"classes": ", ".join(about["classes"]) if about.get("classes") else None}
-        rows |= _results(about.get("results", {})) | {"commit": about.get("commit")}
+            rows["stage"] = about["stage"]
+            rows["split"] = args.get("split")
+            rows["novel classes"] = ", ".join(about["novel"])
+            rows["shots"] = args.get("shots") if about["stage"] != "base" else None
+        rows["classes"] = ", ".join(about.get("classes", ()))
+        with weights.naming(about):
+            rows |= _results(about.get("results", {}))
+        rows["commit"] = about.get("commit")
+        lines = [
+            f"| {_markdown(key)} | {_markdown(value)} |"
+            for key, value in rows.items()
+            if value not in (None, "")
+        ]
+
         return ModelCard.from_template(
-            data,
+            ModelCardData(
+                library_name="fewshot", pipeline_tag=task, tags=["few-shot", self.method]
+            ),
             template_str=CARD,
             title=_markdown(f"{self.method} on {dataset}"),
-            sentence="A few-shot model: it learns classes from a few examples of each.",
-            rows="\n".join(
-                f"| {_markdown(k)} | {_markdown(v)} |"
-                for k, v in rows.items()
-                if v not in (None, "")
-            ),
+            rows="\n".join(lines),
             repo_id=repo_id,
             usage=USAGE[task],
         )

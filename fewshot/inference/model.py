@@ -13,11 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
-from fewshot import InputError
+from fewshot import InputError, weights
 from fewshot.data import pictures as files
 from fewshot.data.transforms import Normalisation
 from fewshot.inference.hub import HubModel
-from fewshot.weights import FILE, download
 
 if TYPE_CHECKING:
     from fewshot.inference import Classifier, Detector
@@ -84,7 +83,9 @@ class Model(HubModel):
         super().__init__(state, about)
         self.device = torch.device(device)
         self.network = network.eval().requires_grad_(False).to(self.device)
-        self.normalisation = Normalisation.from_dict(about["normalisation"])
+        with weights.naming(about):
+            self.normalisation = Normalisation.from_dict(about["normalisation"])
+            self.normalisation(torch.zeros(3, 1, 1))  # stops at what are no numbers
         self.classes: list[str] = []
         self.lock = RLock()
 
@@ -100,6 +101,6 @@ class Model(HubModel):
         from fewshot.inference import load  # here, for it needs this
 
         if Path(model_id).is_dir():
-            return load(Path(model_id) / FILE)
+            return load(Path(model_id) / weights.FILE)
         known = ("revision", "cache_dir", "force_download", "token", "local_files_only")
-        return load(download(model_id, **{key: options[key] for key in known}))
+        return load(weights.download(model_id, **{key: options[key] for key in known}))
