@@ -159,14 +159,18 @@ def prototype(support: Tensor, query: Tensor, ways: int, distance: Distance = "s
     Raises:
         InputError: there is no such distance.
     """
-    if distance not in get_args(Distance):
-        raise InputError(
-            f"no distance is called {distance!r}: choose one of {', '.join(get_args(Distance))}"
-        )
+    check_distance(distance)
     squares = squared_distances(query, class_means(support, ways))
     if distance == "euclidean":
         return -squares.clamp(min=1e-12).sqrt()  # sqrt has no gradient at 0
     return -squares if distance == "squared" else -squares / query.shape[-1] ** 0.5
+
+
+def check_distance(distance: str) -> None:
+    if distance not in get_args(Distance):
+        raise InputError(
+            f"no distance is called {distance!r}: choose one of {', '.join(get_args(Distance))}"
+        )
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -201,6 +205,7 @@ class Prototype(ByMeans):
 
     def __init__(self, distance: Distance = "squared"):
         super().__init__()
+        check_distance(distance)
         self.distance = distance
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
