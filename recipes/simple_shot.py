@@ -75,10 +75,10 @@ def test(stage: Stage, accelerator: launch.Accelerator) -> None:
     # model
     head = heads.TrainingFree(transductive.simple_shot, metric=args.metric)
     model = FewShotClassifier(backbone, head, centred=True)
-    if args.centre if args.centre is not None else args.init:
-        model.mean = frozen.base_mean(accelerator, model, base_set, args)
     run = open_run(METHOD, stage, accelerator, model, metadata=about)
     if not args.test_only:
+        if args.centre or (args.centre is None and args.init):
+            model.mean = frozen.base_mean(accelerator, model, base_set, args)
         run.save_model()
 
     # test
