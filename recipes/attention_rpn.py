@@ -24,8 +24,10 @@ from fewshot.data.query_aware import QueryAware, without_small
 from fewshot.detectors.attention_rpn import AttentionRPN
 from fewshot.detectors.build import rebuilt
 from fewshot.evaluation import detect
-from fewshot.training import bases, folders, launch, run, stages
+from fewshot.training import bases, folders, launch, stages
+from fewshot.training.folders import Stage
 from fewshot.training.pretrain import name_objects
+from fewshot.training.run import Run, Training
 from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "attention_rpn"  # names runs and models; a copy of this recipe needs a name of its own
@@ -94,18 +96,20 @@ class Args:
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     support_size: int | None = None  # side of the supports in pixels; by default the published size
+    # test
     test_images: int | None = None  # test on only so many pictures
     test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
+    share_proposals: bool = False  # test all classes on one set of RoIs: quicker, not the same
+    scramble_supports: bool = False  # test also with every class given the next class's supports
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
     base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default that in --out
     keep_base: bool = False  # insist on the base model's classes too; your data must have them
     batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
-    save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
     style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
@@ -113,16 +117,15 @@ class Args:
     init: str | None = None  # run or model of meta_rcnn or fsdetview whose trunk to start from
     rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
+    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
     out: str | None = None  # by default runs/attention_rpn/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
+    save_every: int = 200  # steps between saves of the state
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
-    scramble_supports: bool = False  # test also with every class given the next class's supports
-    share_proposals: bool = False  # test all classes on one set of RoIs: quicker, not the same
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -132,19 +135,17 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {
+        functions = {
             "base": train_base,
             "finetune": finetune,
             "test": partial(detect.test_saved, METHOD, AttentionRPN, test=look),
         }
-        for stage, each, folder in stages.wanted(
-            accelerator, METHOD, args, BACKBONE[args.published]
-        ):
-            todo[stage](each, accelerator, folder)
+        stages.run_stages(accelerator, METHOD, args, BACKBONE[args.published], functions)
 
 
-def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def train_base(stage: Stage, accelerator: launch.Accelerator) -> None:
     """All of the detector but the trunk's first stages, on every object of the base classes."""
+    args = stage.args
     data = stages.opened(args)
     train, test = (
         without_small(data.train.restrict(data.base), SMALLEST[args.published]),
@@ -158,7 +159,7 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     named |= not (args.weights or args.init or trunk.architecture["pretrained"])
     trunk.freeze_pretrained(2)
     episodes = searching(args, train, SHOTS[args.published])
-    if named and not folders.resumes(args, folder):
+    if named and not folders.resumes(args, stage.folder):
         steps = min(args.iters or OBJECTS, OBJECTS)
         name_objects(
             accelerator,
@@ -172,10 +173,8 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})
     model, batch = AttentionRPN(trunk, len(train.classes), **sizes), BATCH[args.published][0]
     fit(
-        args,
+        stage,
         accelerator,
-        folder,
-        "base",
         model,
         train,
         test,
@@ -185,10 +184,11 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     )
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def finetune(stage: Stage, accelerator: launch.Accelerator) -> None:
     """The head alone on K objects of every class; on COCO also RPN and stage 4, and of the novel
     classes alone.
     """
+    args = stage.args
     base = bases.load(args, stages.opened(args), METHOD, AttentionRPN)
     classes = base.data.novel if args.dataset == "coco" else base.data.train.classes
     train = k_shot.choose_shots(
@@ -204,10 +204,8 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     shots = min(max(max(k_shot.counts(train)) - 1, 1), 10)
     episodes, batch = searching(args, train, shots), BATCH[args.published][1]
     fit(
-        args,
+        stage,
         accelerator,
-        folder,
-        "finetune",
         model,
         train,
         base.data.test.restrict(classes),
@@ -225,10 +223,11 @@ def searching(args: Args, train: detection.DetectionSet, shots: int) -> QueryAwa
     )
 
 
-def fit(args, accelerator, folder, stage, model, train, test, episodes, batch, most) -> None:
+def fit(stage, accelerator, model, train, test, episodes, batch, most) -> None:
     """One stage: the loop, then the test, with at most so many supports of a class."""
+    args = stage.args
     table = SCHEDULE[args.published], batch
-    schedule = stages.planned(accelerator, args, stage, *table, train, test, episodes.pipeline)
+    schedule = stages.planned(accelerator, stage, *table, train, test, episodes.pipeline)
     normalisation, trained = (
         model.trunk.normalisation,
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],
@@ -242,38 +241,40 @@ def fit(args, accelerator, folder, stage, model, train, test, episodes, batch, m
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
-    about = {"stage": stage, "pictures": episodes.pipeline.describe()}
+    about = {"stage": stage.name, "pictures": episodes.pipeline.describe()}
     about |= model.describe() | train.describe() | episodes.describe()
-    schedule, files = schedule._replace(ratio=RATIO), k_shot.files(train)
-    record = run.Record(accelerator, METHOD, args, folder, model, optimizer, schedule, about, files)
+    schedule = schedule._replace(ratio=RATIO)
+    kept = {"folder": stage.folder, "metadata": about, "files": k_shot.files(train)}
+    run = Training(METHOD, args, accelerator, model, optimizer, schedule, **kept)
 
     # train
     loader = episodes.loader(
-        record.feed, normalisation, batch_size=schedule.batch, group=args.group_aspect
+        run.feed, normalisation, batch_size=schedule.batch, group=args.group_aspect
     )
-    for step, (batch, support) in record.steps(loader):
-        losses = record.model(batch.images, batch.sizes, batch.boxes, support.images, support.boxes)
+    for step, (batch, support) in run.steps(loader):
+        losses = run.model(batch.images, batch.sizes, batch.boxes, support.images, support.boxes)
         accelerator.backward(sum(losses.values()))
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, losses, ids=batch.ids)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, losses, ids=batch.ids)
         if step % args.save_every == 0 or step == schedule.steps:
-            record.save(step)
+            run.save(step)
 
     # test
-    detector, table = record.best(), episodes.table(most, record.feed, normalisation)
+    detector, table = run.best(), episodes.table(most, run.feed, normalisation)
     with torch.no_grad(), accelerator.autocast():
         detector.set_prototypes(
             (*detector.support_features(s.images, s.boxes), s.labels) for s in table
         )
-    record.save_model()
-    look(record, test, args, train)
+    run.save_model()
+    look(run, test, train)
 
 
-def look(record: run.Record, test: detection.DetectionSet, args: Args, train=None) -> None:
-    protocol = {"proposals": "shared by all classes" if args.share_proposals else "of each class"}
-    detect.test(record, test, args, train, protocol, share=args.share_proposals)
+def look(run: Run, test: detection.DetectionSet, train=None) -> None:
+    share = run.args.share_proposals
+    protocol = {"proposals": "shared by all classes" if share else "of each class"}
+    detect.test(run, test, train, protocol, share=share)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from fewshot.data.pipeline import train_loader
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.defrcn import DeFRCN, grow
 from fewshot.evaluation import detect
-from fewshot.training import bases, launch, run, stages
+from fewshot.training import bases, launch, stages
+from fewshot.training.folders import Stage
+from fewshot.training.run import Training
 from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "defrcn"  # names runs and models; a copy of this recipe needs a name of its own
@@ -100,32 +102,33 @@ class Args:
     shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
+    # test
     test_images: int | None = None  # test on only so many pictures
     test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "novel", "finetune"] = "all"  # all: base, finetune
     base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default that in --out
     keep_base: bool = False  # insist on the base model's classes too; your data must have them
     batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
     group_aspect: bool = True  # batches of only wide or only tall pictures, as published
-    save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
     style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
     rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
+    stage: Literal["all", "base", "novel", "finetune"] = "all"  # all: base, finetune
     out: str | None = None  # by default runs/defrcn/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
+    save_every: int = 200  # steps between saves of the state
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -135,27 +138,30 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {"base": train_base, "novel": train_novel, "finetune": finetune}
-        todo |= {"test": partial(detect.test_saved, METHOD, DeFRCN)}
-        for stage, each, folder in stages.wanted(
-            accelerator, METHOD, args, BACKBONE[args.published]
-        ):
-            todo[stage](each, accelerator, folder)
+        functions = {
+            "base": train_base,
+            "novel": train_novel,
+            "finetune": finetune,
+            "test": partial(detect.test_saved, METHOD, DeFRCN),
+        }
+        stages.run_stages(accelerator, METHOD, args, BACKBONE[args.published], functions)
 
 
-def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def train_base(stage: Stage, accelerator: launch.Accelerator) -> None:
     """All of the detector but the trunk's first stages, on every object of the base classes."""
+    args = stage.args
     data = stages.opened(args, difficult="keep")
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = trunks.begin(args.backbone, args.weights, style=args.style)
     trunk.freeze_pretrained(2)
     sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})
     model = DeFRCN(trunk, len(train.classes), **sizes, **BASE_SCALES)
-    fit(args, accelerator, folder, "base", model, train, test, SCHEDULE)
+    fit(stage, accelerator, model, train, test, SCHEDULE)
 
 
-def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def train_novel(stage: Stage, accelerator: launch.Accelerator) -> None:
     """As `finetune`, with new last layers for the novel classes alone, on K objects of each."""
+    args = stage.args
     base = bases.load(args, stages.opened(args), METHOD, DeFRCN)
     novel = base.data.novel
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists).restrict(
@@ -163,18 +169,19 @@ def train_novel(args: Args, accelerator: launch.Accelerator, folder: str) -> Non
     )
     model = decoupled(args, base, len(novel))
     weights.fill(model, base.state, args.base, fresh=("cls.", "reg."))
-    fit(args, accelerator, folder, "novel", model, train, base.data.test.restrict(novel), NOVEL)
+    fit(stage, accelerator, model, train, base.data.test.restrict(novel), NOVEL)
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def finetune(stage: Stage, accelerator: launch.Accelerator) -> None:
     """All but stage 4 and the trunk's first stages, on K objects of every class, from the base
     model.
     """
+    args = stage.args
     base = bases.load(args, stages.opened(args), METHOD, DeFRCN)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = decoupled(args, base, len(train.classes))
     weights.fill(model, grow(base.state, base.kept, train.classes), args.base)
-    fit(args, accelerator, folder, "finetune", model, train, base.data.test, SCHEDULE)
+    fit(stage, accelerator, model, train, base.data.test, SCHEDULE)
 
 
 def decoupled(args: Args, base: bases.Base, classes: int) -> DeFRCN:
@@ -188,11 +195,12 @@ def decoupled(args: Args, base: bases.Base, classes: int) -> DeFRCN:
     return model
 
 
-def fit(args, accelerator, folder, stage, model, train, test, table) -> None:
+def fit(stage, accelerator, model, train, test, table) -> None:
     """One stage: the loop, then the test."""
+    args = stage.args
     pictures = stages.pictures(args, *PICTURES[args.published])
     table = table[args.published], BATCH[args.published]
-    schedule = stages.planned(accelerator, args, stage, *table, train, test, pictures)
+    schedule = stages.planned(accelerator, stage, *table, train, test, pictures)
     if args.published == "own":
         model.rpn.test_proposals = stages.fitting_proposals(pictures, train)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -200,26 +208,27 @@ def fit(args, accelerator, folder, stage, model, train, test, table) -> None:
     rest = [p for name, p in trained.items() if not name.endswith("bias")]
     decay = [{"params": rest, "weight_decay": 5e-5}, {"params": biases, "weight_decay": 1e-4}]
     optimizer = torch.optim.SGD(decay, lr=schedule.lr, momentum=0.9)
-    about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    record = run.Record(
-        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
+    about = (
+        {"stage": stage.name, "pictures": pictures.describe()} | model.describe() | train.describe()
     )
+    kept = {"folder": stage.folder, "metadata": about, "files": k_shot.files(train)}
+    run = Training(METHOD, args, accelerator, model, optimizer, schedule, **kept)
 
     # train
     options = {"batch_size": schedule.batch, "group": args.group_aspect}
-    loader = train_loader(train, pictures, record.feed, model.trunk.normalisation, **options)
-    for step, batch in record.steps(loader):
-        losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels)
+    loader = train_loader(train, pictures, run.feed, model.trunk.normalisation, **options)
+    for step, batch in run.steps(loader):
+        losses = run.model(batch.images, batch.sizes, batch.boxes, batch.labels)
         accelerator.backward(sum(losses.values()))
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, losses, ids=batch.ids)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, losses, ids=batch.ids)
         if step % args.save_every == 0 or step == schedule.steps:
-            record.save(step)
+            run.save(step)
 
     # test
-    detect.test(record, test, args, train)
+    detect.test(run, test, train)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
 from fewshot.heads import FewShotClassifier
 from fewshot.heads.feat import FEAT
-from fewshot.training import folders, launch, run
-from fewshot.training.plan import folder, opened, planned
+from fewshot.training import launch
+from fewshot.training.folders import Stage
+from fewshot.training.plan import find_stage, opened, planned
+from fewshot.training.run import open_run
 from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "feat"  # names runs and models; a copy of this recipe needs a name of its own
@@ -79,6 +81,7 @@ class Args:
     data_root: str = "data"  # folder that holds the data set
     novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
+    # test
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
@@ -122,12 +125,14 @@ class FEATClassifier(FewShotClassifier):
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or folder(METHOD, args)
-        if folders.due(accelerator, METHOD, args, args.out):
-            train_and_test(args, accelerator)
+        stage = find_stage(accelerator, METHOD, args)
+        if stage is not None:  # a finished run is shown, not repeated
+            train_and_test(stage, accelerator)
 
 
-def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+def train_and_test(stage: Stage, accelerator: launch.Accelerator) -> None:
+    args = stage.args
+
     # data
     train_set, val_set, test_set = sets = opened(accelerator, args)
     ways, shots, queries = args.train_ways, args.train_shots, args.train_queries
@@ -157,42 +162,42 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         else torch.optim.SGD(groups, schedule.lr, **sgd)
     )
     about = train_set.describe() | {"temperature": setting.temperature}
-    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, about)
+    run = open_run(METHOD, stage, accelerator, model, optimizer, schedule, metadata=about)
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
     transform = transforms.train_transform(train_set)
     loader = episodes.episode_loader(
-        train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch
+        train_set, ways, shots, queries, run.feed, transform, tasks=schedule.batch
     )
-    for step, episode in record.steps(loader):
-        logits, auxiliary_logits, labels = record.model(episode.support, episode.query, ways)
+    for step, episode in run.steps(loader):
+        logits, auxiliary_logits, labels = run.model(episode.support, episode.query, ways)
         loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
         auxiliary = F.cross_entropy(
             auxiliary_logits.flatten(0, 1), labels.repeat(len(auxiliary_logits))
         )
         accelerator.backward(loss + setting.balance * auxiliary)
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, {"loss": loss, "auxiliary": auxiliary}, ids=episode.indices)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, {"loss": loss, "auxiliary": auxiliary}, ids=episode.indices)
 
         if step % eval_every == 0 or step == schedule.steps:
             result = meta_test(
                 accelerator,
-                record.model,
+                run.model,
                 val_set,
                 shots=args.shots[:1],
                 tasks=args.val_tasks,
                 **test,
             )
-            record.save(step, score=result[args.shots[0]].accuracy)
+            run.save(step, score=result[args.shots[0]].accuracy)
 
     # test
     results = meta_test(
-        accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test
+        accelerator, run.best(), test_set, shots=args.shots, tasks=args.tasks, **test
     )
-    report(record, results, args.ways, args.save_tasks)
+    report(run, results, args.ways, args.save_tasks)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ from fewshot.detectors.build import rebuilt
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.tfa import grow
 from fewshot.evaluation import detect
-from fewshot.training import bases, launch, run, stages
+from fewshot.training import bases, launch, stages
+from fewshot.training.folders import Stage
+from fewshot.training.run import Training
 from fewshot.training.schedule import Passes, Schedule, choose
 
 METHOD = "fsce"  # names runs and models; a copy of this recipe needs a name of its own
@@ -107,11 +109,12 @@ class Args:
     shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
+    # test
     test_images: int | None = None  # test on only so many pictures
     test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "finetune"] = "all"  # all: base, finetune
     base: str | None = None  # to fine-tune, TFA's too: coco, coco_mobile, file, run, hub id
     keep_base: bool = False  # insist on the base model's classes too; your data must have them
     contrastive: Literal["published", "on", "off"] = "published"  # by data set and shots
@@ -119,21 +122,21 @@ class Args:
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
-    save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
     style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
     rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
+    stage: Literal["all", "base", "finetune"] = "all"  # all: base, finetune
     out: str | None = None  # by default runs/fsce/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
+    save_every: int = 200  # steps between saves of the state
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -143,32 +146,31 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {
+        functions = {
             "base": train_base,
             "finetune": finetune,
             "test": partial(detect.test_saved, METHOD, FSCE),
         }
-        for stage, each, folder in stages.wanted(
-            accelerator, METHOD, args, BACKBONE[args.published]
-        ):
-            todo[stage](each, accelerator, folder)
+        stages.run_stages(accelerator, METHOD, args, BACKBONE[args.published], functions)
 
 
-def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def train_base(stage: Stage, accelerator: launch.Accelerator) -> None:
     """All of TFA's detector but the trunk's first stage, on every object of the base classes."""
+    args = stage.args
     data = stages.opened(args, difficult="keep")
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = fpn.begin(args.backbone, args.weights, style=args.style)
     trunk.freeze_pretrained(1)
     sizes = SIZES[args.published] | ({"rois": args.rois} if args.rois else {})
     model = FSCE(trunk, len(train.classes), dimensions=0, **sizes)
-    fit(args, accelerator, folder, "base", model, train, test)
+    fit(stage, accelerator, model, train, test)
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def finetune(stage: Stage, accelerator: launch.Accelerator) -> None:
     """All but the trunk (VOC's first two shots: less), on K objects of every class, with the
     contrastive loss.
     """
+    args = stage.args
     base = bases.load(args, stages.opened(args), METHOD, FSCE)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     contrast = CONTRAST[args.published].get(args.shots)
@@ -193,44 +195,46 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
         else ()
     ):
         part.requires_grad_(False)
-    fit(args, accelerator, folder, "finetune", model, train, base.data.test, contrast)
+    fit(stage, accelerator, model, train, base.data.test, contrast)
 
 
-def fit(args, accelerator, folder, stage, model, train, test, contrast=(0.0, 0.0, ())) -> None:
+def fit(stage, accelerator, model, train, test, contrast=(0.0, 0.0, ())) -> None:
     """One stage: the loop, then the test."""
+    args = stage.args
     pictures = stages.pictures(args, *PICTURES[args.published], multiple=32)
     batch = BATCH[args.published]
-    published = choose(SCHEDULE[args.published], stage, args, pictures=len(train), batch=batch)
+    published = choose(SCHEDULE[args.published], stage.name, args, pictures=len(train), batch=batch)
     schedule = published.scaled(args, batch)
     stages.announce(accelerator, train, test, pictures, schedule)
     if args.published == "own":
         model.rpn.test_proposals = stages.fitting_proposals(pictures, train)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
-    about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    record = run.Record(
-        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
+    about = (
+        {"stage": stage.name, "pictures": pictures.describe()} | model.describe() | train.describe()
     )
+    kept = {"folder": stage.folder, "metadata": about, "files": k_shot.files(train)}
+    run = Training(METHOD, args, accelerator, model, optimizer, schedule, **kept)
 
     # train
     strength, _, halvings = contrast
     options = {"batch_size": schedule.batch, "group": args.group_aspect}
-    loader = train_loader(train, pictures, record.feed, model.trunk.normalisation, **options)
-    for step, batch in record.steps(loader):
+    loader = train_loader(train, pictures, run.feed, model.trunk.normalisation, **options)
+    for step, batch in run.steps(loader):
         model.strength = strength * 0.5 ** sum(
             step > h * schedule.steps / published.steps for h in halvings
         )
-        losses = record.model(batch.images, batch.sizes, batch.boxes, batch.labels)
+        losses = run.model(batch.images, batch.sizes, batch.boxes, batch.labels)
         accelerator.backward(sum(losses.values()))
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, losses, ids=batch.ids)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, losses, ids=batch.ids)
         if step % args.save_every == 0 or step == schedule.steps:
-            record.save(step)
+            run.save(step)
 
     # test
-    detect.test(record, test, args, train)
+    detect.test(run, test, train)
 
 
 if __name__ == "__main__":

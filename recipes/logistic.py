@@ -16,7 +16,9 @@ from fewshot.evaluation import frozen
 from fewshot.evaluation.meta_test import meta_test, report
 from fewshot.heads import FewShotClassifier
 from fewshot.heads.logistic import logistic
-from fewshot.training import folders, launch, run
+from fewshot.training import launch
+from fewshot.training.folders import Stage
+from fewshot.training.run import open_run
 
 METHOD = "logistic"  # names runs and models; a copy of this recipe needs a name of its own
 
@@ -28,6 +30,7 @@ class Args:
     data_root: str = "data"  # folder that holds the data set
     novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
+    # test
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
@@ -55,24 +58,27 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or frozen.folder(METHOD, args)
-        if folders.due(accelerator, METHOD, args, args.out):
-            test(args, accelerator)
+        stage = frozen.find_stage(accelerator, METHOD, args)
+        if stage is not None:  # a finished run is shown, not repeated
+            test(stage, accelerator)
 
 
-def test(args: Args, accelerator: launch.Accelerator) -> None:
+def test(stage: Stage, accelerator: launch.Accelerator) -> None:
+    args = stage.args
+
     # data
-    backbone, _, test_set, about = frozen.opened(accelerator, args)
+    backbone, _, test_set, about = frozen.opened(accelerator, stage)
 
     # model
     # so many classifiers are trained side by side
     head = heads.TrainingFree(logistic, tasks_at_once=256, C=args.C)
     model = FewShotClassifier(backbone, head)
-    record = run.Record(accelerator, METHOD, args, args.out, model, None, None, about)
-    record.save_model()
+    run = open_run(METHOD, stage, accelerator, model, metadata=about)
+    if not args.test_only:
+        run.save_model()
 
     # test
-    model = record.best()
+    model = run.best()
     results = meta_test(
         accelerator,
         model,
@@ -85,7 +91,7 @@ def test(args: Args, accelerator: launch.Accelerator) -> None:
         imbalance=args.imbalance,
         features=frozen.features(accelerator, model, test_set, args),
     )
-    report(record, results, args.ways, args.save_tasks, setting="inductive")
+    report(run, results, args.ways, args.save_tasks, setting="inductive")
 
 
 if __name__ == "__main__":

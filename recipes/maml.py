@@ -19,8 +19,10 @@ from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test_images, report
 from fewshot.heads.maml import MAML
-from fewshot.training import folders, launch, run
-from fewshot.training.plan import folder, opened, planned
+from fewshot.training import launch
+from fewshot.training.folders import Stage
+from fewshot.training.plan import find_stage, opened, planned
+from fewshot.training.run import open_run, trainable
 from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "maml"  # names runs and models; a copy of this recipe needs a name of its own
@@ -44,13 +46,14 @@ class Args:
     data_root: str = "data"  # folder that holds the data set
     novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
-    ways: int = 5  # classes in a task, in training too
+    # test
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
     test_dataset: str | None = None  # test on another data set's, or folder's, classes
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int | None = None  # test tasks; by default 2000, but for glyphs and Omniglot 300
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
+    test_steps: int = 5  # steps on a test task's supports
     # training
     train_shots: int = 5  # support images per class in a training episode
     train_queries: int = 16  # query images per class in a training episode
@@ -60,18 +63,18 @@ class Args:
     eval_every: int = 250  # steps between validations, which save; short own trainings have ten
     val_tasks: int = 100  # validation tasks
     # model
+    ways: int = 5  # classes in a task, for each of which the network has an output
     backbone: str = "conv4"  # conv4, resnet12, wrn28_10, resnet18, torchvision/NAME or timm/NAME
     weights: str | None = None  # of the backbone: pretrained (default if there are), a file, none
     size: int | None = None  # side of the pictures; by default the backbone's or the data set's
     inner_steps: int = 2  # steps on a training episode's supports
     inner_lr: float | None = None  # learning rate of these steps; by default as published
-    test_steps: int = 5  # steps on a test task's supports
     first_order: bool = False  # leave out second derivatives: faster, with an approximate gradient
-    at_once: int | None = None  # tasks at once: fewer take less memory; by default 4, on a CPU 1
     # run
     out: str | None = None  # the run's folder; by default runs/maml/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
     workers: int = 2  # data-loading processes
+    at_once: int | None = None  # tasks at once: fewer take less memory; by default 4, on a CPU 1
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace the run in --out if it is finished, or begun
     test_only: bool = False  # only test the best model in --out
@@ -80,12 +83,14 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or folder(METHOD, args)
-        if folders.due(accelerator, METHOD, args, args.out):
-            train_and_test(args, accelerator)
+        stage = find_stage(accelerator, METHOD, args)
+        if stage is not None:  # a finished run is shown, not repeated
+            train_and_test(stage, accelerator)
 
 
-def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+def train_and_test(stage: Stage, accelerator: launch.Accelerator) -> None:
+    args = stage.args
+
     # data
     train_set, val_set, test_set = sets = opened(accelerator, args)
     episodes.check(
@@ -110,9 +115,9 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         first_order=args.first_order,
         at_once=args.at_once,
     )
-    optimizer = torch.optim.Adam(run.trainable(model), lr=schedule.lr)
+    optimizer = torch.optim.Adam(trainable(model), lr=schedule.lr)
     about = train_set.describe() | {"inner_lr": inner_lr}
-    record = run.Record(accelerator, METHOD, args, args.out, model, optimizer, schedule, about)
+    run = open_run(METHOD, stage, accelerator, model, optimizer, schedule, metadata=about)
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
@@ -122,38 +127,38 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
         args.ways,
         args.train_shots,
         args.train_queries,
-        record.feed,
+        run.feed,
         transform,
         tasks=schedule.batch,
     )
-    for step, episode in record.steps(loader):
+    for step, episode in run.steps(loader):
         # which output of the head stands for which class is by chance, as an episode's classes come
         # in random order
-        loss = record.model(
+        loss = run.model(
             episode.support, episode.support_labels, episode.query, episode.query_labels
         )
         accelerator.backward(loss)
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, {"loss": loss}, ids=episode.indices)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, {"loss": loss}, ids=episode.indices)
 
         if step % eval_every == 0 or step == schedule.steps:
             result = meta_test_images(
                 accelerator,
-                record.model,
+                run.model,
                 val_set,
                 shots=args.shots[:1],
                 tasks=args.val_tasks,
                 **test,
             )
-            record.save(step, score=result[args.shots[0]].accuracy)
+            run.save(step, score=result[args.shots[0]].accuracy)
 
     # test
     results = meta_test_images(
-        accelerator, record.best(), test_set, shots=args.shots, tasks=tasks, **test
+        accelerator, run.best(), test_set, shots=args.shots, tasks=tasks, **test
     )
-    report(record, results, args.ways, args.save_tasks)
+    report(run, results, args.ways, args.save_tasks)
 
 
 if __name__ == "__main__":

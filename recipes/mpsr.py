@@ -26,7 +26,9 @@ from fewshot.data.transforms import CAFFE_MPSR
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.mpsr import MPSR
 from fewshot.evaluation import detect
-from fewshot.training import bases, launch, run, stages
+from fewshot.training import bases, launch, stages
+from fewshot.training.folders import Stage
+from fewshot.training.run import Training
 from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "mpsr"  # names runs and models; a copy of this recipe needs a name of its own
@@ -86,32 +88,33 @@ class Args:
     shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
+    # test
     test_images: int | None = None  # test on only so many pictures
     test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
     base: str | None = None  # to fine-tune: coco, coco_mobile, file, run, hub id; default: in --out
     keep_base: bool = False  # insist on the base model's classes too; your data must have them
     batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
-    save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
     style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
     rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
+    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
     out: str | None = None  # by default runs/mpsr/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
+    save_every: int = 200  # steps between saves of the state
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -121,23 +124,21 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {
+        functions = {
             "base": train_base,
             "finetune": finetune,
             "test": partial(detect.test_saved, METHOD, MPSR, opened=opened),
         }
-        for stage, each, folder in stages.wanted(
-            accelerator, METHOD, args, BACKBONE[args.published]
-        ):
-            todo[stage](each, accelerator, folder)
+        stages.run_stages(accelerator, METHOD, args, BACKBONE[args.published], functions)
 
 
 def opened(args: Args) -> detection.DetectionSplit:
     return stages.opened(args, offset=VOC_OFFSET if args.dataset == "voc" else None)
 
 
-def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def train_base(stage: Stage, accelerator: launch.Accelerator) -> None:
     """All of the detector but the trunk's first stage, on every object of the base classes."""
+    args = stage.args
     data = opened(args)
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = fpn.begin(args.backbone, args.weights, style=args.style)
@@ -149,11 +150,12 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
         len(train.classes),
         **SIZES[args.published] | ({"rois": args.rois} if args.rois else {}),
     )
-    fit(args, accelerator, folder, "base", model, train, test, train)
+    fit(stage, accelerator, model, train, test, train)
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def finetune(stage: Stage, accelerator: launch.Accelerator) -> None:
     """The same parts, with a new last layer, on K objects of every class."""
+    args = stage.args
     base = bases.load(args, opened(args), METHOD, MPSR)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = rebuilt(MPSR, base.about, len(train.classes), rois=args.rois)
@@ -161,32 +163,34 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     torch.nn.init.normal_(model.cls.weight, std=0.001)
     weights.fill(model, base.state, args.base, fresh=("cls.",))
     shown = balanced(train) if args.dataset == "voc" else train
-    fit(args, accelerator, folder, "finetune", model, train, base.data.test, shown)
+    fit(stage, accelerator, model, train, base.data.test, shown)
 
 
-def fit(args, accelerator, folder, stage, model, train, test, shown) -> None:
+def fit(stage, accelerator, model, train, test, shown) -> None:
     """One stage: the loop, on the pictures of `shown` and the objects of `train`, then the test."""
+    args = stage.args
     *size, smallest = PICTURES[args.published]
     pictures, normalisation = stages.pictures(args, *size), model.trunk.normalisation
     schedule = stages.planned(
-        accelerator, args, stage, SCHEDULE[args.published], BATCH, train, test, pictures
+        accelerator, stage, SCHEDULE[args.published], BATCH, train, test, pictures
     )
     schedule = schedule._replace(ratio=RATIO)
     if args.published == "own":
         model.rpn.test_proposals = stages.fitting_proposals(pictures, train)
     groups = parameter_groups(model, schedule.lr, args.published)
     optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
-    about = {"stage": stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    record = run.Record(
-        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
+    about = (
+        {"stage": stage.name, "pictures": pictures.describe()} | model.describe() | train.describe()
     )
+    kept = {"folder": stage.folder, "metadata": about, "files": k_shot.files(train)}
+    run = Training(METHOD, args, accelerator, model, optimizer, schedule, **kept)
 
     # train
     crops = ObjectCrops(
         train,
         model.levels.scales,
         schedule.batch,
-        record.feed,
+        run.feed,
         flip=pictures.flip,
         smallest=smallest,
     )
@@ -194,21 +198,21 @@ def fit(args, accelerator, folder, stage, model, train, test, shown) -> None:
         replace(pictures, multiple=32),
         {"batch_size": schedule.batch, "group": args.group_aspect},
     )
-    loader = train_loader(shown, padded, record.feed, normalisation, extra=crops.draw, **options)
-    for step, (batch, objects) in record.steps(loader):
-        losses = record.model(
+    loader = train_loader(shown, padded, run.feed, normalisation, extra=crops.draw, **options)
+    for step, (batch, objects) in run.steps(loader):
+        losses = run.model(
             batch.images, batch.sizes, batch.boxes, batch.labels, objects.images, objects.labels
         )
         accelerator.backward(sum(losses.values()))
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, losses, ids=batch.ids)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, losses, ids=batch.ids)
         if step % args.save_every == 0 or step == schedule.steps:
-            record.save(step)
+            run.save(step)
 
     # test
-    detect.test(record, test, args, train)
+    detect.test(run, test, train)
 
 
 def parameter_groups(model: torch.nn.Module, lr: float, dataset: str) -> list[dict]:

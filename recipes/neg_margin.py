@@ -20,8 +20,10 @@ from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
 from fewshot.heads import SupervisedClassifier
-from fewshot.training import folders, launch, run
-from fewshot.training.plan import folder, opened, planned
+from fewshot.training import launch
+from fewshot.training.folders import Stage
+from fewshot.training.plan import find_stage, opened, planned
+from fewshot.training.run import open_run, trainable
 from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "neg_margin"  # names runs and models; a copy of this recipe needs a name of its own
@@ -48,6 +50,7 @@ class Args:
     data_root: str = "data"  # folder that holds the data set
     novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
+    # test
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
@@ -55,6 +58,7 @@ class Args:
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int = 2000  # test tasks
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
+    test_temperature: float = 5.0  # of a test task's logits
     # training
     batch_size: int = 64  # images per step, over all processes
     iters: int | None = None  # steps; by default as published, own data's by their number
@@ -68,7 +72,6 @@ class Args:
     freeze: bool = False  # train only what is not the backbone
     margin: float | None = None  # of the target's cosine in training; by default as published
     temperature: float = 10.0  # of training logits
-    test_temperature: float = 5.0  # of a test task's logits
     # run
     out: str | None = None  # by default runs/neg_margin/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
@@ -81,12 +84,14 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or folder(METHOD, args)
-        if folders.due(accelerator, METHOD, args, args.out):
-            train_and_test(args, accelerator)
+        stage = find_stage(accelerator, METHOD, args)
+        if stage is not None:  # a finished run is shown, not repeated
+            train_and_test(stage, accelerator)
 
 
-def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+def train_and_test(stage: Stage, accelerator: launch.Accelerator) -> None:
+    args = stage.args
+
     # data
     train_set, val_set, test_set = sets = opened(accelerator, args)
     schedule, eval_every = planned(accelerator, args, SCHEDULE[train_set.name], sets)
@@ -100,43 +105,39 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     head = heads.NegMargin(backbone.out_features, classes, margin, args.temperature)
     few_shot = heads.FineTuned("normalised", args.test_temperature)
     model = SupervisedClassifier(backbone, head, few_shot)
-    optimizer = torch.optim.SGD(
-        run.trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4
-    )
-    record = run.Record(
-        accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe()
+    optimizer = torch.optim.SGD(trainable(model), lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
+    run = open_run(
+        METHOD, stage, accelerator, model, optimizer, schedule, metadata=train_set.describe()
     )
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
     transform = transforms.train_transform(train_set)
-    loader = episodes.class_batch_loader(
-        train_set, record.feed, transform, batch_size=schedule.batch
-    )
-    for step, (images, labels, indices) in record.steps(loader):
-        loss = F.cross_entropy(record.model(images, labels), labels)
+    loader = episodes.class_batch_loader(train_set, run.feed, transform, batch_size=schedule.batch)
+    for step, (images, labels, indices) in run.steps(loader):
+        loss = F.cross_entropy(run.model(images, labels), labels)
         accelerator.backward(loss)
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, {"loss": loss}, ids=indices)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, {"loss": loss}, ids=indices)
 
         if step % eval_every == 0 or step == schedule.steps:
             result = meta_test(
                 accelerator,
-                record.model,
+                run.model,
                 val_set,
                 shots=args.shots[:1],
                 tasks=args.val_tasks,
                 **test,
             )
-            record.save(step, score=result[args.shots[0]].accuracy)
+            run.save(step, score=result[args.shots[0]].accuracy)
 
     # test
     results = meta_test(
-        accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test
+        accelerator, run.best(), test_set, shots=args.shots, tasks=args.tasks, **test
     )
-    report(record, results, args.ways, args.save_tasks)
+    report(run, results, args.ways, args.save_tasks)
 
 
 if __name__ == "__main__":

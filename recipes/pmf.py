@@ -22,8 +22,10 @@ from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, meta_test_images, report
 from fewshot.heads.pmf import PMF
-from fewshot.training import folders, launch, run
-from fewshot.training.plan import folder, opened, planned
+from fewshot.training import launch
+from fewshot.training.folders import Stage
+from fewshot.training.plan import find_stage, opened, planned
+from fewshot.training.run import open_run, trainable
 from fewshot.training.schedule import Cosine, Passes
 
 METHOD = "pmf"  # names runs and models; a copy of this recipe needs a name of its own
@@ -49,6 +51,7 @@ class Args:
     data_root: str = "data"  # folder that holds the data set
     novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
+    # test
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
@@ -56,6 +59,8 @@ class Args:
     test_root: str | None = None  # folder that holds it; by default --data-root
     tasks: int | None = None  # test tasks; by default 600, but for glyphs and Omniglot 50
     save_tasks: bool = False  # also write the accuracy of every test task to tasks.json
+    test_steps: int = 50  # of Adam on a test task's supports; 0: no fine-tuning
+    test_lr: Literal["auto"] | float = "auto"  # rate of these steps; auto: found by supports
     # training
     train_ways: int = 5  # classes in a training episode
     train_shots: int = 5  # support images per class in an episode; published: as in the test
@@ -70,8 +75,6 @@ class Args:
     weights: str | None = None  # of the backbone: pretrained (default if there are), a file, none
     size: int | None = None  # side of the pictures; by default the backbone's or the data set's
     init: str | None = None  # run or model file whose backbone to start from, say a baseline
-    test_steps: int = 50  # of Adam on a test task's supports; 0: no fine-tuning
-    test_lr: Literal["auto"] | float = "auto"  # rate of these steps; auto: found by supports
     # run
     out: str | None = None  # the run's folder; by default runs/pmf/<dataset>-<backbone>-seed<seed>
     seed: int = 0  # the only source of randomness
@@ -84,12 +87,14 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or folder(METHOD, args)
-        if folders.due(accelerator, METHOD, args, args.out):
-            train_and_test(args, accelerator)
+        stage = find_stage(accelerator, METHOD, args)
+        if stage is not None:  # a finished run is shown, not repeated
+            train_and_test(stage, accelerator)
 
 
-def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+def train_and_test(stage: Stage, accelerator: launch.Accelerator) -> None:
+    args = stage.args
+
     # data
     train_set, val_set, test_set = sets = opened(accelerator, args)
     ways, shots, queries = args.train_ways, args.train_shots, args.train_queries
@@ -102,44 +107,44 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     model = PMF(backbones.of(args, train_set.size), steps=args.test_steps, lr=args.test_lr)
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
-    optimizer = torch.optim.SGD(run.trainable(model), lr=schedule.lr, momentum=0.9)
-    record = run.Record(
-        accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe()
+    optimizer = torch.optim.SGD(trainable(model), lr=schedule.lr, momentum=0.9)
+    run = open_run(
+        METHOD, stage, accelerator, model, optimizer, schedule, metadata=train_set.describe()
     )
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
     transform = transforms.train_transform(train_set)
     loader = episodes.episode_loader(
-        train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch
+        train_set, ways, shots, queries, run.feed, transform, tasks=schedule.batch
     )
-    for step, episode in record.steps(loader):
-        logits = record.model(episode.support, episode.query, ways)  # (tasks, queries, ways)
+    for step, episode in run.steps(loader):
+        logits = run.model(episode.support, episode.query, ways)  # (tasks, queries, ways)
         loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
         accelerator.backward(loss)
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, {"loss": loss}, ids=episode.indices)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, {"loss": loss}, ids=episode.indices)
 
         # without fine-tuning, from one pass over the images
         if step % eval_every == 0 or step == schedule.steps:
             result = meta_test(
                 accelerator,
-                record.model,
+                run.model,
                 val_set,
                 shots=args.shots[:1],
                 tasks=args.val_tasks,
                 **test,
             )
-            record.save(step, score=result[args.shots[0]].accuracy)
+            run.save(step, score=result[args.shots[0]].accuracy)
 
     # test
     tasks = args.tasks or TASKS[test_set.name]
     results = meta_test_images(
-        accelerator, record.best(), test_set, shots=args.shots, tasks=tasks, **test
+        accelerator, run.best(), test_set, shots=args.shots, tasks=tasks, **test
     )
-    report(record, results, args.ways, args.save_tasks)
+    report(run, results, args.ways, args.save_tasks)
 
 
 if __name__ == "__main__":

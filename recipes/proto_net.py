@@ -19,8 +19,10 @@ from fewshot.data import episodes, transforms
 from fewshot.data.classification import DatasetName
 from fewshot.evaluation.meta_test import meta_test, report
 from fewshot.heads import FewShotClassifier
-from fewshot.training import folders, launch, run
-from fewshot.training.plan import folder, opened, planned
+from fewshot.training import launch
+from fewshot.training.folders import Stage
+from fewshot.training.plan import find_stage, opened, planned
+from fewshot.training.run import open_run, trainable
 from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "proto_net"  # names runs and models; a copy of this recipe needs a name of its own
@@ -42,6 +44,7 @@ class Args:
     data_root: str = "data"  # folder that holds the data set
     novel: str | None = None  # file of own data's classes to test on, a line each, or json
     cache: bool = False  # decode the pictures once, into a memory map beside the data
+    # test
     ways: int = 5  # classes in a test task
     shots: tuple[int, ...] = (1, 5)  # support images per class in a test task; each is tested
     queries: int = 15  # query images per class in a test task
@@ -78,12 +81,14 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        args.out = args.out or folder(METHOD, args)
-        if folders.due(accelerator, METHOD, args, args.out):
-            train_and_test(args, accelerator)
+        stage = find_stage(accelerator, METHOD, args)
+        if stage is not None:  # a finished run is shown, not repeated
+            train_and_test(stage, accelerator)
 
 
-def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
+def train_and_test(stage: Stage, accelerator: launch.Accelerator) -> None:
+    args = stage.args
+
     # data
     train_set, val_set, test_set = sets = opened(accelerator, args)
     ways, shots, queries = EPISODE[train_set.name]
@@ -103,42 +108,42 @@ def train_and_test(args: Args, accelerator: launch.Accelerator) -> None:
     model = FewShotClassifier(backbone, heads.Prototype(args.distance))
     if args.init and not args.test_only:
         weights.fill_part(model.features, args.init, "features.")
-    optimizer = torch.optim.Adam(run.trainable(model), lr=schedule.lr)
-    record = run.Record(
-        accelerator, METHOD, args, args.out, model, optimizer, schedule, train_set.describe()
+    optimizer = torch.optim.Adam(trainable(model), lr=schedule.lr)
+    run = open_run(
+        METHOD, stage, accelerator, model, optimizer, schedule, metadata=train_set.describe()
     )
     test = {"ways": args.ways, "queries": args.queries, "workers": args.workers}
 
     # train
     transform = transforms.train_transform(train_set)
     loader = episodes.episode_loader(
-        train_set, ways, shots, queries, record.feed, transform, tasks=schedule.batch
+        train_set, ways, shots, queries, run.feed, transform, tasks=schedule.batch
     )
-    for step, episode in record.steps(loader):
-        logits = record.model(episode.support, episode.query, ways)  # (tasks, queries, ways)
+    for step, episode in run.steps(loader):
+        logits = run.model(episode.support, episode.query, ways)  # (tasks, queries, ways)
         loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
         accelerator.backward(loss)
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, {"loss": loss}, ids=episode.indices)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, {"loss": loss}, ids=episode.indices)
 
         if step % eval_every == 0 or step == schedule.steps:
             result = meta_test(
                 accelerator,
-                record.model,
+                run.model,
                 val_set,
                 shots=args.shots[:1],
                 tasks=args.val_tasks,
                 **test,
             )
-            record.save(step, score=result[args.shots[0]].accuracy)
+            run.save(step, score=result[args.shots[0]].accuracy)
 
     # test
     results = meta_test(
-        accelerator, record.best(), test_set, shots=args.shots, tasks=args.tasks, **test
+        accelerator, run.best(), test_set, shots=args.shots, tasks=args.tasks, **test
     )
-    report(record, results, args.ways, args.save_tasks)
+    report(run, results, args.ways, args.save_tasks)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from fewshot.data.pipeline import Pipeline, test_loader
 from fewshot.data.stream import Feed
 from fewshot.detectors.prototype import FrozenMaps, PrototypeDetector
 from fewshot.evaluation import detect
-from fewshot.training import bases, folders, launch, run, stages
+from fewshot.training import bases, folders, launch, stages
+from fewshot.training.folders import Stage
+from fewshot.training.run import Run, Training
 
 # names runs and models; a copy of this recipe needs a name of its own
 METHOD = "prototype_detector"
@@ -42,8 +44,11 @@ class Args:
     shot_lists: str | None = None  # published lists' folder, or a shots.json; else drawn by --seed
     short: int | None = None  # shorter side of what --backbone sees; by default as --base does
     long: int | None = None  # longest the longer side may get
+    # test
     test_images: int | None = None  # test on only so many pictures
     test_proposals: int | None = None  # regions per picture in tests; by default the base's own
+    scramble_supports: bool = False  # test also with every class given the next class's supports
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     classwise: bool = False  # also print the result of every class
     # model
     base: str | None = None  # whose first stage proposes: coco, coco_mobile, file, run, hub id
@@ -64,8 +69,6 @@ class Args:
     resume: bool = False  # go on with interrupted --seeds: what is finished is not done again
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model in --out
-    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
-    scramble_supports: bool = False  # test also with every class given the next class's supports
     wandb: bool = False  # log to Weights & Biases
 
     stage = "supports"  # there is no other
@@ -79,16 +82,18 @@ def main(args: Args) -> None:
             )
         if args.out is None:
             split = f"split{args.split}" if args.dataset in detection.PUBLISHED_SPLITS else None
-            args.out = folders.default(
-                METHOD, args.dataset, split, bases.label(args.base), args.backbone
+            begin = bases.label(args.base)
+            args = replace(
+                args, out=folders.default(METHOD, args.dataset, split, begin, args.backbone)
             )
-        todo = {args.stage: learn, "test": test_saved}
-        for stage, each, folder in stages.wanted(accelerator, METHOD, args, "the base's trunk"):
-            todo[stage](each, accelerator, folder)
+        functions = {args.stage: learn, "test": test_saved}
+        stages.run_stages(accelerator, METHOD, args, "the base's trunk", functions)
 
 
-def learn(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def learn(stage: Stage, accelerator: launch.Accelerator) -> None:
     """Nothing but prototypes, of K objects of every class."""
+    args = stage.args
+
     # data
     base = bases.load(args, stages.opened(args), METHOD, None)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
@@ -105,12 +110,10 @@ def learn(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     model = PrototypeDetector(
         proposing, base.about, len(train.classes), backbone, **sizes, **scores
     )
-    about = (
-        {"stage": args.stage, "pictures": pictures.describe()} | model.describe() | train.describe()
-    )
-    record = run.Record(
-        accelerator, METHOD, args, folder, model, None, None, about, k_shot.files(train)
-    )
+    about = {"stage": stage.name, "pictures": pictures.describe()}
+    about |= model.describe() | train.describe()
+    kept = {"folder": stage.folder, "metadata": about, "files": k_shot.files(train)}
+    run = Training(METHOD, args, accelerator, model, **kept)
 
     # supports
     began, supports = time.perf_counter(), []
@@ -121,13 +124,13 @@ def learn(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
             features = model.support_features(batch.images, batch.sizes, batch.boxes)
         supports.append((*features, batch.labels[0]))
     model.add_supports(supports)
-    record.save_model()
+    run.save_model()
     accelerator.print(
         f"{len(train.classes)} classes learnt in {time.perf_counter() - began:.1f} seconds"
     )
 
     # test
-    look(args, record, base.data.test, train)
+    look(run, base.data.test, train)
 
 
 def seen(args: Args, pictures: Pipeline) -> Pipeline:
@@ -140,25 +143,19 @@ def seen(args: Args, pictures: Pipeline) -> Pipeline:
     return replace(pictures, **given, enlarge=pictures.enlarge or "short" in given)
 
 
-def test_saved(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def test_saved(stage: Stage, accelerator: launch.Accelerator) -> None:
     """The model that is there, as it is."""
-    about = folders.saved(accelerator, args, folder)
-    record = run.Record(accelerator, METHOD, args, folder, methods.built(about), None, None, about)
-    look(
-        args, record, stages.opened(args).test.with_novel(about["novel"]).restrict(about["classes"])
-    )
+    about, args = stage.metadata, stage.args
+    model = methods.built(about)
+    run = Run(METHOD, args, accelerator, model, folder=stage.folder, metadata=about)
+    look(run, stages.opened(args).test.with_novel(about["novel"]).restrict(about["classes"]))
 
 
-def look(args: Args, record: run.Record, test: detection.DetectionSet, train=None) -> None:
-    regions = record.about["first_stage"]["method"]
-    described = record.about["frozen_backbone"] or "its own trunk"
-    detect.test(
-        record,
-        test,
-        args,
-        train,
-        {"trained_on": f"no class: regions of {regions}, seen by {described}"},
-    )
+def look(run: Run, test: detection.DetectionSet, train=None) -> None:
+    regions = run.metadata["first_stage"]["method"]
+    described = run.metadata["frozen_backbone"] or "its own trunk"
+    protocol = {"trained_on": f"no class: regions of {regions}, seen by {described}"}
+    detect.test(run, test, train, protocol)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from fewshot.data.support import NWayKShot
 from fewshot.detectors.build import rebuilt
 from fewshot.detectors.vfa import VFA
 from fewshot.evaluation import detect
-from fewshot.training import bases, launch, run, stages
+from fewshot.training import bases, launch, stages
+from fewshot.training.folders import Stage
+from fewshot.training.run import Training
 from fewshot.training.schedule import Passes, Schedule
 
 METHOD = "vfa"  # names runs and models; a copy of this recipe needs a name of its own
@@ -92,33 +94,34 @@ class Args:
     short: int | None = None  # shorter side of the pictures; by default the published size
     long: int | None = None  # longest the longer side may get
     support_size: int | None = None  # side of the supports in pixels; by default the published size
+    # test
     test_images: int | None = None  # test on only so many pictures
     test_proposals: int | None = None  # proposals per picture in tests; by default the model's own
+    scramble_supports: bool = False  # test also with every class given the next class's supports
+    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     classwise: bool = False  # also print the result of every class
     # training
-    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
     base: str | None = None  # model to fine-tune: a file, a run, a hub id; by default that in --out
     keep_base: bool = False  # insist on the base model's classes too; your data must have them
     batch_size: int | None = None  # pictures per step, over all processes; scales rate and steps
     iters: int | None = None  # steps of each stage; by default the published schedule
     lr: float | None = None  # learning rate; by default the published schedule
     group_aspect: bool = False  # batches of only wide or only tall pictures: less padding
-    save_every: int = 200  # steps between saves of the state
     # model
     backbone: trunks.Name | None = None  # by default small for glyphs, else as published
     style: trunks.Style | None = None  # of a ResNet: torchvision (default); caffe by --weights FILE
     weights: str | None = None  # imagenet, a file, or none; by default imagenet, of small none
     rois: int | None = None  # RoIs per picture to train on; by default as published
     # run
+    stage: Literal["all", "base", "finetune"] = "all"  # all: a base, unless there, then finetune
     out: str | None = None  # by default runs/vfa/<dataset>-split<split>-<backbone>
     seed: int = 0  # the only source of randomness
     seeds: tuple[int, ...] = ()  # fine-tune and test with each: mean and interval at the end
     workers: int = 2  # data-loading processes
+    save_every: int = 200  # steps between saves of the state
     resume: bool = False  # go on from the last state in --out
     overwrite: bool = False  # replace runs in --out that are finished, or begun
     test_only: bool = False  # only test the model of --stage in --out
-    scramble_supports: bool = False  # test also with every class given the next class's supports
-    calibrate: str | None = None  # also test scores calibrated by shots: resnet101, or NAME=FILE
     wandb: bool = False  # log to Weights & Biases
 
     @property
@@ -128,19 +131,17 @@ class Args:
 
 def main(args: Args) -> None:
     with launch.started(METHOD, args) as accelerator:
-        todo = {
+        functions = {
             "base": train_base,
             "finetune": finetune,
             "test": partial(detect.test_saved, METHOD, VFA),
         }
-        for stage, each, folder in stages.wanted(
-            accelerator, METHOD, args, BACKBONE[args.published]
-        ):
-            todo[stage](each, accelerator, folder)
+        stages.run_stages(accelerator, METHOD, args, BACKBONE[args.published], functions)
 
 
-def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def train_base(stage: Stage, accelerator: launch.Accelerator) -> None:
     """All of the detector but the trunk's first stages, on every object of the base classes."""
+    args = stage.args
     data = stages.opened(args, difficult="keep")
     train, test = data.train.restrict(data.base), data.test.restrict(data.base)
     trunk = trunks.begin(args.backbone, args.weights, style=args.style, meta=True)
@@ -152,11 +153,12 @@ def train_base(args: Args, accelerator: launch.Accelerator, folder: str) -> None
     )
     *_, size, used = PICTURES[args.published]
     supports = NWayKShot(train, 1, used=used, one_per_image=True, size=args.support_size or size)
-    fit(args, accelerator, folder, "base", model, train, test, supports)
+    fit(stage, accelerator, model, train, test, supports)
 
 
-def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
+def finetune(stage: Stage, accelerator: launch.Accelerator) -> None:
     """The autoencoder and the last layers, on K objects of every class, from the base model."""
+    args = stage.args
     base = bases.load(args, stages.opened(args), METHOD, VFA)
     train = k_shot.choose_shots(base.data.train, args.shots, args.seed, args.shot_lists)
     model = rebuilt(VFA, base.about, len(train.classes), rois=args.rois)
@@ -166,11 +168,12 @@ def finetune(args: Args, accelerator: launch.Accelerator, folder: str) -> None:
     model.trunk.requires_grad_(False)
     (model.rpn.conv if args.published == "coco" else model.rpn).requires_grad_(False)
     supports = NWayKShot(train, 1, used=30, size=args.support_size or PICTURES[args.published][3])
-    fit(args, accelerator, folder, "finetune", model, train, base.data.test, supports)
+    fit(stage, accelerator, model, train, base.data.test, supports)
 
 
-def fit(args, accelerator, folder, stage, model, train, test, supports) -> None:
+def fit(stage, accelerator, model, train, test, supports) -> None:
     """One stage: the loop, then the test."""
+    args = stage.args
     if len(train.classes) < 2:
         raise InputError(
             f"{train.name} has one class: VFA's batch norms need two or more; take meta_rcnn"
@@ -178,46 +181,43 @@ def fit(args, accelerator, folder, stage, model, train, test, supports) -> None:
     pictures = stages.pictures(args, *PICTURES[args.published][:3], multiple=32)
     normalisation = model.trunk.normalisation
     table = SCHEDULE[args.published], BATCH[args.published]
-    schedule = stages.planned(accelerator, args, stage, *table, train, test, pictures)
+    schedule = stages.planned(accelerator, stage, *table, train, test, pictures)
     if args.published == "own":
         model.rpn.test_proposals = stages.fitting_proposals(
             pictures, train, most=PUBLISHED["test_proposals"][1]
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
-    about = {"stage": stage, "pictures": pictures.describe()}
+    about = {"stage": stage.name, "pictures": pictures.describe()}
     about |= model.describe() | train.describe() | supports.describe()
-    record = run.Record(
-        accelerator, METHOD, args, folder, model, optimizer, schedule, about, k_shot.files(train)
-    )
+    kept = {"folder": stage.folder, "metadata": about, "files": k_shot.files(train)}
+    run = Training(METHOD, args, accelerator, model, optimizer, schedule, **kept)
 
     # train
     options = {"batch_size": schedule.batch, "group": args.group_aspect}
-    loader = train_loader(
-        train, pictures, record.feed, normalisation, extra=supports.draw, **options
-    )
-    for step, (batch, support) in record.steps(loader):
-        losses = record.model(
+    loader = train_loader(train, pictures, run.feed, normalisation, extra=supports.draw, **options)
+    for step, (batch, support) in run.steps(loader):
+        losses = run.model(
             batch.images, batch.sizes, batch.boxes, batch.labels, support.images, support.labels
         )
         accelerator.backward(sum(losses.values()))
-        record.optimizer.step()
-        record.scheduler.step()
-        record.optimizer.zero_grad()
-        record.log(step, losses, ids=batch.ids)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.log(step, losses, ids=batch.ids)
         if step % args.save_every == 0 or step == schedule.steps:
-            record.save(step)
+            run.save(step)
 
     # test
-    detector = record.best()
+    detector = run.best()
     with torch.no_grad(), accelerator.autocast():
         table = [
             (detector.support_vectors(s.images), s.labels)
-            for s in supports.table(record.feed, normalisation)
+            for s in supports.table(run.feed, normalisation)
         ]
     detector.set_prototypes(*(torch.cat(part) for part in zip(*table)))
-    record.save_model()
-    detect.test(record, test, args, train)
+    run.save_model()
+    detect.test(run, test, train)
 
 
 if __name__ == "__main__":

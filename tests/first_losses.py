@@ -66,7 +66,7 @@ def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
     from fewshot.training import run
 
     seen: list[dict[str, float]] = []
-    log = run.Record.log
+    log = run.Training.log
 
     def remember(record, step, losses, ids=()):
         seen.append(
@@ -76,7 +76,7 @@ def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
 
     recipe = name.split()[0]
     module = module_of(recipe)
-    run.Record.log = remember
+    run.Training.log = remember
     try:
         out = folder / name.replace(" ", "_")
         if (
@@ -87,7 +87,7 @@ def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
             seen.clear()
         module.main(tyro.cli(module.Args, args=[*RUNS[name].split(), "--out", str(out)]))
     finally:
-        run.Record.log = log
+        run.Training.log = log
     return seen
 
 

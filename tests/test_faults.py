@@ -311,7 +311,7 @@ class Reading:
 
     def __init__(self, monkeypatch):
         self.read, self.done, self.after = [], 0, {}
-        decode, log = pictures.decode, run.Record.log
+        decode, log = pictures.decode, run.Training.log
 
         def noted(file, name, *mode):
             self.read.append((self.done, str(name)))
@@ -323,7 +323,7 @@ class Reading:
             self.after.pop(step, lambda: None)()
 
         monkeypatch.setattr(pictures, "decode", noted)
-        monkeypatch.setattr(run.Record, "log", logged)
+        monkeypatch.setattr(run.Training, "log", logged)
 
 
 def remove(file: Path) -> None:

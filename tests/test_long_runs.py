@@ -25,7 +25,7 @@ import tyro
 
 recipe, every, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 torch.set_num_threads(1)
-steps = run.Record.steps
+steps = run.Training.steps
 
 def resident(pid):
     with open(f"/proc/{pid}/statm") as file:
@@ -40,7 +40,7 @@ def watched(self, batches):
             files = [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), *workers)]
             print("WATCHED", step, *(f"{size:.1f}" for size in sizes), "FILES", *files, flush=True)
 
-run.Record.steps = watched
+run.Training.steps = watched
 module = load(recipe)
 module.main(tyro.cli(module.Args, args=flags))
 """

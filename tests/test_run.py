@@ -12,60 +12,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import EVERY, load, parse
 from torch import nn
 
 from fewshot import InputError, weights
-from fewshot.training import folders, launch, run
-from fewshot.training.run import Schedule
+from fewshot.training import folders, launch, run, stages
+from fewshot.training.folders import Stage
+from fewshot.training.run import open_run
+from fewshot.training.schedule import Schedule
 
 
 @dataclass
 class Args:
+    # test
+    tasks: int = 4
+    save_tasks: bool = False
+    # training
     lr: float | None = 0.1
+    batch_size: int | None = None
+    iters: int | None = None
+    # run
+    out: str | None = None
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
     test_only: bool = False
     wandb: bool = False
     workers: int = 0
-    batch_size: int | None = None
-    iters: int | None = None
-
-
-def rates(base: float, steps: list[int], **schedule) -> list[float]:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
-    scheduler = Schedule(1, base, **schedule).of(optimizer)
-    return [base * scheduler.lr_lambdas[0](t) for t in steps]
-
-
-def test_schedule_equals_the_published_ones():
-    tfa = rates(0.02, [0, 50, 100, 12000], warmup=100, milestones=(12000, 16000))
-    assert tfa == pytest.approx([2e-5, 0.01001, 0.02, 0.002])
-    baseline = rates(
-        0.05,
-        [0, 1500, 2999, 3000, 36000, 72000],
-        warmup=3000,
-        ratio=0.25,
-        milestones=(36000, 72000),
-    )
-    assert baseline == pytest.approx([0.0125, 0.03125, 0.0499875, 0.05, 0.005, 0.0005])
-    # a milestone inside the warm-up multiplies with it
-    assert rates(1.0, [5], warmup=10, ratio=0.0, milestones=(5,), gamma=0.5) == pytest.approx(
-        [0.25]
-    )
-
-
-def test_another_batch_size_scales_rate_and_steps():
-    published = Schedule(1000, 0.02, (700,), 100)
-    assert published.scaled(Args(lr=None), 16) == Schedule(1000, 0.02, (700,), 100, batch=16)
-    assert published.scaled(Args(lr=None, batch_size=4), 16) == Schedule(
-        4000, 0.005, (2800,), 400, batch=4
-    )
-    assert published.scaled(Args(lr=0.5, iters=100), 16) == Schedule(100, 0.5, (70,), 10, batch=16)
-    # without a published batch the rate and the steps are what they are
-    assert published.scaled(Args(lr=None, batch_size=4)) == Schedule(
-        1000, 0.02, (700,), 100, batch=4
-    )
 
 
 def train(
@@ -73,7 +46,7 @@ def train(
     total: int,
     args: Args,
     poison: int | None = None,
-    describe: dict | None = None,
+    more: dict | None = None,
     stop=None,
 ) -> nn.Module:
     """A tiny recipe whose every step draws from the global stream, as dropout and RoI sampling do.
@@ -82,32 +55,35 @@ def train(
     in every step.
     """
     with launch.started("tiny", args) as accelerator:
-        if not folders.due(accelerator, "tiny", args, folder):
+        stage = folders.due(accelerator, "tiny", Stage("train", args, folder))
+        if stage is None:
             return None
+
         torch.manual_seed(1)
         model = nn.Linear(4, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
         schedule = Schedule(total, args.lr, (12,), 5)
-        record = run.Record(
-            accelerator, "tiny", args, folder, model, optimizer, schedule, describe or {}
-        )
-        data = [torch.full((3, 4), float(i)) for i in range(record.step, total)]
-        for step, batch in record.steps(data):
-            loss = record.model(batch + torch.randn(3, 4)).square().mean()
+        run = open_run("tiny", stage, accelerator, model, optimizer, schedule, metadata=more or {})
+
+        data = [torch.full((3, 4), float(i)) for i in range(run.step, total)]
+        for step, batch in run.steps(data):
+            loss = run.model(batch + torch.randn(3, 4)).square().mean()
             if step == poison:
                 loss = loss * float("nan")
             accelerator.backward(loss)
-            record.optimizer.step()
-            record.scheduler.step()
-            record.optimizer.zero_grad()
+            run.optimizer.step()
+            run.scheduler.step()
+            run.optimizer.zero_grad()
             if poison is not None and step == -poison:
                 model.weight.data[1, 2] = float("nan")
-            record.log(step, {"loss": loss}, ids=[f"picture-{step}"])
+            run.log(step, {"loss": loss}, ids=[f"picture-{step}"])
             if stop is not None:
                 stop(step)
             if step % 4 == 0 or step == total:
-                record.save(step)
-        record.finish({"accuracy": 1.0})
+                run.save(step)
+
+        model = run.best()
+        run.finish({"accuracy": 1.0}, {"tasks.json": [1.0]} if stage.args.save_tasks else {})
         return model
 
 
@@ -152,31 +128,115 @@ def test_resuming_what_never_began_begins_it(tmp_path, capsys):
     assert "no saved state to resume, beginning with step 1" in capsys.readouterr().out
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of all files but those of the lock and the state."""
+    paths = [path for path in folder.glob("*.*") if path.is_file() and path.name != "lock.json"]
+    return {path.name: path.read_bytes() for path in paths}
+
+
 def test_nothing_is_replaced_unasked(tmp_path, capsys):
+    folder = tmp_path / "a"
     with pytest.raises(SystemExit):
-        train(tmp_path / "a", 8, Args(), poison=6)
+        train(folder, 8, Args(), poison=6)
     with pytest.raises(
         SystemExit,
         match="holds an unfinished run: --resume goes on with it, --overwrite begins anew",
     ):
-        train(tmp_path / "a", 8, Args())
-    train(tmp_path / "a", 8, Args(resume=True))
-    before = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
-    assert train(tmp_path / "a", 8, Args()) is None
-    assert train(tmp_path / "a", 8, Args(resume=True)) is None
+        train(folder, 8, Args())
+
+    train(folder, 8, Args(resume=True, save_tasks=True))
+    before = contents(folder)
+    assert train(folder, 8, Args()) is None
+    assert train(folder, 8, Args(resume=True)) is None
     assert "is finished (--overwrite would replace it)" in capsys.readouterr().out
     with pytest.raises(
         SystemExit, match=r"begun with lr=0.1, not 0.2; give another --out, or --overwrite"
     ):
-        train(tmp_path / "a", 8, Args(lr=0.2))
-    after = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
-    assert {k: v for k, v in before.items() if k != "lock.json"} == {
-        k: v for k, v in after.items() if k != "lock.json"
-    }
-    assert train(tmp_path / "a", 8, Args(lr=0.2, overwrite=True)) is not None
-    assert json.loads((tmp_path / "a" / "args.json").read_text())["lr"] == 0.2
+        train(folder, 8, Args(lr=0.2))
+    assert contents(folder) == before
     with pytest.raises(SystemExit, match="give one of them"):
-        train(tmp_path / "a", 8, Args(resume=True, overwrite=True))
+        train(folder, 8, Args(resume=True, overwrite=True))
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "begun before runs listed"])
+def test_overwriting_removes_what_the_run_wrote_and_nothing_else(listed, tmp_path):
+    train(tmp_path, 4, Args(save_tasks=True))
+    train(tmp_path, 4, Args(test_only=True, save_tasks=True))
+    (tmp_path / "notes.txt").write_text("mine")
+    arguments = json.loads((tmp_path / "args.json").read_text())
+    assert "tasks.json" in arguments["files"] and len(list(tmp_path.glob("test-*"))) == 2
+    if not listed:
+        del arguments["files"]
+        (tmp_path / "args.json").write_text(json.dumps(arguments))
+
+    train(tmp_path, 4, Args(overwrite=True, lr=0.2))
+    assert not (tmp_path / "tasks.json").exists() and not list(tmp_path.glob("test-*"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert json.loads((tmp_path / "args.json").read_text())["lr"] == 0.2
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_kept(tmp_path, monkeypatch):
+    model = train(tmp_path, 4, Args())
+    monkeypatch.setattr(folders, "due", lambda accelerator, method, stage: stage)
+    with pytest.raises(SystemExit, match="was finished by another process meanwhile"):
+        train(tmp_path, 4, Args())
+    assert torch.equal(weights.load(tmp_path)[0]["weight"], model.weight)
+
+
+def test_a_test_takes_its_own_flags_from_the_command_and_all_others_from_the_file(tmp_path):
+    args = Args(lr=0.2)
+    model = train(tmp_path, 4, args)
+    before = contents(tmp_path)
+    test = Args(test_only=True, tasks=9, seed=3)
+    assert torch.equal(train(tmp_path, 4, test).weight, model.weight)
+    (result,) = [json.loads(path.read_text()) for path in tmp_path.glob("test-*.json")]
+    settings = result["settings"]
+    assert settings["tested"] == {"tasks": 9} and settings["seed"] == 0
+    assert settings["trained"] == {"lr": 0.2, "batch_size": None, "iters": None}
+    assert contents(tmp_path).items() >= before.items()
+    assert test == Args(test_only=True, tasks=9, seed=3), "arguments are never written to"
+    with pytest.raises(SystemExit, match=r"made with lr=0\.2, not 0\.3: leave that flag out"):
+        train(tmp_path, 4, Args(test_only=True, lr=0.3))
+
+
+def test_arguments_whose_source_cannot_be_read_are_told_before_the_first_step(tmp_path):
+    """As of a class that was written into a notebook."""
+    names = {"__name__": "__main__"}
+    exec("class Args:\n    # test\n    tasks: int = 4\n", names)
+    with pytest.raises(InputError, match=r"source of Args .* put the recipe into a file"):
+        folders.blocks(names["Args"])
+
+
+def test_every_flag_of_a_recipe_is_in_a_block():
+    order = ["data", "test", "training", "model", "run"]
+    for recipe in EVERY:
+        args = load(recipe).Args
+        found = folders.blocks(args)
+        assert found.keys() == args.__dataclass_fields__.keys()
+        assert list(dict.fromkeys(found.values())) == [b for b in order if b in found.values()]
+        assert {"test", "run"} <= set(found.values())
+
+
+def test_stages_are_listed_and_arguments_stay():
+    args = parse("tfa", "--seeds 3 4 --shots 5")
+    before = dict(vars(args))
+    base, *tuned = stages.list_stages("tfa", args, "small")
+    out = "runs/tfa/glyphs-split1-small"
+    assert (base.name, base.folder, base.args.backbone) == ("base", f"{out}/base", "small")
+    assert [stage.folder for stage in tuned] == [f"{out}/5shot-seed3", f"{out}/5shot-seed4"]
+    assert [(stage.name, stage.args.seed) for stage in tuned] == [("finetune", 3), ("finetune", 4)]
+    assert {stage.args.base for stage in tuned} == {f"{out}/base/model.safetensors"}
+    assert vars(args) == before
+
+    for flags, expected in (
+        ("--stage base", ["base"]),
+        ("--stage novel", ["10shot-seed0-novel"]),
+        ("--base coco", ["10shot-seed0"]),
+        ("--test-only", ["10shot-seed0"]),
+        ("--test-only --stage base", ["base"]),
+    ):
+        listed = stages.list_stages("tfa", parse("tfa", f"{flags} --out a"), "small")
+        assert [stage.folder for stage in listed] == [f"a/{name}" for name in expected]
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -284,7 +344,7 @@ def test_a_kill_between_the_renames_of_a_save_loses_nothing(tmp_path):
 
 
 def test_the_model_file_describes_itself(tmp_path):
-    model = train(tmp_path, 4, Args(), describe={"classes": ["a", "b"]})
+    model = train(tmp_path, 4, Args(), more={"classes": ["a", "b"]})
     state, about = weights.load(tmp_path / "model.safetensors")
     assert torch.equal(state["weight"], model.weight)
     assert (

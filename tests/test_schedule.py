@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
+from torch import nn
 
 from fewshot.training.schedule import Passes, Schedule, choose
 
@@ -55,3 +57,35 @@ def test_own_data_are_passed_over_so_many_times():
     # a batch of another size sees every picture as often
     args = Args(batch_size=2)
     assert choose(own, "finetune", args, pictures=60, batch=4).scaled(args, 4)[:2] == (900, 0.005)
+
+
+def rates(base: float, steps: list[int], **schedule) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
+    scheduler = Schedule(1, base, **schedule).of(optimizer)
+    return [base * scheduler.lr_lambdas[0](t) for t in steps]
+
+
+def test_schedule_equals_the_published_ones():
+    tfa = rates(0.02, [0, 50, 100, 12000], warmup=100, milestones=(12000, 16000))
+    assert tfa == pytest.approx([2e-5, 0.01001, 0.02, 0.002])
+    baseline = rates(
+        0.05,
+        [0, 1500, 2999, 3000, 36000, 72000],
+        warmup=3000,
+        ratio=0.25,
+        milestones=(36000, 72000),
+    )
+    assert baseline == pytest.approx([0.0125, 0.03125, 0.0499875, 0.05, 0.005, 0.0005])
+    # a milestone inside the warm-up multiplies with it
+    assert rates(1.0, [5], warmup=10, ratio=0.0, milestones=(5,), gamma=0.5) == pytest.approx(
+        [0.25]
+    )
+
+
+def test_another_batch_size_scales_rate_and_steps():
+    published = Schedule(1000, 0.02, (700,), 100)
+    assert published.scaled(Args(), 16) == Schedule(1000, 0.02, (700,), 100, batch=16)
+    assert published.scaled(Args(batch_size=4), 16) == Schedule(4000, 0.005, (2800,), 400, batch=4)
+    assert published.scaled(Args(lr=0.5, iters=100), 16) == Schedule(100, 0.5, (70,), 10, batch=16)
+    # without a published batch the rate and the steps are what they are
+    assert published.scaled(Args(batch_size=4)) == Schedule(1000, 0.02, (700,), 100, batch=4)

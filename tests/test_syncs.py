@@ -80,7 +80,9 @@ def counted(monkeypatch, tmp_path):
             found.append(Counts(fake.syncs.copy(), fake.copies.copy()))
             fake.clear()
 
-        def logged(record: run.Record, step: int, *arguments, log=run.Record.log, **more) -> None:
+        def logged(
+            record: run.Training, step: int, *arguments, log=run.Training.log, **more
+        ) -> None:
             log(record, step, *arguments, **more)
             remember(steps if step > 1 else [])  # the first makes constants
 
@@ -101,7 +103,7 @@ def counted(monkeypatch, tmp_path):
             monkeypatch.setattr(module, name_of_test, watched(getattr(module, name_of_test)))
         for source in (NWayKShot, QueryAware):
             monkeypatch.setattr(source, "table", first_of_each(source.table))
-        monkeypatch.setattr(run.Record, "log", logged)
+        monkeypatch.setattr(run.Training, "log", logged)
         monkeypatch.setattr(accelerate.Accelerator, "device", fake.device)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)

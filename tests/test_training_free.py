@@ -284,7 +284,7 @@ def test_default_folders_tell_what_differs():
         "--backbone torchvision/resnet18",
     ]
     folders = [
-        frozen.folder("tim", parse("tim", f"{flags} --seed {seed}"))
+        frozen.default_folder("tim", parse("tim", f"{flags} --seed {seed}"))
         for flags in variants
         for seed in (0, 1)
     ]

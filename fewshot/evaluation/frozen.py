@@ -13,10 +13,12 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -33,14 +35,26 @@ from fewshot.data.image_set import ImageSet
 from fewshot.data.transforms import Normalisation
 from fewshot.evaluation.meta_test import FewShotModel, extract
 from fewshot.training import folders
+from fewshot.training.folders import Stage
 
-NOT_KEPT = "{}: features cannot be kept here ({}): give another --features"
 
+def find_stage(accelerator: Accelerator, method: str, args: Any) -> Stage | None:
+    """What is to be done in `--out`, by default `default_folder`: `folders.due`.
 
-def folder(method: str, args: Any) -> str:
-    """Where a run goes by default: runs/METHOD/DATASET-BACKBONE-..., the backbone being a network
-    or a trained run.
+    Raises:
+        InputError: not one of `--init` and `--backbone` is given; or as `due`.
     """
+    if not args.test_only and (args.init is None) == (args.backbone is None):
+        raise InputError(
+            "give a trained model, say --init runs/baseline/glyphs-conv4-seed0, or else a pretrained network, say "
+            "--backbone torchvision/resnet18"
+        )
+    folder = args.out or default_folder(method, args)
+    return folders.due(accelerator, method, Stage("learn", replace(args, out=folder), folder))
+
+
+def default_folder(method: str, args: Any) -> str:
+    """runs/METHOD/DATASET-BACKBONE-..., the backbone being a network or a trained run."""
     start = args.backbone
     if args.init:
         path = Path(args.init)
@@ -61,33 +75,30 @@ class Opened(NamedTuple):
     about: dict[str, Any]  # what the model's file is to say of them
 
 
-def opened(accelerator: Accelerator, args: Any) -> Opened:
+def opened(accelerator: Accelerator, stage: Stage) -> Opened:
     """What `--init`, or `--backbone` with `--weights` and `--size`, and the flags of the data ask
-    for.
+    for; of a test what the model's file says.
 
     Raises:
-        InputError: not one of these two flags is given; or as `networks.of`, `open_dataset` and
-            `episodes.check` do.
+        InputError: as `networks.of`, `open_dataset` and `episodes.check` do.
     """
-    if not args.test_only and (args.init is None) == (args.backbone is None):
-        raise InputError(
-            "give a trained model, say --init runs/baseline/glyphs-conv4-seed0, or else a pretrained network, say "
-            "--backbone torchvision/resnet18"
-        )
-    source = args.out if args.test_only else args.init
-    if source:
+    args, trained = stage.args, stage.metadata
+    source = args.init
+    if trained is not None:
+        source = args.out
+    elif source:
         trained = weights.describe_file(source)
-        name = trained.get("backbone") or trained["args"]["backbone"]
-        pictures = {
-            "size": trained["size"],
-            "normalisation": Normalisation.from_dict(trained["normalisation"]),
-        }
+
+    if trained is None:
+        name, pictures = args.backbone, networks.inputs(args)
     else:
-        trained, name, pictures = {}, args.backbone, networks.inputs(args)
-    if trained.get("dataset", args.dataset) not in (args.dataset, "folder"):
-        accelerator.print(
-            f"{source} was trained on {trained['dataset']}, and is used on {args.dataset}"
-        )
+        name = trained.get("backbone") or trained["args"]["backbone"]
+        normalisation = Normalisation.from_dict(trained["normalisation"])
+        pictures = {"size": trained["size"], "normalisation": normalisation}
+        learnt_on = trained.get("dataset", "folder")
+        if learnt_on not in (args.dataset, "folder"):
+            accelerator.print(f"{source} was trained on {learnt_on}, and is used on {args.dataset}")
+
     with accelerator.local_main_process_first():  # one process fills the cache
         base_set, _, test_set = open_splits(
             args.dataset, args.data_root, args.novel, cache=args.cache, **pictures
@@ -95,14 +106,15 @@ def opened(accelerator: Accelerator, args: Any) -> Opened:
         if args.test_dataset:
             root = args.test_root or args.data_root
             test_set = open_domain(args.test_dataset, root, base_set, cache=args.cache)
-    episodes.check(test_set, args.ways, max(args.shots), args.queries)
+
+    sizes = (args.ways, max(args.shots), args.queries)
+    episodes.check(test_set, *sizes)
     if args.imbalance is not None:
-        episodes.check_imbalanced(
-            test_set, args.ways, max(args.shots), args.queries, args.imbalance
-        )
+        episodes.check_imbalanced(test_set, *sizes, args.imbalance)
     accelerator.print(
         f"{test_set.origin}: {len(test_set)} pictures of {len(test_set.classes)} classes to test on"
     )
+
     if source:
         backbone = networks.build(name, base_set.size)
         weights.fill_part(backbone, source, "features.")
@@ -142,58 +154,46 @@ def _kept(
     reduced: Callable[[Tensor], Tensor],
 ) -> Tensor:
     model = model.to(accelerator.device).eval()
-    path = (
-        Path(args.features)
-        / f"{dataset.name}-{dataset.split}-{_key(accelerator, model.features, dataset)}-{what}"
-    )
-    path = path.with_name(path.name + ".safetensors")
+    key = _key(accelerator, model.features, dataset)
+    path = Path(args.features) / f"{dataset.name}-{dataset.split}-{key}-{what}.safetensors"
     accelerator.wait_for_everyone()  # all look before one writes
-    with ExitStack() as turn:
-        # of several processes one would wait for another run, and the others, for too long, for
-        # that one
-        if accelerator.num_processes == 1 and not path.exists():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                turn.enter_context(alone(path))
-            except OSError as error:
-                raise InputError(NOT_KEPT.format(path.parent, error)) from error
-        if not path.exists():
-            made = reduced(
-                extract(
-                    accelerator, model, dataset, torch.arange(len(dataset)).numpy(), args.workers
-                )
-            )
-            if accelerator.is_main_process:
-                _write(path, what, made)
-            accelerator.wait_for_everyone()
-            return made
-    try:
-        kept = load_file(path)[what]
-        if (
-            kept.dtype != torch.float32
-            or kept.ndim != (1 if what == "mean" else 2)
-            or not kept.isfinite().all()
-        ):
-            raise ValueError(
-                f"{what} is {tuple(kept.shape)} of {kept.dtype}, or has numbers that are not finite"
-            )
-        if what == "features" and len(kept) != len(dataset):
-            raise ValueError(f"it has features of {len(kept)} pictures, not of {len(dataset)}")
-        return kept.to(accelerator.device)
-    except (SafetensorError, LookupError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it, and it is made again") from error
+    if path.exists():
+        return _read(path, what, len(dataset)).to(accelerator.device)
 
-
-def _write(path: Path, what: str, made: Tensor) -> None:
-    own = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({what: made.cpu().contiguous()}, own)
-        os.replace(own, path)
+        # several processes wait for each other, and would for too long if one waited for another
+        # run: they make the file a second time
+        turn = alone(path) if accelerator.num_processes == 1 else nullcontext()
+        with turn:
+            if path.exists():  # another run has made it
+                return _read(path, what, len(dataset)).to(accelerator.device)
+            indices = np.arange(len(dataset))
+            made = reduced(extract(accelerator, model, dataset, indices, args.workers))
+            if accelerator.is_main_process:
+                own = unfinished(path)
+                save_file({what: made.cpu().contiguous()}, own)
+                os.replace(own, path)
     except (OSError, SafetensorError) as error:
-        raise InputError(NOT_KEPT.format(path.parent, error)) from error
-    finally:
-        own.unlink(missing_ok=True)
+        raise InputError(
+            f"{path.parent}: features cannot be kept here ({error}): give another --features"
+        ) from error
+    accelerator.wait_for_everyone()
+    return made
+
+
+def _read(path: Path, what: str, number: int) -> Tensor:
+    """The features of so many pictures, or their mean. Raises InputError if the file is damaged."""
+    try:
+        kept = load_file(path)[what]
+        shape = (number, kept.shape[-1]) if what == "features" else kept.shape[-1:]
+        if kept.dtype != torch.float32 or kept.shape != shape or not kept.isfinite().all():
+            raise ValueError(
+                f"{what} of {number} pictures is {tuple(kept.shape)} of {kept.dtype}, or not finite"
+            )
+        return kept
+    except (SafetensorError, LookupError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it, and it is made again") from error
 
 
 def _key(accelerator: Accelerator, backbone: nn.Module, dataset: ImageSet) -> str:
@@ -201,16 +201,14 @@ def _key(accelerator: Accelerator, backbone: nn.Module, dataset: ImageSet) -> st
     made_by = hashlib.sha256(repr(backbone).encode())
     for name, tensor in sorted(backbone.state_dict().items()):
         made_by.update(name.encode())
-        made_by.update(
-            tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else b""
-        )
+        if tensor.ndim:
+            made_by.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
     source = dataset.source
-    if isinstance(source, Squares):
-        version: object = source.path.name  # ends in a digest of the pictures' version
-    elif (version := source.version()) is None:  # they are in memory
+    # the name of a cache ends in a digest of the pictures' version
+    version = source.path.name if isinstance(source, Squares) else source.version()
+    if version is None:  # they are in memory
         version = hashlib.sha256(pickle.dumps(source)).hexdigest()
-    made_of = json.dumps(dataset.describe() | {"split": dataset.split}, sort_keys=True) + repr(
-        version
-    )
-    made_by.update(f"{made_of} {accelerator.mixed_precision}".encode())
+    made_of = json.dumps(dataset.describe() | {"split": dataset.split}, sort_keys=True)
+    made_by.update(f"{made_of}{version!r} {accelerator.mixed_precision}".encode())
     return made_by.hexdigest()[:16]

@@ -1,19 +1,21 @@
 """Meta-test: thousands of tasks at once, mean accuracy and its 95 % interval."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fewshot.data import episodes, transforms
 from fewshot.data.image_set import ImageSet
 from fewshot.data.stream import Feed
-from fewshot.training import launch, run
+from fewshot.training import launch
+from fewshot.training.run import Run
 
 # images per forward pass; fixed, so that features do not depend on the number of processes
 BATCH = 256
@@ -51,28 +53,25 @@ class AdaptingModel(Protocol):
 
 @dataclass
 class Result:
-    """Accuracies in percent: the mean over tasks, its 95 % half-width, and every task's own
-    (tasks,).
-    """
+    """Accuracies in percent: every task's own (tasks,), their mean, and its 95 % half-width."""
 
-    accuracy: float
-    ci95: float
     per_task: np.ndarray
 
-    @classmethod
-    def of(cls, per_task: np.ndarray) -> "Result":
-        """Mean and 1.96 standard deviations of the mean (the population's, as the published
-        intervals are).
-        """
-        half_width = 1.96 * per_task.std() / np.sqrt(len(per_task))
-        return cls(float(per_task.mean()), float(half_width), per_task)
+    @property
+    def accuracy(self) -> float:
+        return float(self.per_task.mean())
+
+    @property
+    def ci95(self) -> float:
+        """1.96 standard deviations of the mean (the population's, as the published intervals are)."""
+        return float(1.96 * self.per_task.std() / np.sqrt(len(self.per_task)))
 
     def __str__(self) -> str:
         return f"{self.accuracy:.2f} ± {self.ci95:.2f} %"
 
 
 def report(
-    record: run.Record,
+    run: Run,
     results: dict[int, Result],
     ways: int,
     save_tasks: bool = False,
@@ -84,20 +83,20 @@ def report(
     `setting`: "inductive", a query is classified by itself, or "transductive", together with the
     others of its task.
     """
+    metrics: dict[str, Any] = {"ways": ways, "shots": {}}
     told = f" ({setting})" if setting else ""
     for shots, result in results.items():
-        record.accelerator.print(
-            f"{ways}-way {shots}-shot, {len(result.per_task)} tasks{told}: {result}"
-        )
-    files = (
-        {"tasks.json": {k: r.per_task.tolist() for k, r in results.items()}} if save_tasks else {}
-    )
-    shots = {
-        str(k): {"accuracy": round(r.accuracy, 4), "ci95": round(r.ci95, 4)}
-        for k, r in results.items()
-    }
-    metrics = {"ways": ways, "tasks": len(next(iter(results.values())).per_task), "shots": shots}
-    record.finish(metrics | ({"setting": setting} if setting else {}), files)
+        tasks = metrics["tasks"] = len(result.per_task)
+        run.accelerator.print(f"{ways}-way {shots}-shot, {tasks} tasks{told}: {result}")
+        numbers = {"accuracy": round(result.accuracy, 4), "ci95": round(result.ci95, 4)}
+        metrics["shots"][str(shots)] = numbers
+    if setting:
+        metrics["setting"] = setting
+
+    files = {}
+    if save_tasks:
+        files["tasks.json"] = {k: result.per_task.tolist() for k, result in results.items()}
+    run.finish(metrics, files)
 
 
 @torch.no_grad()
@@ -118,11 +117,7 @@ def extract(
     rank, world = accelerator.process_index, accelerator.num_processes
     # a process too many learns the shape of features from the first batch
     own = batches[rank::world] or batches[:1]
-    feed, transform = (
-        Feed(device=accelerator.device, workers=workers),
-        transforms.test_transform(dataset),
-    )
-    loader = episodes.image_loader(dataset, np.concatenate(own), feed, transform, batch_size=BATCH)
+    loader = _loader(accelerator, dataset, np.concatenate(own), workers)
     features = None
     for i, (images, _) in enumerate(_progress(accelerator, loader, "features", len(own))):
         with accelerator.autocast():
@@ -162,28 +157,35 @@ def meta_test(
             class the same number.
         features: of all pictures of `dataset` (n, ...), if they are there already.
     """
-    for k in shots:
-        episodes.check(dataset, ways, k, queries)
+    drawn = {k: _drawn(dataset, ways, k, queries, seed, tasks, imbalance) for k in shots}
+    per_task: dict[int, list[np.ndarray]] = {k: [] for k in shots}
+
+    with _in_eval_mode(accelerator, model) as model:
+        blocks = [slice(0, tasks)]
+        if features is None:
+            blocks = _blocks(accelerator, model, dataset, drawn)
+        for block in blocks:
+            rows = {k: _Drawn(*(part[block] for part in drawn[k])) for k in shots}
+            found = features
+            if found is None:  # only what some task needs goes through the network
+                needed = _pictures(rows)
+                found = extract(accelerator, model, dataset, needed, workers)
+                rows = {k: d.among(needed) for k, d in rows.items()}
+            for k in shots:
+                correct = _tasks(accelerator, model, found, rows[k], ways, seed, block.start)
+                per_task[k].append(correct)
+
+    return {k: Result(np.concatenate(parts)) for k, parts in per_task.items()}
+
+
+@contextmanager
+def _in_eval_mode(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Module]:
+    """The model itself, the same on every process; its mode is back after the block."""
     model = launch.synchronised(accelerator, model)
     training = model.training
     model.eval()
-    drawn = {k: _drawn(dataset, ways, k, queries, seed, tasks, imbalance) for k in shots}
-    per_task: dict[int, list[np.ndarray]] = {k: [] for k in shots}
-    for block in (
-        _blocks(accelerator, model, dataset, drawn) if features is None else [slice(0, tasks)]
-    ):
-        rows, found = {k: _Drawn(*(part[block] for part in drawn[k])) for k in shots}, features
-        if found is None:  # only what some task needs goes through the network
-            needed = _pictures(rows)
-            found = extract(accelerator, model, dataset, needed, workers)
-            rows = {
-                k: _Drawn(*(np.searchsorted(needed, part) for part in d[:2]), d.labels)
-                for k, d in rows.items()
-            }
-        for k in shots:
-            per_task[k].append(_tasks(accelerator, model, found, rows[k], ways, seed, block.start))
+    yield model
     model.train(training)
-    return {k: Result.of(np.concatenate(parts)) for k, parts in per_task.items()}
 
 
 class _Drawn(NamedTuple):
@@ -195,6 +197,11 @@ class _Drawn(NamedTuple):
     query: np.ndarray
     labels: np.ndarray
 
+    def among(self, pictures: np.ndarray) -> "_Drawn":
+        """The same by the places of the pictures in an ascending list of some."""
+        support, query = (np.searchsorted(pictures, part) for part in self[:2])
+        return _Drawn(support, query, self.labels)
+
 
 def _drawn(
     dataset: ImageSet,
@@ -205,6 +212,7 @@ def _drawn(
     tasks: int,
     imbalance: float | None,
 ) -> _Drawn:
+    episodes.check(dataset, ways, shots, queries)
     if imbalance is None:
         draws = [episodes.draw(dataset, ways, shots, queries, seed, i) for i in range(tasks)]
         labels = np.tile(np.arange(ways).repeat(queries), (tasks, 1))
@@ -275,8 +283,8 @@ def _tasks(
         some = slice(first, first + chunk)
         # (chunk, m, ways)
         logits = model.classify(features[support[some]], features[query[some]], ways)
-        correct[some] = (logits.argmax(-1) == labels[some]).float().mean(1) * 100
-    return accelerator.reduce(correct, reduction="sum").cpu().double().numpy()
+        correct[some] = _accuracy(logits, labels[some])
+    return _summed(accelerator, correct)
 
 
 @torch.no_grad()
@@ -299,9 +307,6 @@ def meta_test_images(
     """
     for k in shots:
         episodes.check(dataset, ways, k, queries)
-    model = launch.synchronised(accelerator, model)
-    training = model.training
-    model.eval()
     most = max(shots)
     own = range(0, tasks, ADAPTED)[accelerator.process_index :: accelerator.num_processes]
     chunks = []
@@ -309,24 +314,23 @@ def meta_test_images(
         wanted = range(first, min(first + ADAPTED, tasks))
         drawn = [episodes.draw(dataset, ways, most, queries, seed, i) for i in wanted]
         chunks.append(np.stack([np.concatenate([d.support, d.query], axis=None) for d in drawn]))
+
+    images = _images(accelerator, dataset, chunks, workers)
+    loaded = _progress(accelerator, images, f"{ways}-way tasks", len(own))
+    labels = torch.arange(ways, device=accelerator.device).repeat_interleave(queries)
     correct = {k: torch.zeros(tasks, device=accelerator.device) for k in shots}
-    loaded = _progress(
-        accelerator, _images(accelerator, dataset, chunks, workers), f"{ways}-way tasks", len(own)
-    )
-    for images, first in zip(loaded, own):
-        support, query = images.split((ways * most, ways * queries), 1)  # (chunk, n, 3, H, W)
-        support = support.unflatten(1, (ways, most))
-        for k in shots:  # the fewer shots of a task are the first among the more
-            # augmentations, say, follow from the chunk too
-            torch.manual_seed(launch.mix(seed, k, first))
-            with accelerator.autocast():
-                logits = model.predict(support[:, :, :k].flatten(1, 2), query, ways)
-            correct[k][first : first + len(logits)] = _accuracy(logits, queries)
-    model.train(training)
-    return {
-        k: Result.of(accelerator.reduce(c, reduction="sum").cpu().double().numpy())
-        for k, c in correct.items()
-    }
+    with _in_eval_mode(accelerator, model) as model:
+        for chunk, first in zip(loaded, own):
+            support, query = chunk.split((ways * most, ways * queries), 1)  # (chunk, n, 3, H, W)
+            support = support.unflatten(1, (ways, most))
+            for k in shots:  # the fewer shots of a task are the first among the more
+                # augmentations, say, follow from the chunk too
+                torch.manual_seed(launch.mix(seed, k, first))
+                with accelerator.autocast():
+                    logits = model.predict(support[:, :, :k].flatten(1, 2), query, ways)
+                correct[k][first : first + len(logits)] = _accuracy(logits, labels)
+
+    return {k: Result(_summed(accelerator, c)) for k, c in correct.items()}
 
 
 def _images(
@@ -341,32 +345,33 @@ def _images(
         return
     room = HELD_BYTES // (4 * 3 * dataset.size**2)  # images
     ahead = len(chunks) if len(dataset) <= room else max(1, room // chunks[0].size)
+
     for i in range(0, len(chunks), ahead):
         block = chunks[i : i + ahead]
-        indices, places = np.unique(
-            np.concatenate([chunk.ravel() for chunk in block]), return_inverse=True
-        )
-        feed, transform = (
-            Feed(device=accelerator.device, workers=workers),
-            transforms.test_transform(dataset),
-        )
-        loader = episodes.image_loader(dataset, indices, feed, transform, batch_size=BATCH)
-        batches = -(-len(indices) // BATCH)
-        images = torch.cat(
-            [batch for batch, _ in _progress(accelerator, loader, "images", batches)]
-        )
-        for chunk, place in zip(
-            block, np.split(places, np.cumsum([chunk.size for chunk in block])[:-1])
-        ):
-            yield images[torch.from_numpy(place)].unflatten(0, chunk.shape)
+        indices = np.unique(np.concatenate([chunk.ravel() for chunk in block]))
+        loader = _loader(accelerator, dataset, indices, workers)
+        batches = _progress(accelerator, loader, "images", -(-len(indices) // BATCH))
+        images = torch.cat([batch for batch, _ in batches])
+        for chunk in block:
+            yield images[torch.from_numpy(np.searchsorted(indices, chunk))]
 
 
-def _accuracy(logits: Tensor, queries: int) -> Tensor:
-    """Percent (tasks,) of right answers in logits (tasks, ways * queries, ways) of class-major
-    queries.
-    """
-    labels = torch.arange(logits.shape[-1], device=logits.device).repeat_interleave(queries)
+def _loader(
+    accelerator: Accelerator, dataset: ImageSet, indices: np.ndarray, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    feed = Feed(device=accelerator.device, workers=workers)
+    transform = transforms.test_transform(dataset)
+    return episodes.image_loader(dataset, indices, feed, transform, batch_size=BATCH)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Percent (tasks,) of right answers in logits (tasks, m, ways)."""
     return (logits.argmax(-1) == labels).float().mean(1) * 100
+
+
+def _summed(accelerator: Accelerator, correct: Tensor) -> np.ndarray:
+    """Accuracies (tasks,), to which every process has given those of its own tasks."""
+    return accelerator.reduce(correct, reduction="sum").cpu().double().numpy()
 
 
 def _progress(accelerator: Accelerator, items: Iterable, what: str, total: int) -> Iterable:

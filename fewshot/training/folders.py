@@ -1,5 +1,5 @@
-"""Folders of runs: how they are named, whether something is left to do in them, and whose they are
-meanwhile. One holds
+"""Folders of runs: how they are named, whether something is left to do in them, and who holds them.
+One holds
 
     args.json  log.jsonl  metrics.json  curves.png  model.safetensors  last/  lock
 
@@ -9,14 +9,18 @@ is all that testing needs, and metrics.json comes last: a folder that has it is 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
+import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
@@ -26,76 +30,28 @@ from fewshot import InputError, weights
 from fewshot.training import state
 from fewshot.training.launch import on_main
 
-# Arguments that change how a run is carried out, not what it computes: a resumed run may change
-# these.
-FREE_ARGS = {
-    "resume",
-    "overwrite",
-    "wandb",
-    "workers",
-    "out",
-    "test_only",
-    "stage",
-    "save_every",
-    "features",
-}
-FREE_ARGS |= {
-    "share_proposals",
-    "test_proposals",
-    "scramble_supports",
-    "save_tasks",
-    "classwise",
-    "seeds",
-    "calibrate",
-}
-# What a test may choose; all else is the model's own, and comes from its file.
-TEST_ARGS = {
-    "data_root",
-    "cache",
-    "ways",
-    "shots",
-    "queries",
-    "tasks",
-    "save_tasks",
-    "test_temperature",
-    "test_steps",
-}
-TEST_ARGS |= {"test_dataset", "test_root", "imbalance", "features", "test_lr"}
-TEST_ARGS |= {
-    "test_images",
-    "classwise",
-    "share_proposals",
-    "test_proposals",
-    "scramble_supports",
-    "at_once",
-    "seed",
-}
-TEST_ARGS |= {
-    "calibrate",
-    "out",
-    "workers",
-    "resume",
-    "overwrite",
-    "test_only",
-    "wandb",
-    "stage",
-    "base",
-    "seeds",
-}
-# What two runs of one setting may differ in.
-UNTOLD = FREE_ARGS | {"seed", "data_root", "test_root", "cache", "at_once"}
-UNTOLD -= {"share_proposals", "test_proposals", "calibrate"}
-# What a base model must have in common with what is fine-tuned from it.
-BASE_ARGS = (
-    "dataset",
-    "novel_classes",
-    "split",
-    "backbone",
-    "style",
-    "short",
-    "long",
-    "support_size",
-)
+# flags of a test that change no number of its result
+OUTPUT = ("save_tasks", "classwise", "scramble_supports", "test_root")
+# what a resumed run may change beside the flags of the block `# run`, but for the seed
+RESUME_MAY_CHANGE = (*OUTPUT, "share_proposals", "test_proposals", "calibrate")
+# what a run may have left that began before runs listed their files
+UNLISTED = ["log.jsonl", "curves.png", "metrics.json", "model.safetensors", "shots.json"]
+UNLISTED += ["shots.png", "detections.json", "detections.png", "confusion.png", "tasks.json"]
+
+
+class Stage(NamedTuple):
+    """A part of what a command asks for: one training, or one test of a saved model.
+
+    name: "base", "novel", "finetune", "supports" or "train"; or else "test".
+    args: the recipe's arguments, with what is this stage's own.
+    folder: of its run.
+    metadata: of a test: what the model's file says of itself.
+    """
+
+    name: str
+    args: Any
+    folder: str
+    metadata: Mapping[str, Any] | None = None
 
 
 def default(method: str, dataset: str, *more: Any) -> str:
@@ -106,64 +62,94 @@ def default(method: str, dataset: str, *more: Any) -> str:
     library/name.
     """
     parts = [part for part in Path(dataset).parts if part not in ("/", "..", ".")]
-    return f"runs/{method}/{'-'.join([*parts, *(str(part).replace('/', '-') for part in more if part is not None)])}"
+    parts += [str(part).replace("/", "-") for part in more if part is not None]
+    return f"runs/{method}/{'-'.join(parts)}"
+
+
+@cache
+def blocks(arguments: type) -> dict[str, str]:
+    """The block of every flag of a recipe's `Args`: "test" of those that stand below `# test`.
+
+    Raises:
+        InputError: the source of the class cannot be read.
+    """
+    try:
+        source = inspect.getsource(arguments)
+    except (OSError, TypeError):
+        raise InputError(
+            f"the source of {arguments.__name__} cannot be read, whose comments (# test, # run) say "
+            "which flags a test takes: put the recipe into a file, and import or launch that"
+        ) from None
+
+    block, found = "", {}
+    for line in source.splitlines():
+        comment = re.fullmatch(r"\s*# (\w+)", line)
+        flag = re.match(r"\s*(\w+): ", line)
+        if comment:
+            block = comment[1]
+        elif flag:
+            found[flag[1]] = block
+    return found
+
+
+def of_tests(args: Any) -> set[str]:
+    """The flags that a test takes from the command; all else is the model's own, from its file."""
+    chosen = {name for name, block in blocks(type(args)).items() if block in ("test", "run")}
+    return chosen | {"data_root", "cache"}
 
 
 def due(
-    accelerator: Accelerator, method: str, args: Any, folder: str | Path, shared: bool = False
-) -> bool:
-    """Whether there is something to do for the run in `folder`; on every process.
+    accelerator: Accelerator, method: str, stage: Stage, alike: Sequence[str] | None = None
+) -> Stage | None:
+    """The stage, if there is something to do in its folder, else None; on every process.
 
-    A finished run of the same arguments is shown, not repeated, and False; only `--overwrite`
-    replaces it. With `shared`, a finished base model counts if what shaped it agrees (`BASE_ARGS`),
-    whatever else differs. With `--test-only` it is `saved`, and True.
+    A finished run of the same arguments is shown, not repeated; only `--overwrite` replaces it.
+    With `--test-only` it is the test of the model that is there (`saved`).
+
+    Args:
+        alike: what a finished run must agree in; by default all that a resumed one must.
 
     Raises:
         InputError: another process has the folder; it holds a run of other arguments, or an
             unfinished one and neither `--resume` nor `--overwrite` is given; or there is no model
             to test.
     """
-    folder = Path(folder)
-    if args.test_only:
-        return bool(saved(accelerator, args, folder))
+    if stage.args.test_only:
+        return saved(stage)
+    return None if on_main(accelerator, lambda: _finished(method, stage, alike)) else stage
 
-    def look() -> bool:
-        if not (folder / "args.json").exists() or args.overwrite:
-            return True
-        with lock(folder):
-            before, now = began(folder), json.loads(json.dumps(vars(args)))
-            if (folder / "metrics.json").exists():
-                check_same(
-                    folder,
-                    method,
-                    before,
-                    now,
-                    BASE_ARGS if shared else None,
-                    "give another --out, or --overwrite",
-                )
-                try:
-                    result = summary(json.loads((folder / "metrics.json").read_text()))
-                except (
-                    OSError,
-                    ValueError,
-                    LookupError,
-                    TypeError,
-                    AttributeError,
-                    RecursionError,
-                ) as error:
-                    raise InputError(
-                        f"{folder}/metrics.json cannot be read ({error!r:.200}): --test-only tests the model again, "
-                        "--overwrite begins anew"
-                    ) from None
-                print(f"{folder} is finished (--overwrite would replace it): {result}", flush=True)
-                return False
-            if not args.resume and state.exists(folder):
+
+def _finished(method: str, stage: Stage, alike: Sequence[str] | None) -> bool:
+    folder, args = Path(stage.folder), stage.args
+    if args.overwrite or not (folder / "args.json").exists():
+        return False
+
+    with lock(folder):
+        before = began(folder)
+        if not (folder / "metrics.json").exists():
+            if state.exists(folder) and not args.resume:
                 raise InputError(
                     f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew"
                 )
-            return True
+            return False
 
-    return on_main(accelerator, look)
+        check_same(folder, method, before, args, "give another --out, or --overwrite", alike)
+        try:
+            result = summary(json.loads((folder / "metrics.json").read_text()))
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise InputError(
+                f"{folder}/metrics.json cannot be read ({error!r:.200}): --test-only tests the model again, "
+                "--overwrite begins anew"
+            ) from None
+    print(f"{folder} is finished (--overwrite would replace it): {result}", flush=True)
+    return True
 
 
 def resumes(args: Any, folder: str | Path) -> bool:
@@ -173,24 +159,25 @@ def resumes(args: Any, folder: str | Path) -> bool:
     return args.resume and state.exists(Path(folder))
 
 
-def saved(accelerator: Accelerator, args: Any, folder: str | Path) -> dict[str, Any]:
-    """What the model in `folder` says of itself; `args` get what it was made with, but for
-    `TEST_ARGS`.
+def saved(stage: Stage) -> Stage:
+    """The test of the model in a stage's folder: with the arguments that it was made with, but for
+    those of tests.
 
     Raises:
         InputError: there is no model, or a flag asks for another one than this.
     """
-    about = on_main(accelerator, lambda: weights.describe_file(Path(folder) / "model.safetensors"))
-    fields = type(args).__dataclass_fields__
-    for name, value in about["args"].items():
-        if name in fields and name not in TEST_ARGS:
-            mine, value = getattr(args, name), tuple(value) if isinstance(value, list) else value
-            if mine not in (value, fields[name].default):
-                raise InputError(
-                    f"the model in {folder} was made with {name}={value}, not {mine}: leave that flag out"
-                )
-            setattr(args, name, value)
-    return about
+    metadata = weights.describe_file(Path(stage.folder) / "model.safetensors")
+    fields = type(stage.args).__dataclass_fields__
+    made = {}
+    for name in sorted(fields.keys() & metadata["args"].keys() - of_tests(stage.args)):
+        value, mine = metadata["args"][name], getattr(stage.args, name)
+        value = tuple(value) if isinstance(value, list) else value  # json has no tuples
+        if mine not in (value, fields[name].default):
+            raise InputError(
+                f"the model in {stage.folder} was made with {name}={value}, not {mine}: leave that flag out"
+            )
+        made[name] = value
+    return Stage("test", replace(stage.args, **made), stage.folder, metadata)
 
 
 def result_file(args: Any, folder: str | Path) -> Path:
@@ -199,14 +186,23 @@ def result_file(args: Any, folder: str | Path) -> Path:
     """
     if not args.test_only:
         return Path(folder) / "metrics.json"
-    digest = uuid.uuid5(
-        uuid.NAMESPACE_OID, json.dumps(tested(args), sort_keys=True, default=str)
-    ).hex[:8]
-    return Path(folder) / f"test-{digest}.json"
+    settings = json.dumps(tested(args), sort_keys=True, default=str)
+    return Path(folder) / f"test-{uuid.uuid5(uuid.NAMESPACE_OID, settings).hex[:8]}.json"
 
 
 def tested(args: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(args).items() if k in TEST_ARGS - UNTOLD}
+    """The settings of a test."""
+    flags = blocks(type(args))
+    return {k: v for k, v in vars(args).items() if flags.get(k) == "test" and k not in OUTPUT}
+
+
+def trained(args: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a model was trained with: those of its arguments that two runs of one
+    setting have in common.
+    """
+    # a folder of class folders has no other name than its place
+    place = {"data_root"} if made.get("dataset") == "folder" else set()
+    return {k: v for k, v in made.items() if k not in of_tests(args) - place}
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
@@ -216,12 +212,10 @@ def summary(metrics: Mapping[str, Any]) -> str:
             f"{k}-shot {v['accuracy']:.2f} ± {v['ci95']:.2f} %" for k, v in metrics["shots"].items()
         )
         return f"{metrics['ways']}-way, {', '.join(shots)}"
-    name = next((name for name in ("AP50", "AP") if name in metrics), None)
-    return (
-        f"{name} " + ", ".join(f"{group} {v:.1f}" for group, v in metrics[name].items())
-        if name
-        else "done"
-    )
+    for name in ("AP50", "AP"):
+        if name in metrics:
+            return f"{name} " + ", ".join(f"{group} {v:.1f}" for group, v in metrics[name].items())
+    return "done"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -250,33 +244,58 @@ def lock(folder: Path) -> FileLock:
 
 
 def began(folder: Path) -> dict[str, Any]:
-    """The arguments that the folder's run was begun with, its method and its id."""
+    """The arguments that the folder's run was begun with, its method, its id, and its `files`."""
     try:
-        began = {"id": None, **json.loads((folder / "args.json").read_text())}
-        return began | {"method": str(began["method"])}
+        began = {"id": None, "files": UNLISTED, **json.loads((folder / "args.json").read_text())}
+        files = [Path(name).name for name in began["files"]]
+        return began | {"method": str(began["method"]), "files": files}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{folder}/args.json cannot be read ({error}): --overwrite begins anew"
         ) from None
 
 
+def list_files(folder: Path, names: Iterable[str]) -> None:
+    """Note in args.json that the folder's run writes these too."""
+    run = began(folder)
+    write_json(folder / "args.json", run | {"files": sorted({*run["files"], *names})})
+
+
+def remove_files(folder: Path) -> None:
+    """Remove what a run in this folder, and later tests of its model, have written."""
+    try:
+        names = began(folder)["files"]
+    except InputError:  # there was none, or args.json is damaged
+        names = UNLISTED
+    for path in (*folder.glob("test-????????[-.]*"), *(folder / name for name in names)):
+        path.unlink(missing_ok=True)
+    state.remove(folder)
+
+
 def check_same(
     folder: Path,
     method: str,
-    before: dict[str, Any],
-    now: dict[str, Any],
-    only: Sequence[str] | None,
+    before: Mapping[str, Any],
+    args: Any,
     advice: str,
+    alike: Sequence[str] | None = None,
 ) -> None:
-    """Raises InputError naming the first argument in which the folder's run differs from this one."""
+    """Raises InputError naming the first argument in which the folder's run differs from this one.
+
+    Compared are those of `alike`, or else all but what a resumed run may change.
+    """
     if before["method"] != method:
         raise InputError(
             f"{folder} is a run of {before['method']}, not of {method}; give another --out"
         )
-    # a newer version may have flags of its own
-    names = sorted(set(before) & set(now)) if only is None else only
-    for name in names:
-        if name not in FREE_ARGS | {"method", "id"} and before.get(name) != now.get(name):
+
+    now = json.loads(json.dumps(vars(args)))
+    if alike is None:
+        free = {name for name, block in blocks(type(args)).items() if block == "run"} - {"seed"}
+        # a newer version may have flags of its own
+        alike = sorted((now.keys() & before.keys()) - free - set(RESUME_MAY_CHANGE))
+    for name in alike:
+        if before.get(name) != now.get(name):
             raise InputError(
                 f"{folder} was begun with {name}={before.get(name)}, not {now.get(name)}; {advice}"
             )

@@ -91,7 +91,8 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
         if error.errno not in DISK_FULL:
             raise
         end_trackers(accelerator)
-        where = "" if error.filename else f"{args.out}: "  # a failed write does not name its file
+        # a failed write does not name its file
+        where = "" if error.filename else f"{args.out or f'runs/{method}'}: "
         raise SystemExit(
             f"error{who}: {where}{error}: make room on the disk; --resume then goes on with {method}"
         ) from None

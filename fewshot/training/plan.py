@@ -5,6 +5,7 @@ first step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from fewshot.data import episodes
 from fewshot.data.classification import open_domain, open_splits
 from fewshot.data.image_set import ImageSet
 from fewshot.training import folders
+from fewshot.training.folders import Stage
 from fewshot.training.schedule import Passes, Schedule
 
 
-def folder(method: str, args: Any) -> str:
-    """Where a classifier's run goes by default: runs/METHOD/DATASET-NOVEL-BACKBONE-SEED."""
+def find_stage(accelerator: Accelerator, method: str, args: Any) -> Stage | None:
+    """What is to be done in `--out`, by default runs/METHOD/DATASET-NOVEL-BACKBONE-SEED: `due`."""
     novel = args.novel and Path(args.novel).stem
-    return folders.default(method, args.dataset, novel, args.backbone, f"seed{args.seed}")
+    folder = args.out or folders.default(
+        method, args.dataset, novel, args.backbone, f"seed{args.seed}"
+    )
+    return folders.due(accelerator, method, Stage("train", replace(args, out=folder), folder))
 
 
 def opened(accelerator: Accelerator, args: Any) -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -65,23 +70,28 @@ def planned(
         pictures: that `--batch-size` counts as one: those of an episode.
         batch: where `--batch-size` has no default.
     """
-    train_set, batch, every = sets[0], args.batch_size or batch, args.eval_every
-    shown = batch * pictures
+    train_set, _, test_set = sets
+    batch = args.batch_size or batch
+    shown = batch * pictures  # pictures of a step
     own = isinstance(row, Passes)
-    schedule = (row.over(len(train_set), shown) if own else row).scaled(args)._replace(batch=batch)
+    if own:
+        row = row.over(len(train_set), shown)
+    schedule = row.scaled(args)._replace(batch=batch)
+
+    every = args.eval_every
     if own and every > schedule.steps:
         every = max(1, schedule.steps // 10)
+
     if args.test_dataset:
         accelerator.print(
-            f"tested on {sets[2].origin}: {len(sets[2])} pictures of {len(sets[2].classes)} classes"
+            f"tested on {test_set.origin}: {len(test_set)} pictures of {len(test_set.classes)} classes"
         )
     if not args.test_only:
-        classes = ", ".join(
-            f"{len(part.classes)} to {verb}"
-            for part, verb in zip(sets, ("train", "validate", "test"))
-        )
+        train, val, test = (len(part.classes) for part in sets)
+        passes = schedule.steps * shown / len(train_set)
         accelerator.print(
-            f"{train_set.origin}: {len(train_set)} pictures; classes: {classes}\n{schedule.steps} steps of {shown} "
-            f"pictures: {schedule.steps * shown / len(train_set):.3g} passes; validated every {every}"
+            f"{train_set.origin}: {len(train_set)} pictures; classes: {train} to train, {val} to "
+            f"validate, {test} to test\n{schedule.steps} steps of {shown} pictures: {passes:.3g} "
+            f"passes; validated every {every}"
         )
     return schedule, every

@@ -3,11 +3,13 @@ they will train.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from fewshot import InputError
 from fewshot.data import check, k_shot
@@ -20,57 +22,107 @@ from fewshot.data.detection import (
 )
 from fewshot.data.pipeline import Pipeline
 from fewshot.detectors import calibrate
-from fewshot.training import bases, folders, launch, run
-from fewshot.training.folders import mean_interval
+from fewshot.training import bases, folders, launch
+from fewshot.training.folders import Stage, mean_interval
 from fewshot.training.schedule import Passes, Schedule, choose
 
 LARGE = 800 * 1333  # pixels of a picture that published detectors look for objects in
 FEWEST = 300  # proposals: on NEU-DET 100 cost a tenth of the AP and save a quarter of the time
+# what a base model must have in common with what is fine-tuned from it
+SHARED = ("dataset", "novel_classes", "split", "backbone", "style", "short", "long")
+SHARED += ("support_size",)
 
 
-def wanted(
-    accelerator: Accelerator, method: str, args: Any, backbone: str
-) -> Iterator[tuple[str, Any, str]]:
-    """(stage, its arguments, its folder) of what `--stage`, `--seeds` and `--test-only` ask for and
-    is not there yet.
+def run_stages(
+    accelerator: Accelerator,
+    method: str,
+    args: Any,
+    backbone: str,
+    functions: Mapping[str, Callable[[Stage, Accelerator], None]],
+) -> None:
+    """Do what a detection recipe's `args` ask for and is not there yet: every stage by the function
+    of its name.
 
-    The base model is trained first, unless it is there or `--base` is another; then follow the
-    fine-tunings, one for each seed, whose mean result is printed at the end. With `--test-only` the
-    stage is "test". Folders lie in `--out`, by default named by data, split, and the backbone (by
-    default `backbone`) or what is fine-tuned.
+    Each begins as a run of its `--seed` alone would. The mean over `--seeds` is printed at the end.
     """
-    split = f"split{args.split}" if args.dataset in PUBLISHED_SPLITS else None
-    begin = args.backbone or (bases.label(args.base) if args.base else backbone)
-    args.out = args.out or folders.default(method, args.dataset, split, begin)
+    check_choices(accelerator, args)
+    stages = list_stages(method, args, backbone)
+    alike = SHARED if args.stage == "all" else None
+    # all folders are looked at before anything is trained
+    left = [
+        folders.due(accelerator, method, stage, alike if stage.name == "base" else None)
+        for stage in stages
+    ]
+
+    for stage in left:
+        if stage is not None:
+            set_seed(stage.args.seed)
+            functions[stage.name](stage, accelerator)
+
+    print_mean(accelerator, args, [stage.folder for stage in stages if stage.name != "base"])
+
+
+def check_choices(accelerator: Accelerator, args: Any) -> None:
+    """Raises InputError naming what is wrong with `--calibrate` or the shots, before anything is
+    trained.
+    """
     if args.stage == "base" and args.calibrate:
         raise InputError(
             "--calibrate is by the shots of fine-tuning: leave it out of base training"
         )
-    if args.calibrate:  # fetched once, and what is wrong with it is said before anything is trained
+    if args.calibrate:  # fetched once
         launch.on_main_only(accelerator, lambda: calibrate.backbone(args.calibrate))
-    if args.stage != "base" and not args.test_only:  # said before a base model is trained
+    if args.stage != "base" and not args.test_only:
         k_shot.check_choice(args.shots, args.shot_lists)
+
+
+def list_stages(method: str, args: Any, backbone: str) -> list[Stage]:
+    """What `--stage` and `--seeds` ask for, whether it is done or not.
+
+    First comes base training, unless `--base` is another model, then the fine-tunings, one for each
+    seed; with `--test-only` they are what is tested, and "all" means the fine-tuned models. Folders
+    lie in `--out`, by default named by data, split, and the backbone (by default `backbone`) or
+    what is fine-tuned.
+    """
+    split = f"split{args.split}" if args.dataset in PUBLISHED_SPLITS else None
+    begin = args.backbone or (bases.label(args.base) if args.base else backbone)
+    args = replace(args, out=args.out or folders.default(method, args.dataset, split, begin))
     if not (args.base or args.test_only):
-        args.backbone = begin
-    base, runs = f"{args.out}/base", []
-    base_wanted = args.stage == "base" or (
-        args.stage == "all" and not args.base and not args.test_only
-    )
-    if base_wanted and folders.due(accelerator, method, args, base, shared=args.stage == "all"):
-        yield "test" if args.test_only else "base", args, base
+        args = replace(args, backbone=begin)
+
+    stages = []
+    base = f"{args.out}/base"
+    if args.stage == "base" or (args.stage == "all" and not args.base and not args.test_only):
+        stages.append(Stage("base", args, base))
     if args.stage == "base":
+        return stages
+
+    name = "finetune" if args.stage == "all" else args.stage
+    if not (args.base or args.test_only):
+        args = replace(args, base=f"{base}/model.safetensors")
+    for seed in args.seeds or [args.seed]:
+        folder = f"{args.out}/{args.shots}shot-seed{seed}"
+        if name == "novel":
+            folder += "-novel"
+        stages.append(Stage(name, replace(args, seed=seed, seeds=()), folder))
+    return stages
+
+
+def print_mean(accelerator: Accelerator, args: Any, runs: Sequence[str]) -> None:
+    """Print the mean result of `--seeds`, whose folders are `runs`, with its 95 % interval by
+    Student's t.
+    """
+    if len(runs) < 2:
         return
-    stage, named = (
-        ("finetune", "")
-        if args.stage == "all"
-        else (args.stage, "-novel" * (args.stage == "novel"))
-    )
-    args.base = args.base or f"{base}/model.safetensors"
-    for each in run.each_seed(args):
-        runs.append(f"{args.out}/{args.shots}shot-seed{each.seed}{named}")
-        if folders.due(accelerator, method, each, runs[-1]):
-            yield "test" if args.test_only else stage, each, runs[-1]
-    _over_seeds(accelerator, args, runs)
+    results = [json.loads(folders.result_file(args, folder).read_text()) for folder in runs]
+    for name in ("AP50", "AP"):
+        for group in results[0].get(name, ()):
+            values = [result[name][group] for result in results]
+            mean, half = mean_interval(values)
+            single = ", ".join(f"{value:.1f}" for value in values)
+            accelerator.print(
+                f"{name} {group}: {mean:.1f} ± {half:.1f} over {len(values)} seeds ({single})"
+            )
 
 
 def opened(args: Any, **choice: Any) -> DetectionSplit:
@@ -94,22 +146,22 @@ def pictures(
 
 def planned(
     accelerator: Accelerator,
-    args: Any,
-    stage: str,
+    stage: Stage,
     table: Mapping[Any, Schedule | Passes],
     batch: int,
     train: DetectionSet,
     test: DetectionSet,
     pictures: Pipeline,
 ) -> Schedule:
-    """The schedule that `args` ask for a stage, which is announced with its data.
+    """The schedule that a stage's arguments ask for, which is announced with its data.
 
     Args:
         table, batch: the rows of a recipe's table for this data set (`choose`), and the pictures
             per step they are for.
         train, test: what it trains and tests on, as `pictures`.
     """
-    schedule = choose(table, stage, args, pictures=len(train), batch=batch).scaled(args, batch)
+    row = choose(table, stage.name, stage.args, pictures=len(train), batch=batch)
+    schedule = row.scaled(stage.args, batch)
     announce(accelerator, train, test, pictures, schedule)
     return schedule
 
@@ -132,23 +184,21 @@ def announce(
         notes += launch.on_main(
             accelerator, lambda: check.quick(DetectionSplit(train, test, [], []), "all")
         )
-    objects, steps = sum(len(r.labels) for r in train.records), ""
-    if schedule is not None:
-        passes = schedule.steps * schedule.batch / max(len(train), 1)
-        steps = f"; {schedule.steps} steps of {schedule.batch} pictures: {passes:.2g} passes"
+
+    # of the median picture
     sizes = sorted((r.height * r.width, r.height, r.width) for r in train.records) or [(0, 0, 0)]
     _, height, width = sizes[len(sizes) // 2]
-    new = pictures.resized(height, width)
-    size = (
-        f"as they are, {width} x {height}"
-        if new == (height, width)
-        else f"{width} x {height} -> {new[1]} x {new[0]}"
-    )
-    accelerator.print(
-        *notes,
-        f"{len(train)} pictures ({size}) with {objects} objects of {len(train.classes)} classes{steps}",
-        sep="\n",
-    )
+    new_height, new_width = pictures.resized(height, width)
+    size = f"{width} x {height} -> {new_width} x {new_height}"
+    if (new_height, new_width) == (height, width):
+        size = f"as they are, {width} x {height}"
+
+    objects = sum(len(r.labels) for r in train.records)
+    plan = f"{len(train)} pictures ({size}) with {objects} objects of {len(train.classes)} classes"
+    if schedule is not None:
+        passes = schedule.steps * schedule.batch / max(len(train), 1)
+        plan += f"; {schedule.steps} steps of {schedule.batch} pictures: {passes:.2g} passes"
+    accelerator.print(*notes, plan, sep="\n")
 
 
 def fitting_proposals(
@@ -162,19 +212,3 @@ def fitting_proposals(
     """
     areas = [float(np.prod(pictures.resized(r.height, r.width))) for r in dataset.records]
     return 1000, min(max(round(most * float(np.median(areas)) / LARGE), FEWEST), most)
-
-
-def _over_seeds(accelerator: Accelerator, args: Any, runs: Sequence[str]) -> None:
-    """Print the mean result of `--seeds`, whose folders are `runs`, with its 95 % interval by
-    Student's t.
-    """
-    if len(runs) > 1:
-        results = [json.loads(folders.result_file(args, folder).read_text()) for folder in runs]
-        for name in [name for name in ("AP50", "AP") if name in results[0]]:
-            for group in results[0][name]:
-                values = [result[name][group] for result in results]
-                mean, half = mean_interval(values)
-                single = ", ".join(f"{value:.1f}" for value in values)
-                accelerator.print(
-                    f"{name} {group}: {mean:.1f} ± {half:.1f} over {len(values)} seeds ({single})"
-                )

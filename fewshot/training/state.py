@@ -93,8 +93,8 @@ def find(folder: Path, steps: int) -> State | None:
             try:
                 record = _read(path, steps)
                 return State(path, record["step"], record["best"], "; ".join(wrong) or None)
-            except (OSError, ValueError) as error:
-                wrong.append(f"{path} is damaged ({error})")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                wrong.append(f"{path} is damaged ({error!r})")
     if wrong:
         raise InputError(
             f"{'; '.join(wrong)}: nothing is left to go on from; --overwrite begins anew"
@@ -114,20 +114,15 @@ def keep(folder: Path, last: State) -> None:
 
 
 def _read(path: Path, steps: int) -> dict[str, Any]:
-    """What a state says of itself. Raises OSError or ValueError where that, or a file, is not as it
-    was written.
+    """What a state says of itself. Raises OSError, ValueError, KeyError or TypeError where that, or
+    a file, is not as it was written.
     """
     record = json.loads((path / RECORD).read_text())
-    if not isinstance(record, dict) or not {"step", "best", "files"} <= record.keys():
-        raise ValueError(f"{RECORD} is not one of a state's")
-    step, best, files = record["step"], record["best"], record["files"]
-    if type(step) is not int or not 0 <= step <= steps:
-        raise ValueError(f"{RECORD} tells of step {step!r} of {steps}")
-    if not isinstance(best, (int, float, type(None))) or not isinstance(files, dict):
-        raise ValueError(f"{RECORD} is not one of a state's")
-    for name, checksum in files.items():
+    for name, checksum in dict(record["files"]).items():
         if _checksum(path / Path(name).name) != checksum:
             raise ValueError(f"{name} is not what was written")
+    if not 0 <= record["step"] <= steps:
+        raise ValueError(f"{RECORD} tells of step {record['step']} of {steps}")
     return record
 
 
