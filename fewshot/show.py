@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 
@@ -43,25 +44,22 @@ def detections(
     pairs = []
     for index in islice(_novel_first(dataset), pictures):
         record, image = dataset.records[index], dataset.image(index)
-        boxes, scores, labels = (torch.as_tensor(column) for column in found[record.id])
-        sure = torch.argsort(scores, stable=True)  # the best on top
-        sure = sure[scores[sure] >= score_above]
         truth = [dataset.classes[label] for label in record.labels]
         text = [
             f"({name})" if difficult else name for name, difficult in zip(truth, record.difficult)
         ]
-        left = boxes_on(
-            image, torch.from_numpy(record.boxes), text, colors(truth, dataset.novel), side
-        )
+        ink = colors(truth, dataset.novel)
+        left = boxes_on(image, torch.from_numpy(record.boxes), text, ink, side)
+
+        boxes, scores, labels = (torch.as_tensor(column) for column in found[record.id])
+        sure = torch.argsort(scores, stable=True)  # the best on top
+        sure = sure[scores[sure] >= score_above]
         names = [dataset.classes[label] for label in labels[sure]]
-        right = boxes_on(
-            image, boxes[sure], captions(names, scores[sure]), colors(names, dataset.novel), side
-        )
-        pairs.append(
-            F.pad(
-                torch.cat([left, F.pad(right, [3, 0, 0, 0], fill=255)], 2), [0, 0, 12, 8], fill=255
-            )
-        )
+        ink = colors(names, dataset.novel)
+        right = boxes_on(image, boxes[sure], captions(names, scores[sure]), ink, side)
+
+        both = torch.cat([left, F.pad(right, [3, 0, 0, 0], fill=255)], 2)
+        pairs.append(F.pad(both, [0, 0, 12, 8], fill=255))
     heading = (
         f"left: truth (in brackets: does not count)    right: found, score at least {score_above:g}"
     )
@@ -72,14 +70,11 @@ def _novel_first(dataset: DetectionSet) -> Iterator[int]:
     """Positions of all pictures: of each novel class one in turn until none is left, then the
     others in order.
     """
-    holding = [
-        [
-            i
-            for i, record in enumerate(dataset.records)
-            if (record.labels[~record.difficult] == label).any()
-        ]
-        for label in map(dataset.classes.index, dataset.novel)
-    ]
+    holding = []
+    for name in dataset.novel:
+        label = dataset.classes.index(name)
+        counting = [record.labels[~record.difficult] for record in dataset.records]
+        holding.append([i for i, labels in enumerate(counting) if label in labels])
     turns = [i for turn in zip_longest(*holding) for i in turn if i is not None]
     yield from dict.fromkeys([*turns, *range(len(dataset))])
 
@@ -89,13 +84,12 @@ def _with_legend(picture: Image.Image, text: str) -> Image.Image:
     font = _font(14)
     whole = Image.new("RGB", (max(picture.width, 800), picture.height + 28), "white")
     whole.paste(picture, (0, 28))
+
     draw, x = ImageDraw.Draw(whole), 8
-    for color, name in ((None, text), (BASE, "base class"), (NOVEL, "novel class")):
-        if color:
-            draw.rectangle((x, 9, x + 13, 22), fill=color)
-            x += 19
-        draw.text((x, 7), name, fill="black", font=font)
-        x += round(font.getlength(name)) + 24
+    for name, color in ((text, "white"), ("base class", BASE), ("novel class", NOVEL)):
+        right = x + _width(name, font)
+        _write(draw, (x, 6, right, 24), name, color, font)
+        x = right + 20
     return whole
 
 
@@ -106,21 +100,16 @@ def shots(dataset: DetectionSet, *, most: int = 10, side: int = 128) -> Image.Im
     An object is shown in its surroundings, a quarter of its longer side on both ends of that.
     Classes with few objects stand side by side. Names and boxes of novel classes are orange.
     """
-    objects = [
-        [
-            (i, box)
-            for i, r in enumerate(dataset.records)
-            for box in torch.as_tensor(r.boxes[r.labels == label])
-        ]
-        for label in range(len(dataset.classes))
-    ]
+    objects = [[] for _ in dataset.classes]
+    for i, record in enumerate(dataset.records):
+        for box, label in zip(torch.as_tensor(record.boxes), record.labels):
+            objects[label].append((i, box))
     columns = max(1, *(len(mine[:most]) for mine in objects))
+
+    blank = torch.full((3, side, side), 255, dtype=torch.uint8)
     blocks = []
     for name, color, mine in zip(dataset.classes, colors(dataset.classes, dataset.novel), objects):
-        cells = [
-            _in_surroundings(dataset.image(index), box, color, side) for index, box in mine[:most]
-        ]
-        blank = torch.full((3, side, side), 255, dtype=torch.uint8)
+        cells = [_in_surroundings(dataset.image(i), box, color, side) for i, box in mine[:most]]
         row = F.pil_to_tensor(sheet(cells + [blank] * (columns - len(cells)), columns))
         number = f"{len(mine)}" if len(mine) <= most else f"{most} of {len(mine)}"
         blocks.append(torch.cat([_heading(f"{name}: {number}", color, row.shape[-1]), row], 1))
@@ -130,13 +119,13 @@ def shots(dataset: DetectionSet, *, most: int = 10, side: int = 128) -> Image.Im
 def _in_surroundings(image: Tensor, box: Tensor, color: str, side: int) -> Tensor:
     """A square of `side` pixels around an object, grey outside the picture."""
     half = 0.75 * (box[2:] - box[:2]).max().clamp(min=2)
-    left, top = ((box[:2] + box[2:]) / 2 - half).int().tolist()
     width = int(2 * half)
+    left, top = ((box[:2] + box[2:]) / 2 - half).int().tolist()
     right, bottom = left + width - image.shape[-1], top + width - image.shape[-2]
     margins = [max(-left, 0), max(-top, 0), max(right, 0), max(bottom, 0)]
-    window = F.crop(
-        F.pad(image, margins, fill=225), top + margins[1], left + margins[0], width, width
-    )
+    padded = F.pad(image, margins, fill=225)
+
+    window = F.crop(padded, top + margins[1], left + margins[0], width, width)
     inside = box - torch.tensor([left, top, left, top])
     return boxes_on(window, inside[None], [], [color], side)
 
@@ -145,9 +134,7 @@ def _heading(text: str, color: str, width: int) -> Tensor:
     """A line of text on its colour, uint8 (3, 22, width)."""
     line, font = Image.new("RGB", (width, 22), "white"), _font(13)
     text = _fitting(text, font, width - 14)
-    draw = ImageDraw.Draw(line)
-    draw.rectangle((4, 3, 11 + font.getlength(text), 21), fill=color)
-    draw.text((8, 12), text, fill=_readable_on(color), font=font, anchor="lm")
+    _write(ImageDraw.Draw(line), (4, 3, 4 + _width(text, font), 22), text, color, font)
     return F.pil_to_tensor(line)
 
 
@@ -169,39 +156,36 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], novel: Sequence[str]) 
     axis = figure.subplots()
     # the root, so that rare mistakes are seen
     drawn = axis.imshow(np.sqrt(shares), cmap="Greys", vmin=0, vmax=1)
+
     rows = [f"{name} ({total})" for name, total in zip([*classes, "nothing"], matrix.sum(1))]
     axis.set_yticks(range(n + 1), rows, fontsize=size)
     axis.set_xticks(range(n + 1), [*classes, "missed"], fontsize=size, rotation=90)
     for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
         for label, color in zip(labels, colors(classes, novel)):
-            label.set(
-                color=_readable_on(color),
-                bbox={"facecolor": color, "edgecolor": "none", "pad": 1.5},
-            )
+            label.set_color(_readable_on(color))
+            label.set_bbox({"facecolor": color, "edgecolor": "none", "pad": 1.5})
     axis.tick_params(length=0, pad=4)
+    axis.set_ylabel("what is there (number)")
+    axis.set_xlabel("what it is found as")
+
     axis.set_xticks(np.arange(n) + 0.5, minor=True)
     axis.set_yticks(np.arange(n) + 0.5, minor=True)
     axis.grid(which="minor", color="gainsboro", linewidth=0.5)
     axis.tick_params(which="minor", length=0)
     axis.axhline(n - 0.5, color="black", linewidth=1)
     axis.axvline(n - 0.5, color="black", linewidth=1)
+
     for row, column in np.argwhere(matrix) if n <= 25 else ():
-        light = shares[row, column] < 0.3
-        axis.text(
-            column,
-            row,
-            str(matrix[row, column]),
-            ha="center",
-            va="center",
-            fontsize=size,
-            color="k" if light else "w",
-        )
-    axis.set_ylabel("what is there (number)")
-    axis.set_xlabel("what it is found as")
+        color = "black" if shares[row, column] < 0.3 else "white"
+        middle = {"ha": "center", "va": "center"}
+        axis.text(column, row, matrix[row, column], color=color, fontsize=size, **middle)
+
     bar = figure.colorbar(drawn, ax=axis, shrink=0.5, pad=0.02)
-    bar.set_ticks(np.sqrt([0, 0.01, 0.1, 0.25, 0.5, 1]), labels=["0", "1", "10", "25", "50", "100"])
+    percent = [0, 1, 10, 25, 50, 100]
+    bar.set_ticks(np.sqrt(np.divide(percent, 100)), labels=map(str, percent))
     bar.set_label("% of the row", fontsize=size)
     bar.ax.tick_params(labelsize=size)
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -216,9 +200,8 @@ def guesses(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 2 * len(images)), layout="constrained")
-    for (picture, bars), image, table in zip(
-        figure.subplots(len(images), 2, squeeze=False), images, probabilities
-    ):
+    axes = figure.subplots(len(images), 2, squeeze=False)
+    for (picture, bars), image, table in zip(axes, images, probabilities):
         picture.imshow(image.permute(1, 2, 0))
         picture.axis("off")
         best = sorted(table.items(), key=lambda item: -item[1])[:most][::-1]
@@ -280,31 +263,51 @@ def boxes_on(
     """`image` uint8 (3, H, W), resized to be `side` pixels high, with xyxy `boxes` (n, 4) in its
     own pixels, named.
 
-    Names stand inside the picture, on their box's colour, and if there is room not on each other.
+    Names stand inside the picture, on their box's colour, and if there is room not on each other:
+    torchvision's `draw_bounding_boxes` would let them leave the picture and cover each other.
     """
     scale = side / image.shape[-2]
-    picture = F.to_pil_image(F.resize(image, [side, max(1, round(image.shape[-1] * scale))]))
-    draw, font, taken = ImageDraw.Draw(picture), _font(max(10, side // 24)), []
-    ends = torch.tensor([picture.width - 1, side - 1]).repeat(2)
+    width = max(1, round(image.shape[-1] * scale))
+    picture = F.to_pil_image(F.resize(image, [side, width]))
+    draw, font = ImageDraw.Draw(picture), _font(max(10, side // 24))
+
+    ends = torch.tensor([width - 1, side - 1]).repeat(2)
     rows = torch.minimum((boxes.float() * scale).clamp(min=0), ends).tolist()
     for box, color in zip(rows, colors):
         draw.rectangle(box, outline=color, width=2)
-    # the last is the most important
+
+    height, taken = round(font.size * 1.25), torch.zeros(0, 4)
+    # the last is the most important, so it chooses its place first
     for (x1, y1, _, y2), name, color in reversed(list(zip(rows, names, colors))):
-        name = _fitting(name, font, picture.width - 4)
-        width, height = round(font.getlength(name)) + 4, round(font.size * 1.25)
-        left = min(x1, picture.width - width)
-        places = [(left, min(max(y, 0), side - height)) for y in (y1 - height, y1, y2, y2 - height)]
-        free = [
-            p
-            for p in places
-            if not any(_overlap((*p, p[0] + width, p[1] + height), other) for other in taken)
-        ]
-        x, y = (free or places)[0]
-        taken.append((x, y, x + width, y + height))
-        draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
-        draw.text((x + 2, y + height / 2), name, fill=_readable_on(color), font=font, anchor="lm")
+        name = _fitting(name, font, width - 4)
+        right = min(x1 + _width(name, font), width)
+        bottoms = [min(max(y, height), side) for y in (y1, y1 + height, y2 + height, y2)]
+        left = right - _width(name, font)
+        places = torch.tensor([[left, y - height, right, y] for y in bottoms]).float()
+        free = (box_iou(places, taken) == 0).all(1)
+        place = places[free.int().argmax()]  # the first place if none is free
+        taken = torch.cat([taken, place[None]])
+        _write(draw, place.tolist(), name, color, font)
     return F.pil_to_tensor(picture)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    place: Sequence[float],
+    text: str,
+    color: str,
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    """Text on its colour, which fills a place xyxy."""
+    left, top, right, bottom = place
+    draw.rectangle((left, top, right - 1, bottom - 1), fill=color)
+    middle = (left + 2, (top + bottom) / 2)
+    draw.text(middle, text, fill=_readable_on(color), font=font, anchor="lm")
+
+
+def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
+    """Of the place that a text needs."""
+    return round(font.getlength(text)) + 4
 
 
 def _readable_on(color: str) -> str:
@@ -318,11 +321,6 @@ def _fitting(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     while len(short) > 1 and font.getlength(short) > width:
         short = short[:-2] + "…"
     return short
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two boxes xyxy do."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 @lru_cache

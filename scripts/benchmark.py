@@ -40,7 +40,7 @@ from fewshot.detectors.attention_rpn import AttentionRPN, MultiRelation
 from fewshot.detectors.build import folded
 from fewshot.detectors.fsce import FSCE
 from fewshot.detectors.fsdetview import FSDetView
-from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.meta_rcnn import MetaDetector, MetaRCNN
 from fewshot.detectors.mpsr import MPSR
 from fewshot.detectors.tfa import TFA
 from fewshot.evaluation.meta_test import CHUNK_BYTES
@@ -423,7 +423,7 @@ def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) 
 
 
 @torch.no_grad()
-def plain_meta_rcnn(model: MetaRCNN, queries: Tensor) -> tuple[Tensor, Tensor]:
+def plain_meta_rcnn(model: MetaDetector, queries: Tensor) -> tuple[Tensor, Tensor]:
     """The heads of Meta R-CNN and FSDetView as published: a pass per class over all RoI vectors."""
     logits = queries.new_zeros(len(queries), model.classes + 1)
     deltas = queries.new_zeros(len(queries), model.classes, 4)
@@ -480,7 +480,7 @@ def detector_steps(model: nn.Module, images: Tensor, classes: int) -> dict[str, 
     if isinstance(model, AttentionRPN):  # 2 ways of 10 shots, 320 pixels
         shown = torch.tensor([32.0, 32.0, 288.0, 288.0], **where).expand(b, 2, 10, 4)
         return model(images, sizes, boxes, torch.randn(b, 2, 10, 3, 320, 320, **where), shown)
-    if isinstance(model, MetaRCNN):  # a support of every class
+    if isinstance(model, MetaDetector):  # a support of every class
         supports = torch.randn(classes, 4, 224, 224, **where)
         return model(images, sizes, boxes, labels, supports, torch.arange(classes, **where))
     if isinstance(model, MPSR):
@@ -491,7 +491,7 @@ def detector_steps(model: nn.Module, images: Tensor, classes: int) -> dict[str, 
 
 def with_prototypes(model: nn.Module) -> nn.Module:
     """The model in testing, made to know all its classes by random prototypes."""
-    if isinstance(model, MetaRCNN):
+    if isinstance(model, MetaDetector):
         labels = torch.arange(model.classes, device=model.prototypes.device)
         model.set_prototypes(torch.rand_like(model.prototypes), labels)
     elif isinstance(model, AttentionRPN):
@@ -559,7 +559,7 @@ def detect_rows(
                     plain,
                     "pictures/s",
                 )
-            if isinstance(model, MetaRCNN) and classes > 1:
+            if isinstance(model, MetaDetector) and classes > 1:
                 queries = torch.rand_like(model.prototypes[:1].expand(300, -1))
                 with torch.no_grad():
                     heads_at_once = 1 / seconds(lambda: model.classify(queries))

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fewshot.detectors import fsce
 from fewshot.detectors.attention_rpn import BACKGROUND, AttentionRPN
 from fewshot.detectors.faster_rcnn import RPN
-from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.meta_rcnn import MetaDetector
 from fewshot.detectors.mpsr import TwoBranchRPN
 from fewshot.training import launch
 
@@ -71,7 +71,7 @@ def nothing_by_chance() -> None:
     torch.randperm = lambda n, **more: shuffled(n, **more) if more else torch.arange(n)
     torch.randn_like = torch.zeros_like
     nn.functional.dropout = lambda x, *_, **more: x
-    MetaRCNN.drawn = lambda self, labels, support_labels: torch.stack(
+    MetaDetector.drawn = lambda self, labels, support_labels: torch.stack(
         [label[0] for label in labels]
     )
 

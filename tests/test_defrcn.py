@@ -221,13 +221,12 @@ def test_detectron2_keeps_an_anchors_own_best_box():
 
 def test_rpn_losses_are_divided_by_what_could_be_sampled():
     torch.manual_seed(0)
-    few = [torch.tensor([[4.0, 4, 60, 60]])]  # all anchors of a small map are fewer than 256
+    few = [torch.tensor([[2.0, 2, 30, 30]])]  # all anchors of a small map are fewer than 256
     divisors = {}
     for convention in ("mmdet", "detectron2"):
-        rpn = faster_rcnn.RPN(8, 8, scales=(4,), ratios=(1.0,), convention=convention)
-        divisors[convention] = rpn.loss_sums(
-            *rpn.outputs(rpn.maps([torch.randn(1, 8, 4, 4)])), [(64, 64)], few
-        )[2]
+        rpn = faster_rcnn.RPN(8, 8, scales=(4,), convention=convention)
+        outputs = rpn.outputs(rpn.maps([torch.randn(1, 8, 2, 2)]))
+        divisors[convention] = rpn.loss_sums(*outputs, [(32, 32)], few)[2]
     assert divisors["detectron2"] == 256 and 2 <= divisors["mmdet"] <= 16
 
 

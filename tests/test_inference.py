@@ -25,7 +25,7 @@ from fewshot.data.classification import open_dataset
 from fewshot.data.glyphs import glyph
 from fewshot.data.pipeline import Pipeline
 from fewshot.detectors.attention_rpn import AttentionRPN
-from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.meta_rcnn import MetaDetector, MetaRCNN
 from fewshot.detectors.tfa import TFA
 from fewshot.heads import (
     CosineLinear,
@@ -123,7 +123,7 @@ def backbone(**options) -> nn.Module:
     return backbones.build("conv4", open_dataset("glyphs", "", "train").size, **options)
 
 
-def meta_rcnn(cls: type[MetaRCNN] = MetaRCNN) -> MetaRCNN:
+def meta_rcnn(cls: type[MetaDetector] = MetaRCNN) -> MetaDetector:
     """An untrained one that finds something of each of the 15 classes."""
     model = cls(c4("small", meta=True), 15, test_proposals=(300, 30))
     nn.init.normal_(model.cls.weight, std=0.2)
@@ -311,7 +311,7 @@ def test_a_classifier_of_ones_own(tmp_path):
     assert model.predict(pictures(1, first=2))[0].name in NAMES
 
 
-class Sum(MetaRCNN):
+class Sum(MetaDetector):
     def aggregate(self, queries, vector):
         return queries + vector
 

@@ -7,7 +7,9 @@ import torch
 
 from fewshot import InputError
 from fewshot.backbones import trunks
-from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.fsdetview import FSDetView
+from fewshot.detectors.meta_rcnn import MetaDetector, MetaRCNN
+from fewshot.detectors.vfa import VFA
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def test_folded_classifier_equals_a_pass_per_class():
     assert torch.allclose(logits[:, 80], torch.stack(passes)[..., 80].mean(0), atol=1e-4)
 
 
-class Sum(MetaRCNN):
+class Sum(MetaDetector):
     """Aggregates otherwise than Meta R-CNN, so that its prototypes do not fold."""
 
     def aggregate(self, queries: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,6 @@ class Sum(MetaRCNN):
 def test_other_aggregations_take_a_pass_per_class():
     torch.manual_seed(0)
     model = Sum(trunks.c4("small", meta=True), 5).eval()
-    assert MetaRCNN(trunks.c4("small", meta=True), 5).folds and not model.folds
     torch.nn.init.normal_(model.cls.weight)
     torch.nn.init.normal_(model.reg.weight)
     d = model.prototypes.shape[1]
@@ -55,6 +56,13 @@ def test_other_aggregations_take_a_pass_per_class():
         background.append(model.cls(seen)[:, 5])
     assert torch.allclose(logits[:, 5], torch.stack(background).mean(0), atol=1e-5)
     assert logits[:, 2].eq(0).all() and deltas[:, 2].eq(0).all()
+
+
+@pytest.mark.parametrize("parent", [MetaRCNN, FSDetView, VFA])
+def test_who_tests_all_classes_at_once_is_not_derived_from_to_aggregate_otherwise(parent):
+    with pytest.raises(TypeError, match=f"Other .* {parent.__name__} .* derive from MetaDetector"):
+        type("Other", (parent,), {"aggregate": Sum.aggregate})
+    assert issubclass(type("Named", (parent,), {"name": "x"}), parent)
 
 
 def test_supports_that_are_too_small():

@@ -176,6 +176,7 @@ def test_the_documentations_own_detector_runs(tmp_path, monkeypatch):
         .replace('METHOD = "meta_rcnn"', 'METHOD = "my_detector"')
     )
     tables, functions = source.split("def main(")
+    tables = tables.replace("import MetaRCNN", "import MetaDetector")
     functions = functions.replace("MetaRCNN", "MyDetector")
     changed = f"{tables}from torch import Tensor\n\n{block}\n\ndef main({functions}"
     (tmp_path / "my_detector.py").write_text(changed)
@@ -190,7 +191,7 @@ def test_the_documentations_own_detector_runs(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.chdir(tmp_path)
     names = {
-        "MetaRCNN": importlib.import_module("fewshot.detectors.meta_rcnn").MetaRCNN,
+        "MetaDetector": importlib.import_module("fewshot.detectors.meta_rcnn").MetaDetector,
         "Tensor": torch.Tensor,
     }
     exec(block + use, names)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -62,9 +62,8 @@ def network(
     """
     check(name)
     library, _, short = name.partition("/")
-    return (_of_torchvision if library == "torchvision" else _of_timm)(
-        short, image_size, pooled, source
-    )
+    build = _of_torchvision if library == "torchvision" else _of_timm
+    return build(short, image_size, pooled, source)
 
 
 def check(name: str) -> None:
@@ -80,11 +79,9 @@ def check(name: str) -> None:
             f"backbone {name!r}: write torchvision/NAME or timm/NAME, or leave out the /"
         )
     if short not in known:
-        near = difflib.get_close_matches(short, known, 4, 0.4)
-        raise InputError(
-            f"{library} has no network {short!r}"
-            + (f": did you mean {', '.join(near)}?" if near else "")
-        )
+        near = ", ".join(difflib.get_close_matches(short, known, 4, 0.4))
+        advice = f": did you mean {near}?" if near else ""
+        raise InputError(f"{library} has no network {short!r}{advice}")
 
 
 def torchvision_names() -> set[str]:
@@ -102,60 +99,55 @@ def inputs(name: str) -> Inputs:
     else:
         published = _timm().get_pretrained_cfg(short)
         size, mean, std = published.input_size[1], published.mean, published.std
-    return Inputs(
-        size, Normalisation(*(tuple(round(255 * x, 6) for x in values) for values in (mean, std)))
-    )
+    return Inputs(size, normalisation(mean, std))
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalisation:
+    """Of pixels 0..255, given what torchvision and timm give for 0..1."""
+    return Normalisation(*(tuple(round(255 * x, 6) for x in values) for values in (mean, std)))
 
 
 def _of_torchvision(name: str, image_size: int | None, pooled: bool, source: str) -> nn.Module:
     vit = name.startswith("vit_") and image_size is not None
-    net = tv.get_model(
-        name, weights=None, **({"image_size": _divisible(name, image_size)} if vit else {})
-    )
-    layers = dict(net.named_children())
-    last = next((key for key in LAST_MAPS if key in layers), None)
-    if last is None and not pooled:
+    options = {"image_size": _divisible(name, image_size)} if vit else {}
+    net = tv.get_model(name, weights=None, **options)
+    maps, _ = cut_at_map(net)
+    if not (pooled or maps):
         raise InputError(
             f"torchvision/{name} gives no map: choose a convolutional network, or a ViT of timm's"
         )
     linear = [key for key, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise InputError(f"torchvision/{name} ends without a linear layer: choose another network")
-    if source != "none":
+
+    if source == "pretrained":
         published, advice = tv.get_model_weights(name).DEFAULT, "give --weights FILE, or none"
-        pretrained = source == "pretrained"
-        state = (
-            weights.downloaded(published, name, advice)
-            if pretrained
-            else weights.read_state(Path(source))
-        )
+        state = weights.downloaded(published, name, advice)
+    elif source != "none":
+        state = weights.read_state(Path(source))
+    if source != "none":
         if vit:
-            _check_positions(state, net, source)
-            state = interpolate_embeddings(image_size, net.patch_size, state)
+            try:
+                state = interpolate_embeddings(image_size, net.patch_size, state)
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"{source} has no position embeddings of torchvision/{name} ({error}): "
+                    "give weights of this ViT"
+                ) from error
         weights.fill(net, state, source, fresh=(f"{linear[-1]}.",))
+
     net.set_submodule(linear[-1], nn.Identity())
-    if pooled:
-        return net
-    names = list(layers)
-    return nn.Sequential(OrderedDict((key, layers[key]) for key in names[: names.index(last) + 1]))
+    return net if pooled else nn.Sequential(maps)
 
 
-def _check_positions(state: dict[str, Tensor], net: nn.Module, source: str) -> None:
-    """Raises InputError unless a ViT's state has position embeddings of a square of patches, to be
-    resampled.
+def cut_at_map(net: nn.Module) -> tuple[OrderedDict, OrderedDict]:
+    """The layers of a network of torchvision up to its last map, and those after it; without a map
+    all are after it.
     """
-    name = "encoder.pos_embedding"
-    found = state.get(name, torch.zeros(0))
-    side = round(max(found.shape[1] - 1, 0) ** 0.5) if found.ndim == 3 else 0
-    if (
-        side == 0
-        or found.shape != (1, side**2 + 1, net.hidden_dim)
-        or not found.is_floating_point()
-    ):
-        what = (
-            f"is {tuple(found.shape)} of {found.dtype} in" if name in state else "is missing from"
-        )
-        raise InputError(f"{name} {what} {source}: give weights of this ViT")
+    layers = list(net.named_children())
+    names = [name for name, _ in layers]
+    end = next((names.index(name) + 1 for name in LAST_MAPS if name in names), 0)
+    return OrderedDict(layers[:end]), OrderedDict(layers[end:])
 
 
 def _divisible(name: str, image_size: int) -> int:
@@ -195,11 +187,9 @@ def _of_timm(name: str, image_size: int | None, pooled: bool, source: str) -> nn
         ) from None
     except (OSError, RuntimeError, KeyError) as error:  # the hub's errors are OSErrors
         reason = " ".join(str(error).split())[:200]
-        advice = (
-            "give --weights FILE, or none"
-            if source == "pretrained"
-            else "does the file fit the network?"
-        )
+        advice = "does the file fit the network?"
+        if source == "pretrained":
+            advice = "give --weights FILE, or none"
         raise InputError(
             f"timm/{name} cannot be had with weights {source} ({reason}): {advice}"
         ) from error

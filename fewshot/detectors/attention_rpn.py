@@ -70,9 +70,7 @@ class MultiRelation(nn.Module):
         self.reg = nn.Linear(channels, 4)
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(layer.weight, std=0.001 if layer is self.reg else 0.01)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+                faster_rcnn.init_normal(0.001 if layer is self.reg else 0.01, layer)
         if (narrow := PUBLISHED / channels) > 1:
             for layer in [*self.patch, *self.whole]:
                 nn.init.kaiming_normal_(layer.weight)
@@ -142,12 +140,8 @@ class AttentionRPN(nn.Module):
         shared_proposals: int = 100,
     ):
         super().__init__()
-        self.trunk, self.classes, self.rois, self.shared_proposals = (
-            trunk,
-            classes,
-            rois,
-            shared_proposals,
-        )
+        self.trunk, self.classes = trunk, classes
+        self.rois, self.shared_proposals = rois, shared_proposals
         trunk.keep_maps()
         self.rpn = RPN(
             trunk.out_channels,
@@ -169,11 +163,9 @@ class AttentionRPN(nn.Module):
             "rois": self.rois,
             "relation_channels": self.relation.patch[0].out_channels,
             **self.rpn.sizes(),
+            "shared_proposals": self.shared_proposals,
         }
-        return {
-            **self.trunk.describe(),
-            "sizes": {**sizes, "shared_proposals": self.shared_proposals},
-        }
+        return {**self.trunk.describe(), "sizes": sizes}
 
     def roi_maps(self, features: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """RoI maps of boxes on the trunk's features, before stage 4 (n, C, r, r) and after it (n,

@@ -9,14 +9,14 @@ its class. Nothing is trained.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision import ops
 
@@ -27,7 +27,6 @@ from fewshot.data.transforms import Normalisation
 
 # torchvision's networks that are a map, then a mean over it, then layers that take its vector
 WITH_MAP = ("resnet", "resnext", "wide_resnet", "regnet", "mobilenet", "efficientnet")
-AFTER_MAP = ("avgpool", "fc", "classifier")
 
 
 class Regions(nn.Module):
@@ -65,10 +64,9 @@ class Regions(nn.Module):
         if self.stride is None:
             crops = ops.roi_align(image, [boxes], self.crop, sampling_ratio=-1, aligned=True)
             return torch.cat([self.network(part).float() for part in crops.split(16)])
-        maps = self.network(image).float()
-        vectors = ops.roi_align(
-            maps, [boxes], 1, 1 / self.stride, sampling_ratio=-1, aligned=True
-        ).flatten(1)
+        maps, scale = self.network(image).float(), 1 / self.stride
+        means = ops.roi_align(maps, [boxes], 1, scale, sampling_ratio=-1, aligned=True)
+        vectors = means.flatten(1)
         return vectors if self.head is None else self.head(vectors)
 
     def fingerprint(self) -> str:
@@ -97,44 +95,35 @@ def backbone(choice: str) -> Regions:
     name, _, file = choice.partition("=")
     if name.startswith("timm/"):
         size, normalisation = pretrained.inputs(name)
-        net = (
-            pretrained.network(name, size, source=file or "pretrained").eval().requires_grad_(False)
-        )
-        return Regions(net, normalisation, crop=size)
-    if name not in torchvision.models.list_models(torchvision.models):
+        net = pretrained.network(name, size, source=file or "pretrained")
+        return Regions(net.eval().requires_grad_(False), normalisation, crop=size)
+
+    if name not in tv.list_models(module=tv):
         raise InputError(
             f"--calibrate {choice}: torchvision has no classifier {name!r}; resnet101 is what was published"
         )
-    published = getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
+    published = getattr(tv.get_model_weights(name), "IMAGENET1K_V1", None)
     if published is None:
         raise InputError(
             f"--calibrate {choice}: {name} was not trained on ImageNet alone; take resnet101"
         )
+    if file:
+        state = weights.read_state(Path(file))
+    else:
+        state = weights.downloaded(published, name, f"give {name}=FILE")
+    source = file or "ImageNet's weights"
     preset = published.transforms()
-    normalisation = Normalisation(
-        *(tuple(255 * value for value in part) for part in (preset.mean, preset.std))
-    )
-    net = torchvision.models.get_model(name).eval().requires_grad_(False)
-    parts = OrderedDict(net.named_children())
-    after = [part for part in AFTER_MAP if part in parts]
-    state = (
-        weights.read_state(Path(file))
-        if file
-        else weights.downloaded(published, name, f"give {name}=FILE")
-    )
-    headless = name.startswith(WITH_MAP) and not any(key.startswith(tuple(after)) for key in state)
-    weights.fill(
-        net,
-        state,
-        file or "ImageNet's weights",
-        fresh=[f"{part}." for part in after] if headless else (),
-    )
+    normalisation = pretrained.normalisation(preset.mean, preset.std)
+
+    net = tv.get_model(name).eval().requires_grad_(False)
     if not name.startswith(WITH_MAP):
+        weights.fill(net, state, source)
         return Regions(net, normalisation, crop=preset.crop_size[0])
-    network = nn.Sequential(
-        OrderedDict((part, module) for part, module in parts.items() if part not in after)
-    )
-    return Regions(network, normalisation, stride=32, head=None if headless else parts[after[-1]])
+    maps, after = pretrained.cut_at_map(net)
+    headless = not any(key.startswith(tuple(after)) for key in state)
+    weights.fill(net, state, source, fresh=tuple(after) if headless else ())
+    head = None if headless else list(after.values())[-1]
+    return Regions(nn.Sequential(maps), normalisation, stride=32, head=head)
 
 
 class Calibration:
@@ -168,28 +157,23 @@ class Calibration:
         A cosine may be negative, and so may a score be. All tensors and the network are on one
         device.
         """
-        known = torch.tensor(
-            [name in self.prototypes for name in names], dtype=torch.bool, device=scores.device
-        )
-        chosen = (known & (scores > self.lower) & (scores <= self.upper)).nonzero()[:, 0]
+        known = torch.tensor([name in self.prototypes for name in names], device=scores.device)
+        inside = (scores > self.lower) & (scores <= self.upper)
+        chosen = (known.bool() & inside).nonzero()[:, 0]
         if not len(chosen):
             return scores
-        prototypes = torch.stack([self.prototypes[names[i]] for i in chosen.tolist()]).to(
-            scores.device
-        )
-        cosines = F.cosine_similarity(self.regions(picture, boxes[chosen]), prototypes)
-        return scores.index_copy(
-            0, chosen, self.alpha * scores[chosen] + (1 - self.alpha) * cosines
-        )
+
+        prototypes = torch.stack([self.prototypes[names[i]] for i in chosen.tolist()])
+        vectors = self.regions(picture, boxes[chosen])
+        cosines = F.cosine_similarity(vectors, prototypes.to(scores.device))
+        new = self.alpha * scores[chosen] + (1 - self.alpha) * cosines
+        return scores.index_copy(0, chosen, new)
 
     def describe(self, choice: str) -> dict[str, Any]:
         """What a model's file keeps of it, for json and `restored`; `choice` made its `Regions`."""
         vectors = {name: vector.tolist() for name, vector in self.prototypes.items()}
-        return {
-            "backbone": choice,
-            "fingerprint": self.regions.fingerprint(),
-            "prototypes": vectors,
-        }
+        fingerprint = self.regions.fingerprint()
+        return {"backbone": choice, "fingerprint": fingerprint, "prototypes": vectors}
 
 
 def from_shots(choice: str, shots: DetectionSet, device: torch.device | str = "cpu") -> Calibration:
@@ -199,19 +183,18 @@ def from_shots(choice: str, shots: DetectionSet, device: torch.device | str = "c
     Raises:
         InputError: as `backbone`.
     """
-    regions, vectors = backbone(choice).to(device), {name: [] for name in shots.novel}
+    regions = backbone(choice).to(device)
+    vectors = {name: [] for name in shots.novel}
+    novel = [shots.classes.index(name) for name in shots.novel]
     for i, record in enumerate(shots.records):
-        named = [shots.classes[label] for label in record.labels]
-        mine = [n for n, name in enumerate(named) if name in vectors]
-        if mine:
-            found = regions(
-                shots.image(i).to(device), torch.from_numpy(record.boxes[mine]).to(device)
-            )
-            for n, vector in zip(mine, found):
-                vectors[named[n]].append(vector)
-    return Calibration(
-        regions, {name: torch.stack(found).mean(0) for name, found in vectors.items()}
-    )
+        mine = record.select(np.isin(record.labels, novel))
+        if not len(mine.labels):
+            continue
+        found = regions(shots.image(i).to(device), torch.from_numpy(mine.boxes).to(device))
+        for label, vector in zip(mine.labels, found):
+            vectors[shots.classes[label]].append(vector)
+    prototypes = {name: torch.stack(found).mean(0) for name, found in vectors.items()}
+    return Calibration(regions, prototypes)
 
 
 def restored(
@@ -239,6 +222,7 @@ def restored(
         raise InputError(
             f"{source} has prototypes of {kept['backbone']}, and {choice or 'this one'} is another network"
         )
+
     blank = torch.zeros(3, 32, 32, dtype=torch.uint8, device=device)
     (wanted,) = regions(blank, torch.tensor([[0.0, 0, 32, 32]], device=device))
     with weights.naming(about):

@@ -63,13 +63,8 @@ class DeFRCN(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.trunk, self.classes, self.rois, self.roi_size, self.dropout = (
-            trunk,
-            classes,
-            rois,
-            roi_size,
-            dropout,
-        )
+        self.trunk, self.classes = trunk, classes
+        self.rois, self.roi_size, self.dropout = rois, roi_size, dropout
         self.affine_rpn = DecoupledAffine(trunk.out_channels, rpn_scale)
         self.affine_rcnn = DecoupledAffine(trunk.out_channels, roi_scale)
         self.rpn = RPN(
@@ -83,9 +78,8 @@ class DeFRCN(nn.Module):
         )
         self.cls = nn.Linear(trunk.stage4_channels, classes + 1)
         self.reg = nn.Linear(trunk.stage4_channels, classes * 4)
-        for layer, std in ((self.cls, 0.01), (self.reg, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        faster_rcnn.init_normal(0.01, self.cls)
+        faster_rcnn.init_normal(0.001, self.reg)
 
     def describe(self) -> dict[str, Any]:
         """What `build.rebuilt` makes this detector anew from, for json; scales and dropout are of

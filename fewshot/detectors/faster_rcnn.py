@@ -12,7 +12,6 @@ x1.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,6 +26,9 @@ ROI_STD = (0.1, 0.1, 0.2, 0.2)
 # a box grows or shrinks by at most this much from its anchor
 MAX_LOG_SIZE = abs(math.log(16 / 1000))
 NEGATIVE, UNUSED = -1, -2
+# detections of an image: their least score and their number
+SCORE_ABOVE = 0.05
+MOST = 100
 
 
 class RoIs(NamedTuple):
@@ -142,20 +144,15 @@ def anchor_grid(
     sqrt(r) high, centred on the cell's corner. Order: row, column, scale, ratio. `rounded`: to
     whole pixels. `apart`: pixels between rows and between columns, by default the stride.
     """
-    scale, ratio = (
-        torch.tensor(scales, dtype=torch.float64),
-        torch.tensor(ratios, dtype=torch.float64).sqrt(),
-    )
-    width, height = (
-        (stride * scale[:, None] / ratio).flatten(),
-        (stride * scale[:, None] * ratio).flatten(),
-    )
+    scale = stride * torch.tensor(scales, dtype=torch.float64)[:, None]
+    ratio = torch.tensor(ratios, dtype=torch.float64).sqrt()
+    width, height = (scale / ratio).flatten(), (scale * ratio).flatten()
     base = torch.stack([-width, -height, width, height], 1) / 2
     base = base.round() if rounded else base
-    rows, columns = (
-        torch.arange(n, dtype=torch.float64) * step
-        for n, step in zip(shape, apart or (stride, stride))
-    )
+
+    down, right = apart or (stride, stride)
+    rows = torch.arange(shape[0], dtype=torch.float64) * down
+    columns = torch.arange(shape[1], dtype=torch.float64) * right
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     corner = torch.stack([x, y, x, y], -1)[:, :, None]
     return (corner + base).view(-1, 4).float().to(device)
@@ -177,14 +174,13 @@ def assign(
     instead.
     """
     if not len(truth):
-        return candidates.new_full(
-            (len(candidates),), NEGATIVE, dtype=torch.int64
-        ), candidates.new_zeros(len(candidates))
+        nothing = candidates.new_zeros(len(candidates))
+        return torch.full_like(nothing, NEGATIVE, dtype=torch.int64), nothing
+
     overlap = ops.box_iou(truth, candidates)  # (boxes, candidates)
     best, index = overlap.max(0)
-    assignment = torch.where(
-        best >= positive, index, torch.where(best < negative, NEGATIVE, UNUSED)
-    )
+    unmatched = torch.where(best < negative, NEGATIVE, UNUSED)
+    assignment = torch.where(best >= positive, index, unmatched)
     if low_quality is not None:
         best_of_box = overlap.max(1, keepdim=True).values
         mine = (overlap == best_of_box) & (best_of_box >= low_quality)  # (boxes, candidates)
@@ -212,6 +208,14 @@ def sample(assignment: Tensor, number: int, fraction: float) -> tuple[Tensor, Te
     return chosen[0], chosen[1]
 
 
+def init_normal(std: float, *layers: nn.Module) -> None:
+    """Weights drawn from a normal distribution, biases 0."""
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=std)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
 # ---------------------------------------------------------------------------------------------------------- stage one
 class RPN(nn.Module):
     """Region proposal network (Ren et al., 2015) over one or more feature levels.
@@ -219,20 +223,21 @@ class RPN(nn.Module):
     Args:
         in_channels: of every level. channels: of the hidden 3x3 convolution.
         strides: input pixels per cell of each level. scales: of anchors, in units of the stride,
-            for all levels or for each. ratios: of their height to their width; no recipe has
-            others.
+            for all levels or for each.
         softmax: two channels (object, background) per anchor, as Meta R-CNN has them, instead of
             one. The logit used is their difference, for which the sigmoid and its loss equal the
             two-way softmax and its cross-entropy.
         border: train only on anchors inside the image.
         train_proposals, test_proposals: (kept before NMS per level, kept after).
-        number: anchors sampled per image, half of them positive; only tests have others.
         reg_beta: of the smooth-L1 box loss; 0 makes it L1.
         nms_offset: pixels that count to a box's width and height in NMS; 1 is the convention of
             old.
         score_above: proposals have at least this score.
         convention: which of `CONVENTIONS` its anchors and boxes follow.
     """
+
+    ratios = (0.5, 1.0, 2.0)  # of anchors' height to their width
+    number = 256  # anchors sampled per image, half of them positive
 
     def __init__(
         self,
@@ -241,34 +246,29 @@ class RPN(nn.Module):
         *,
         strides: Sequence[int] = (16,),
         scales: Sequence[float] | Sequence[Sequence[float]] = (2, 4, 8, 16, 32),
-        ratios: Sequence[float] = (0.5, 1.0, 2.0),
         softmax: bool = False,
         border: bool = False,
         train_proposals: tuple[int, int] = (2000, 1000),
         test_proposals: tuple[int, int] = (1000, 1000),
-        number: int = 256,
         reg_beta: float = 0.0,
         nms_offset: int = 0,
         score_above: float = 0.0,
         convention: Convention = "mmdet",
     ):
         super().__init__()
-        self.strides, self.ratios = tuple(strides), tuple(ratios)
-        self.scales = [
-            tuple(s)
-            for s in (scales if isinstance(scales[0], Sequence) else [scales] * len(strides))
-        ]
-        self.softmax, self.border, self.number = softmax, border, number
+        of_levels = scales if isinstance(scales[0], Sequence) else [scales] * len(strides)
+        self.scales = [tuple(level) for level in of_levels]
+        self.strides = tuple(strides)
+        self.softmax, self.border = softmax, border
         self.train_proposals, self.test_proposals = train_proposals, test_proposals
         self.reg_beta, self.nms_offset, self.score_above = reg_beta, nms_offset, score_above
         self.conventions = CONVENTIONS[convention]
-        anchors = len(self.scales[0]) * len(ratios)
+
+        anchors = len(self.scales[0]) * len(self.ratios)
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.cls = nn.Conv2d(channels, anchors * (2 if softmax else 1), 1)
         self.reg = nn.Conv2d(channels, anchors * 4, 1)
-        for layer in (self.conv, self.cls, self.reg):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+        init_normal(0.01, self.conv, self.cls, self.reg)
 
     def sizes(self) -> dict[str, Any]:
         """The arguments of detectors that say how large their RPN is."""
@@ -294,20 +294,19 @@ class RPN(nn.Module):
                 flat = flat[..., 0] - flat[..., 1]
             logits.append(flat)
             deltas.append(reg.permute(0, 2, 3, 1).reshape(len(reg), -1, 4).float())
-        return (
-            logits,
-            deltas,
-            self.anchors([tuple(cls.shape[-2:]) for cls, _ in maps], maps[0][0].device),
-        )
+
+        shapes = [tuple(cls.shape[-2:]) for cls, _ in maps]
+        return logits, deltas, self.anchors(shapes, maps[0][0].device)
 
     @torch.compiler.disable
     def anchors(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
         """Anchors (n, 4) of every level, whose maps have `shapes` (height, width)."""
+        rounded = self.conventions.rounded
         apart: list[tuple[int, int] | None] = [None] * len(shapes)
-        if rounded := self.conventions.rounded:
-            apart[-1] = tuple(
-                self.strides[-2] * n // cells for n, cells in zip(*shapes[-2:], strict=True)
-            )
+        if rounded:
+            (height, width), (rows, columns) = shapes[-2:]
+            apart[-1] = (self.strides[-2] * height // rows, self.strides[-2] * width // columns)
+
         levels = zip(shapes, self.strides, self.scales, apart, strict=True)
         return [
             anchor_grid(shape, stride, scales, self.ratios, device, rounded=rounded, apart=steps)
@@ -331,21 +330,20 @@ class RPN(nn.Module):
         width), un-padded.
         """
         before, after = self.train_proposals if self.training else self.test_proposals
+        rules = self.conventions
         found = []
         for i, size in enumerate(sizes):
             boxes, scores, levels = [], [], []
-            for level, (logit, delta, anchor) in enumerate(
-                zip(logits, deltas, anchors, strict=True)
-            ):
+            per_level = zip(logits, deltas, anchors, strict=True)
+            for level, (logit, delta, anchor) in enumerate(per_level):
                 score, order = logit[i].sigmoid().sort(descending=True, stable=True)
                 order = order[:before]
-                boxes.append(
-                    decode(delta[i, order], anchor[order], RPN_STD, size, self.conventions.shrink)
-                )
+                boxes.append(decode(delta[i, order], anchor[order], RPN_STD, size, rules.shrink))
                 scores.append(score[:before])
                 levels.append(torch.full_like(order, level))
+
             box, score, level = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
-            large = (box[:, 2:] - box[:, :2] > self.conventions.proposal_side).all(1)
+            large = (box[:, 2:] - box[:, :2] > rules.proposal_side).all(1)
             keep = (large & (score >= self.score_above)).nonzero()[:, 0]
             box, score, level = box[keep], score[keep], level[keep]
             keep = nms_by_class(box, score, level, 0.7, self.nms_offset)[:after]
@@ -393,30 +391,23 @@ class RPN(nn.Module):
             inside = torch.arange(len(anchor), device=anchor.device)
             if self.border:
                 left, top, right, bottom = anchor.unbind(1)
-                inside = ((left >= 0) & (top >= 0) & (right < width) & (bottom < height)).nonzero()[
-                    :, 0
-                ]
+                within = (left >= 0) & (top >= 0) & (right < width) & (bottom < height)
+                inside = within.nonzero()[:, 0]
+
             rules = self.conventions
-            assignment, _ = assign(
-                anchor[inside], boxes, 0.7, 0.3, rules.low_quality, rules.reassign
-            )
+            candidates = anchor[inside]
+            assignment, _ = assign(candidates, boxes, 0.7, 0.3, rules.low_quality, rules.reassign)
             positive, negative = sample(assignment, self.number, 0.5)
-            total += (
-                self.number
-                if rules.divide_by_all
-                else max(len(positive), 1) + max(len(negative), 1)
-            )
+            sampled = max(len(positive), 1) + max(len(negative), 1)
+            total += self.number if rules.divide_by_all else sampled
             if negative_pairs is not None and negative_pairs[i]:
                 positive, negative = positive[:0], torch.cat([positive, negative])
-            target = encode(boxes[assignment[positive]], anchor[inside[positive]], RPN_STD)
-            cls = (
-                cls
-                + F.softplus(-logit[i, inside[positive]]).sum()
-                + F.softplus(logit[i, inside[negative]]).sum()
-            )
-            reg = reg + F.smooth_l1_loss(
-                delta[i, inside[positive]], target, reduction="sum", beta=self.reg_beta
-            )
+
+            target = encode(boxes[assignment[positive]], candidates[positive], RPN_STD)
+            positive, negative = inside[positive], inside[negative]
+            cls = cls + F.softplus(-logit[i, positive]).sum() + F.softplus(logit[i, negative]).sum()
+            found = delta[i, positive]
+            reg = reg + F.smooth_l1_loss(found, target, reduction="sum", beta=self.reg_beta)
         return cls, reg, total
 
 
@@ -447,13 +438,10 @@ def sample_rois(
         positive, negative = sample(assignment, number, fraction)
         matched = assignment[positive]
         background = label.new_full((len(negative),), classes)
+        names = torch.cat([label[matched], background])
         deltas = encode(box[matched], candidates[positive], ROI_STD)
         chosen = candidates[torch.cat([positive, negative])]
-        sampled.append(
-            RoIs(
-                chosen, torch.cat([label[matched], background]), deltas, matched, overlap[positive]
-            )
-        )
+        sampled.append(RoIs(chosen, names, deltas, matched, overlap[positive]))
     return sampled
 
 
@@ -462,14 +450,8 @@ def roi_align(features: Tensor, boxes: Sequence[Tensor], size: int, stride: int)
     """RoI features (RoIs of all images, channels, size, size) of one level; half-pixel aligned,
     adaptive sampling.
     """
-    return ops.roi_align(
-        features.float(),
-        [b[:, :4] for b in boxes],
-        size,
-        1 / stride,
-        sampling_ratio=-1,
-        aligned=True,
-    )
+    rois = [b[:, :4] for b in boxes]
+    return ops.roi_align(features.float(), rois, size, 1 / stride, sampling_ratio=-1, aligned=True)
 
 
 @torch.compiler.disable
@@ -496,9 +478,8 @@ def pyramid_align(
     numbers = torch.arange(len(strides), device=level.device)[:, None]
     counts = (level == numbers).sum(1).tolist()  # one wait for the device, not one for each level
     result = features[0].new_zeros(len(rois), features[0].shape[1], size, size, dtype=torch.float32)
-    for feature, stride, mine in zip(
-        features, strides, level.sort(stable=True).indices.split(counts)
-    ):
+    of_levels = level.sort(stable=True).indices.split(counts)
+    for feature, stride, mine in zip(features, strides, of_levels):
         cut = ops.roi_align(
             feature.float(), rois[mine], size, 1 / stride, sampling_ratio=sampling, aligned=aligned
         )
@@ -530,11 +511,12 @@ def roi_losses(
     """
     labels, targets = torch.cat([r.labels for r in rois]), torch.cat([r.deltas for r in rois])
     n = max(len(labels), 1)
-    starts = accumulate((len(r.labels) for r in rois), initial=0)
-    positive = [
-        torch.arange(at, at + len(r.deltas), device=labels.device) for at, r in zip(starts, rois)
-    ]
+
     # nothing waits for the device: positives come first in every image
+    positive, start = [], 0
+    for roi in rois:
+        positive.append(torch.arange(start, start + len(roi.deltas), device=labels.device))
+        start += len(roi.labels)
     positive = torch.cat(positive)
     own = deltas[positive, labels[positive]]
     return {
@@ -551,22 +533,20 @@ def detections(
     proposals: Tensor,
     size: tuple[int, int],
     *,
-    score_above: float = 0.05,
     nms: float = 0.5,
     nms_offset: int = 0,
-    most: int = 100,
     convention: Convention = "mmdet",
 ) -> Detections:
-    """Softmax, decode, threshold, NMS class by class, and the `most` best of one image.
+    """Softmax, decode, threshold, NMS class by class, and the best of one image.
 
     logits (n, classes + 1), deltas (n, classes, 4) relative to `proposals` (n, 4 or more), `size`
-    (height, width). No recipe has another `score_above` or `most`.
+    (height, width).
     """
     conventions = CONVENTIONS[convention]
     scores = logits.float().softmax(1)[:, :-1]  # (n, classes)
     boxes = decode(deltas, proposals[:, :4], ROI_STD, size, conventions.shrink)
     large = (boxes[..., 2:] - boxes[..., :2] >= conventions.box_side).all(-1)  # (n, classes)
-    row, label = ((scores > score_above) & large).nonzero(as_tuple=True)
+    row, label = ((scores > SCORE_ABOVE) & large).nonzero(as_tuple=True)
     box, score = boxes[row, label], scores[row, label]
-    keep = nms_by_class(box, score, label, nms, nms_offset)[:most]
+    keep = nms_by_class(box, score, label, nms, nms_offset)[:MOST]
     return Detections(box[keep], score[keep], label[keep])

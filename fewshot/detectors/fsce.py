@@ -11,6 +11,8 @@ from fewshot.backbones.fpn import FPN
 from fewshot.detectors.faster_rcnn import RoIs
 from fewshot.detectors.tfa import TFA
 
+TEMPERATURE = 0.2  # by which similarities are divided
+
 
 @torch.compiler.disable
 def contrastive_loss(
@@ -18,7 +20,6 @@ def contrastive_loss(
     labels: Tensor,
     overlaps: Tensor,
     *,
-    temperature: float = 0.2,
     above: float = 0.7,
     weighting: Literal["none", "linear", "exp"] = "none",
 ) -> Tensor:
@@ -34,23 +35,25 @@ def contrastive_loss(
         labels: (n,).
         overlaps: (n,), each RoI's IoU with its object, 0 for background.
         above: only RoIs of at least this overlap are anchors of the loss.
-        weighting: of these by their overlap u: 1, u, or exp(u) - 1.
+        weighting: of these by their overlap u: 1 as published, u, or exp(u) - 1.
     """
     keep = (overlaps >= above).nonzero()[:, 0]
     if not len(keep):
         return features.sum() * 0
-    others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
+
     # divided by a temperature, bfloat16 would not do
     with torch.autocast(features.device.type, enabled=False):
-        similarity = features.float() @ features.float().mT / temperature  # (n, n)
+        similarity = features.float() @ features.float().mT / TEMPERATURE  # (n, n)
     similarity = similarity - similarity.max(1, keepdim=True).values.detach()
+    others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
     log_share = similarity - (similarity.exp() * others).sum(1, keepdim=True).log()
     same = labels[:, None] == labels
     loss = -(log_share * (same & others)).sum(1) / same.sum(1)  # (n,)
-    weight = {"none": torch.ones_like(overlaps), "linear": overlaps, "exp": overlaps.exp() - 1}[
-        weighting
-    ]
-    return (loss * weight)[keep].mean()
+    if weighting == "linear":
+        loss = loss * overlaps
+    elif weighting == "exp":
+        loss = loss * (overlaps.exp() - 1)
+    return loss[keep].mean()
 
 
 class FSCE(TFA):
@@ -60,8 +63,6 @@ class FSCE(TFA):
     Args:
         dimensions: of the branch's unit vectors; 0 leaves the branch out.
         above: see `contrastive_loss`.
-        temperature, weighting: see there; recipes have the defaults, only tests against the
-            reference others.
         more: of `TFA`.
 
     Attributes:
@@ -75,20 +76,13 @@ class FSCE(TFA):
         *,
         dimensions: int = 128,
         above: float = 0.7,
-        temperature: float = 0.2,
-        weighting: Literal["none", "linear", "exp"] = "none",
         **more,
     ):
         super().__init__(trunk, classes, **more)
-        self.above, self.temperature, self.weighting, self.strength = (
-            above,
-            temperature,
-            weighting,
-            1.0,
-        )
-        width = self.fc2.out_features
+        self.above, self.strength = above, 1.0
         self.contrast = None
         if dimensions:
+            width = self.fc2.out_features
             self.contrast = nn.Sequential(
                 nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dimensions)
             )
@@ -97,11 +91,9 @@ class FSCE(TFA):
                 nn.init.zeros_(layer.bias)
 
     def describe(self) -> dict[str, Any]:
-        """As `TFA`; `above`, `temperature` and `weighting` are of training alone."""
-        return {
-            **super().describe(),
-            "dimensions": self.contrast[-1].out_features if self.contrast else 0,
-        }
+        """As `TFA`; `above` is of training alone."""
+        dimensions = self.contrast[-1].out_features if self.contrast else 0
+        return {**super().describe(), "dimensions": dimensions}
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Unit vectors (n, dimensions) of RoI vectors (n, width), in float32 also under autocast."""
@@ -112,15 +104,9 @@ class FSCE(TFA):
         losses = super().head_losses(vectors, rois)
         if self.contrast is None:
             return losses
-        overlaps = torch.cat(
-            [F.pad(r.overlaps, (0, len(r.labels) - len(r.overlaps))) for r in rois]
-        )
-        loss = contrastive_loss(
-            self.encode(vectors),
-            torch.cat([r.labels for r in rois]),
-            overlaps,
-            temperature=self.temperature,
-            above=self.above,
-            weighting=self.weighting,
-        )
+
+        labels = torch.cat([r.labels for r in rois])
+        # that of background is 0
+        padded = [F.pad(r.overlaps, (0, len(r.labels) - len(r.overlaps))) for r in rois]
+        loss = contrastive_loss(self.encode(vectors), labels, torch.cat(padded), above=self.above)
         return losses | {"contrast": self.strength * loss}

@@ -14,9 +14,11 @@ from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN
 
 
-class MetaRCNN(nn.Module):
-    """A C4 Faster R-CNN whose RoI vectors are re-weighted, channel by channel, by a class's support
-    vector.
+class MetaDetector(nn.Module):
+    """A C4 Faster R-CNN that sees RoI vectors in the light of a class's support vector.
+
+    How, a subclass says by `aggregate`. It is tested class by class; `MetaRCNN` and others, whose
+    aggregation allows it, test all classes at once.
 
     Args:
         trunk: convolutional trunk with `stage4` and a 4-channel entrance for supports (image and
@@ -24,13 +26,22 @@ class MetaRCNN(nn.Module):
         classes: number of classes; background is index `classes`.
         rois: sampled per training image.
         train_proposals, test_proposals: (kept before NMS, kept after).
-        head_channels: of what the last layers classify, for subclasses; by default a RoI vector's.
+        head_channels: of what `aggregate` gives the last layers; by default a RoI vector's.
 
     Buffers: `prototypes` (classes, D), the mean support vector of each class that has supports
     (`known`), so that the saved model detects without any support image.
     """
 
     rpn_trains_trunk = True  # whether gradients of the RPN's losses reach the trunk
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        parent = cls.__base__
+        if "aggregate" in vars(cls) and parent.classify is not MetaDetector.classify:
+            raise TypeError(
+                f"{cls.__name__} aggregates in its own way, and {parent.__name__} tests all classes "
+                "at once by its own: derive from MetaDetector"
+            )
 
     def __init__(
         self,
@@ -45,6 +56,7 @@ class MetaRCNN(nn.Module):
     ):
         super().__init__()
         self.trunk, self.classes, self.rois = trunk, classes, rois
+
         self.rpn = RPN(
             trunk.out_channels,
             rpn_channels,
@@ -55,13 +67,14 @@ class MetaRCNN(nn.Module):
             train_proposals=train_proposals,
             test_proposals=test_proposals,
         )
+
         head_channels = head_channels or trunk.stage4_channels
         self.cls = nn.Linear(head_channels, classes + 1)
         self.reg = nn.Linear(head_channels, classes * 4)
         self.meta = nn.Linear(trunk.stage4_channels, classes)
-        for layer, std in ((self.cls, 0.01), (self.reg, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        faster_rcnn.init_normal(0.01, self.cls)
+        faster_rcnn.init_normal(0.001, self.reg)
+
         self.register_buffer("prototypes", torch.zeros(classes, trunk.stage4_channels))
         self.register_buffer("known", torch.zeros(classes, dtype=torch.bool))
 
@@ -89,9 +102,9 @@ class MetaRCNN(nn.Module):
 
     def aggregate(self, queries: Tensor, vector: Tensor) -> Tensor:
         """RoI vectors (n, D) in the light of a class's support vector (D,): what the last layers
-        see (n, channels).
+        see (n, head_channels).
         """
-        return queries * vector
+        raise NotImplementedError(f"{type(self).__name__} has no aggregate")
 
     def outputs(self, queries: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, classes + 1) and deltas (n, classes, 4), by what `aggregate` makes of its
@@ -117,10 +130,10 @@ class MetaRCNN(nn.Module):
         RoIs (section 3.2).
         """
         features = self.trunk(images)
-        outputs = self.rpn.outputs(
-            self.rpn.maps([features if self.rpn_trains_trunk else features.detach()])
-        )
+        seen_by_rpn = features if self.rpn_trains_trunk else features.detach()
+        outputs = self.rpn.outputs(self.rpn.maps([seen_by_rpn]))
         losses = self.rpn.losses(*outputs, sizes, boxes)
+
         rois = faster_rcnn.sample_rois(
             self.rpn.proposals(*outputs, sizes),
             boxes,
@@ -128,13 +141,12 @@ class MetaRCNN(nn.Module):
             classes=self.classes,
             number=self.rois,
         )
-        queries = self.roi_vectors(features, [r.boxes for r in rois]).split(
-            [len(r.boxes) for r in rois]
-        )
+        counts = [len(r.boxes) for r in rois]
+        queries = self.roi_vectors(features, [r.boxes for r in rois]).split(counts)
+
         vectors = self.support_vectors(supports)
-        return losses | self.head_losses(
-            queries, rois, self.drawn(labels, support_labels), vectors, support_labels
-        )
+        drawn = self.drawn(labels, support_labels)
+        return losses | self.head_losses(queries, rois, drawn, vectors, support_labels)
 
     @torch.compiler.disable
     def drawn(self, labels: Sequence[Tensor], support_labels: Tensor) -> Tensor:
@@ -174,17 +186,15 @@ class MetaRCNN(nn.Module):
         over the images.
         """
         total = {"cls": 0.0, "box": 0.0}
-        alike = (drawn[:, None] == support_labels).tolist()
-        pairs = [
-            (image, support)
-            for image, row in enumerate(alike)
-            for support, same in enumerate(row)
-            if same
-        ]
-        for image, support in pairs:
-            logits, deltas = self.outputs(queries[image], vectors[support])
-            for name, loss in faster_rcnn.roi_losses(logits, deltas, [rois[image]]).items():
-                total[name] = total[name] + loss / len(queries)
+        alike = (drawn[:, None] == support_labels).tolist()  # (images, m)
+
+        for image, row in enumerate(alike):
+            for support in range(len(row)):
+                if not row[support]:
+                    continue
+                logits, deltas = self.outputs(queries[image], vectors[support])
+                for name, loss in faster_rcnn.roi_losses(logits, deltas, [rois[image]]).items():
+                    total[name] = total[name] + loss / len(queries)
         return total
 
     def meta_loss(self, vectors: Tensor, support_labels: Tensor) -> Tensor:
@@ -204,12 +214,14 @@ class MetaRCNN(nn.Module):
             self.known[c] = len(mine) > 0
             self.prototypes[c] = mine.mean(0) if len(mine) else 0.0
 
-    @property
-    def folds(self) -> bool:
-        """Whether prototypes fold into the weights of the last layers: not where a subclass
-        aggregates otherwise.
-        """
-        return getattr(self.aggregate, "__func__", None) is MetaRCNN.aggregate
+    def known_classes(self) -> Tensor:
+        """The classes (k,) that have a prototype."""
+        known = self.known.nonzero()[:, 0]
+        if not len(known):
+            raise RuntimeError(
+                "no class has a prototype yet: call set_prototypes with the vectors of some supports"
+            )
+        return known
 
     @torch.compiler.disable
     def classify(self, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,52 +231,16 @@ class MetaRCNN(nn.Module):
         Class k's logit and deltas come from the query aggregated with prototype k, the background's
         logit is the mean over the classes. A class without prototype has logit 0 and deltas 0.
         """
-        known = self.known.nonzero()[:, 0]
-        if not len(known):
-            raise RuntimeError(
-                "no class has a prototype yet: call set_prototypes with the vectors of some supports"
-            )
-        return self.classify_known(queries, known)
-
-    def classify_known(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """`classify`, told which classes (k,) have a prototype."""
-        return (
-            self.classify_folded(queries, known)
-            if self.folds
-            else self.classify_each(queries, known)
-        )
-
-    def classify_each(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """`classify_known`, a pass of the last layers per class."""
+        known = self.known_classes()
         logits = queries.new_zeros(len(queries), self.classes + 1)
         deltas = queries.new_zeros(len(queries), self.classes, 4)
+
         for k in known.tolist():
             scores, boxes = self.outputs(queries, self.prototypes[k])
             logits[:, k] = scores[:, k].float()
             logits[:, -1] += scores[:, -1].float() / len(known)
             deltas[:, k] = boxes[:, k]
         return logits, deltas
-
-    def classify_folded(self, queries: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """`classify_known` in one matmul for all: as W (q * s) = (W * s) q, prototypes fold into
-        the weights.
-        """
-        weight, bias = self.cls.weight, self.cls.bias
-        mean = self.prototypes[known].mean(0, keepdim=True)
-        folded = torch.cat(
-            [weight[:-1] * self.prototypes * self.known[:, None], weight[-1:] * mean]
-        )
-        offset = torch.cat([bias[:-1] * self.known, bias[-1:]])
-        return F.linear(queries, folded, offset), self.folded_deltas(queries)
-
-    def folded_deltas(self, queries: Tensor) -> Tensor:
-        """The deltas of `classify_folded` (n, classes, 4), which are an affine function of RoI
-        vectors (n, D).
-        """
-        mask = self.known[:, None]  # (classes, 1)
-        reg = self.reg.weight.view(self.classes, 4, -1) * (self.prototypes * mask)[:, None]
-        offset = self.reg.bias.view(self.classes, 4) * mask
-        return F.linear(queries, reg.flatten(0, 1), offset.flatten()).view(-1, self.classes, 4)
 
     def exchange_supports(self) -> None:
         """Give every known class the next one's prototype, the last the first's: a control of what
@@ -292,3 +268,37 @@ class MetaRCNN(nn.Module):
             faster_rcnn.detections(*self.classify(query), proposal, size, nms=0.3)
             for query, proposal, size in zip(queries, proposals, sizes, strict=True)
         ]
+
+
+class MetaRCNN(MetaDetector):
+    """A detector whose RoI vectors are re-weighted, channel by channel, by a class's support vector.
+
+    See `MetaDetector` for the arguments.
+    """
+
+    def aggregate(self, queries: Tensor, vector: Tensor) -> Tensor:
+        """RoI vectors (n, D) times a class's support vector (D,)."""
+        return queries * vector
+
+    @torch.compiler.disable
+    def classify(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MetaDetector.classify`, in one matmul for all classes."""
+        cls_weight, cls_bias, reg_weight, reg_bias = self.folded()
+        deltas = F.linear(queries, reg_weight, reg_bias)
+        return F.linear(queries, cls_weight, cls_bias), deltas.unflatten(1, (-1, 4))
+
+    def folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the last layers, `cls` and `reg`, with the prototypes folded in.
+
+        W (q * s) = (W * s) q. The background's row has the mean prototype, those of classes without
+        prototype are 0.
+        """
+        mean = self.prototypes[self.known_classes()].mean(0, keepdim=True)
+        known = self.known[:, None]  # (classes, 1)
+        prototypes = self.prototypes * known
+
+        cls = torch.cat([self.cls.weight[:-1] * prototypes, self.cls.weight[-1:] * mean])
+        cls_bias = torch.cat([self.cls.bias[:-1] * self.known, self.cls.bias[-1:]])
+        reg = self.reg.weight.view(self.classes, 4, -1) * prototypes[:, None]
+        reg_bias = self.reg.bias.view(self.classes, 4) * known
+        return cls, cls_bias, reg.flatten(0, 1), reg_bias.flatten()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +55,7 @@ class TwoBranchRPN(RPN):
         self.per_batch, self.per_cell = per_batch, self.cls.out_channels
         self.cls_conv = nn.Conv2d(channels, self.per_cell * CLASS_CHANNELS, 1)
         self.cls = nn.Conv2d(CLASS_CHANNELS, 1, 1)
-        for layer in (self.cls_conv, self.cls):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+        faster_rcnn.init_normal(0.01, self.cls_conv, self.cls)
 
     def sizes(self) -> dict[str, Any]:
         return {**super().sizes(), "train_proposals": (self.train_proposals[0], self.per_batch)}
@@ -86,12 +85,12 @@ class TwoBranchRPN(RPN):
         found = super().proposals(logits, deltas, anchors, sizes)
         if not self.training:
             return found
+
         scores = torch.cat([boxes[:, 4] for boxes in found])
         best = scores.sort(descending=True, stable=True).indices[: self.per_batch]
         kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
-        counts = torch.stack(
-            [mine.sum() for mine in kept.split([len(boxes) for boxes in found])]
-        ).tolist()
+        of_images = kept.split([len(boxes) for boxes in found])
+        counts = torch.stack([mine.sum() for mine in of_images]).tolist()
         return list(torch.cat(found)[best.sort().values].split(counts))
 
 
@@ -130,14 +129,15 @@ class MPSR(nn.Module):
         convention: Convention = "mmdet",
     ):
         super().__init__()
-        self.trunk, self.classes, self.rois, self.aligned = trunk, classes, rois, aligned
-        self.roi_size, self.convention = roi_size, convention
         if trunk.strides not in CROP_LEVELS:
             known = " or ".join(map(str, CROP_LEVELS))
             raise InputError(
                 f"MPSR needs a pyramid of strides {known}, not {trunk.strides}: take another backbone"
             )
+        self.trunk, self.classes, self.rois, self.aligned = trunk, classes, rois, aligned
+        self.roi_size, self.convention = roi_size, convention
         self.levels = CROP_LEVELS[trunk.strides]
+
         before, per_batch = train_proposals
         self.rpn = TwoBranchRPN(
             trunk.out_channels,
@@ -149,13 +149,13 @@ class MPSR(nn.Module):
             test_proposals=test_proposals,
             convention=convention,
         )
+
         inside = trunk.out_channels * roi_size**2
         self.cls_fc1, self.cls_fc2 = nn.Linear(inside, width), nn.Linear(width, width)
         self.reg_fc1, self.reg_fc2 = nn.Linear(inside, width), nn.Linear(width, width)
         self.cls, self.reg = nn.Linear(width, classes + 1), nn.Linear(width, 4)
-        for layer, std in ((self.cls, 0.01), (self.reg, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        faster_rcnn.init_normal(0.01, self.cls)
+        faster_rcnn.init_normal(0.001, self.reg)
 
     def describe(self) -> dict[str, Any]:
         """What `build.rebuilt` makes this detector anew from, for json."""
@@ -164,11 +164,10 @@ class MPSR(nn.Module):
             "width": self.cls_fc2.out_features,
             "aligned": self.aligned,
             **self.rpn.sizes(),
+            "roi_size": self.roi_size,
+            "convention": self.convention,
         }
-        return {
-            **self.trunk.describe(),
-            "sizes": {**sizes, "roi_size": self.roi_size, "convention": self.convention},
-        }
+        return {**self.trunk.describe(), "sizes": sizes}
 
     def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Maps (RoIs of all images, channels, s, s) of boxes, s = roi_size, each from the level
@@ -197,15 +196,15 @@ class MPSR(nn.Module):
             maps = self.trunk(crop)
             rpn.append(maps[self.levels.rpn[i]])
             roi.append(maps[self.levels.roi[i]])
-        if border := self.levels.last_border:
+        border = self.levels.last_border
+        if border:
             rpn[-1] = rpn[-1][..., border:-border, border:-border]
         return rpn, roi
 
     def classify_crops(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits (scales * n, classes + 1) of crops' maps (n, channels, h, w), scale by scale."""
-        return self.classify(
-            torch.cat([F.adaptive_avg_pool2d(level.float(), self.roi_size) for level in maps])
-        )
+        pooled = [F.adaptive_avg_pool2d(level.float(), self.roi_size) for level in maps]
+        return self.classify(torch.cat(pooled))
 
     def forward(
         self,
@@ -226,14 +225,14 @@ class MPSR(nn.Module):
         rpn_maps, roi_maps = self.crop_features(crops)
         outputs = self.rpn.outputs(self.rpn.maps(features))
         cls, reg, number = self.rpn.loss_sums(*outputs, sizes, boxes)
-        refined = torch.cat(
-            [scores.flatten() for scores in self.rpn.crop_scores(rpn_maps, self.levels.border)]
-        ).float()
+        scores = self.rpn.crop_scores(rpn_maps, self.levels.border)
+        refined = torch.cat([score.flatten() for score in scores]).float()
         losses = {
             "rpn_cls": cls / (number + len(refined)),
             "rpn_crops": F.softplus(-refined).sum() / (number + len(refined)),
             "rpn_box": reg / number,
         }
+
         rois = faster_rcnn.sample_rois(
             self.rpn.proposals(*outputs, sizes),
             boxes,
@@ -256,9 +255,8 @@ class MPSR(nn.Module):
         maps = self.roi_features(features, [r.boxes for r in rois])
         losses = faster_rcnn.roi_losses(self.classify(maps), self.regress(maps), rois, beta=1.0)
         logits = self.classify_crops(crop_maps).float()
-        return losses | {
-            "crops": CROP_WEIGHT * F.cross_entropy(logits, crop_labels.repeat(len(crop_maps)))
-        }
+        crops = F.cross_entropy(logits, crop_labels.repeat(len(crop_maps)))
+        return losses | {"crops": CROP_WEIGHT * crops}
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -273,9 +271,9 @@ class MPSR(nn.Module):
         features = self.trunk(images)
         proposals = self.rpn.propose(features, sizes)
         maps = self.roi_features(features, proposals).split([len(p) for p in proposals])
-        options = {"nms_offset": 1, "convention": self.convention}
+        find = partial(faster_rcnn.detections, nms_offset=1, convention=self.convention)
         return [
-            faster_rcnn.detections(self.classify(m), self.regress(m), proposal, size, **options)
+            find(self.classify(m), self.regress(m), proposal, size)
             for m, proposal, size in zip(maps, proposals, sizes, strict=True)
         ]
 
@@ -290,34 +288,27 @@ def from_tfa(
     of equal ones. Both branches of the box head begin with TFA's hidden layers, and the one
     regression with the mean of all classes'. The classifier is random, as every fine-tuning begins.
     """
-    sizes = {
-        key: value
-        for key, value in about["sizes"].items()
-        if key not in ("threshold", "proposal_score")
-    }
+    sizes = dict(about["sizes"])
+    sizes.pop("threshold", None)
+    sizes.pop("proposal_score", None)
     conventions = faster_rcnn.CONVENTIONS[sizes.get("convention", "mmdet")]
     sizes |= {"aligned": conventions.aligned, "roi_size": tfa.ROI_SIZE}
+
     ours = {name: tensor for name, tensor in state.items() if name.startswith(("trunk.", "rpn."))}
     part = CLASS_CHANNELS**-0.5
     for kind in ("weight", "bias"):
-        ours[f"rpn.cls_conv.{kind}"] = (
-            state[f"rpn.cls.{kind}"].repeat_interleave(CLASS_CHANNELS, 0) * part
-        )
-        ours |= {
-            f"{branch}_fc{i}.{kind}": state[f"fc{i}.{kind}"]
-            for branch in ("cls", "reg")
-            for i in (1, 2)
-        }
+        repeated = state[f"rpn.cls.{kind}"].repeat_interleave(CLASS_CHANNELS, 0)
+        ours[f"rpn.cls_conv.{kind}"] = repeated * part
+        for layer in ("fc1", "fc2"):
+            ours[f"cls_{layer}.{kind}"] = state[f"{layer}.{kind}"]
+            ours[f"reg_{layer}.{kind}"] = state[f"{layer}.{kind}"]
         ours[f"reg.{kind}"] = state[f"reg.{kind}"].unflatten(0, (-1, 4)).mean(0)
-    ours |= {
-        "rpn.cls.weight": torch.full((1, CLASS_CHANNELS, 1, 1), part),
-        "rpn.cls.bias": torch.zeros(1),
-    }
+    ours["rpn.cls.weight"] = torch.full((1, CLASS_CHANNELS, 1, 1), part)
+    ours["rpn.cls.bias"] = torch.zeros(1)
+
     classes, width = len(about["classes"]), state["fc2.weight"].shape[0]
-    ours |= {
-        "cls.weight": torch.randn(classes + 1, width) * 0.01,
-        "cls.bias": torch.zeros(classes + 1),
-    }
+    ours["cls.weight"] = torch.randn(classes + 1, width) * 0.01
+    ours["cls.bias"] = torch.zeros(classes + 1)
     about = copy(about)  # of the same file, if it is of one
     about.update(method="mpsr", sizes=sizes)
     return ours, about

@@ -25,6 +25,7 @@ class CosineClassifier(nn.Module):
 
     SCALE = 20.0
     EPS = 1e-5  # added to norms
+    bias = None  # which a linear classifier has
 
     def __init__(self, in_features: int, classes: int):
         super().__init__()
@@ -91,10 +92,9 @@ class TFA(nn.Module):
         self.reg = nn.Linear(width, classes * 4)
         for layer in (self.fc1, self.fc2):
             nn.init.kaiming_uniform_(layer.weight, a=1)
-        nn.init.normal_(self.cls.weight, std=0.01)
-        nn.init.normal_(self.reg.weight, std=0.001)
-        for layer in (self.fc1, self.fc2, self.reg, *([] if cosine else [self.cls])):
             nn.init.zeros_(layer.bias)
+        faster_rcnn.init_normal(0.01, self.cls)
+        faster_rcnn.init_normal(0.001, self.reg)
 
     def describe(self) -> dict[str, Any]:
         """What `build.rebuilt` makes this detector anew from, for json."""
@@ -103,22 +103,24 @@ class TFA(nn.Module):
             "width": self.fc2.out_features,
             "threshold": self.threshold,
             **self.rpn.sizes(),
+            "proposal_score": self.rpn.score_above,
+            "convention": self.convention,
         }
-        sizes |= {"proposal_score": self.rpn.score_above, "convention": self.convention}
-        return {
-            **self.trunk.describe(),
-            "sizes": sizes,
-            "cosine": isinstance(self.cls, CosineClassifier),
-        }
+        cosine = isinstance(self.cls, CosineClassifier)
+        return {**self.trunk.describe(), "sizes": sizes, "cosine": cosine}
 
     def roi_features(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Maps (RoIs of all images, channels, 7, 7) of boxes, each from the level that fits its
         size.
         """
-        levels, how = self.trunk.roi_levels, self.rpn.conventions
-        options = {"sampling": how.sampling, "aligned": how.aligned}
+        levels, rules = self.trunk.roi_levels, self.rpn.conventions
         return faster_rcnn.pyramid_align(
-            features[:levels], boxes, ROI_SIZE, self.trunk.strides[:levels], **options
+            features[:levels],
+            boxes,
+            ROI_SIZE,
+            self.trunk.strides[:levels],
+            sampling=rules.sampling,
+            aligned=rules.aligned,
         )
 
     def roi_vectors(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
@@ -190,20 +192,20 @@ def grow(
     from `novel_state`, a model of the `novel` classes alone, or are drawn from N(0, 0.01) with
     deltas' biases 0. A cosine classifier has no bias, so the base model's is dropped.
     """
-    grown = {name: tensor for name, tensor in state.items() if name != "cls.bias"}
     width = state["cls.weight"].shape[1]
-    cls, reg = (
-        torch.randn(len(classes) + 1, width) * 0.01,
-        torch.randn(len(classes), 4, width) * 0.01,
-    )
+    cls = torch.randn(len(classes) + 1, width) * 0.01
+    reg = torch.randn(len(classes), 4, width) * 0.01
     bias = torch.zeros(len(classes), 4)
-    for source, names in ((state, base), (novel_state, novel if novel_state is not None else ())):
-        for row, name in enumerate(names):
-            to = list(classes).index(name)
-            cls[to] = source["cls.weight"][row]
-            reg[to], bias[to] = (
-                source["reg.weight"].view(-1, 4, width)[row],
-                source["reg.bias"].view(-1, 4)[row],
-            )
+
+    known = [(state, base)]
+    if novel_state is not None:
+        known.append((novel_state, novel))
+    for source, names in known:
+        rows = [list(classes).index(name) for name in names]
+        cls[rows] = source["cls.weight"][: len(names)]
+        reg[rows] = source["reg.weight"].view(-1, 4, width)[: len(names)]
+        bias[rows] = source["reg.bias"].view(-1, 4)[: len(names)]
     cls[-1] = state["cls.weight"][-1]
+
+    grown = {name: tensor for name, tensor in state.items() if name != "cls.bias"}
     return grown | {"cls.weight": cls, "reg.weight": reg.flatten(0, 1), "reg.bias": bias.flatten()}

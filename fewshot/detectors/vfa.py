@@ -54,7 +54,7 @@ class VFA(MetaRCNN):
     Decoupling"). In training images are re-weighted by any class, shown or not ("Class-Agnostic
     Aggregation"), and the RPN's losses do not reach the trunk.
 
-    See `MetaRCNN` for the arguments, and for `prototypes`, which here are the scales of the mean
+    See `MetaDetector` for the arguments, and for `prototypes`, which here are the scales of the mean
     support vectors.
     """
 
@@ -70,9 +70,8 @@ class VFA(MetaRCNN):
 
     def outputs(self, queries: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
         """As `MetaRCNN.outputs`, with the deltas of RoI vectors that are not re-weighted."""
-        return self.cls(self.aggregate(queries, vector)), self.reg(queries).view(
-            -1, self.classes, 4
-        )
+        logits = self.cls(self.aggregate(queries, vector))
+        return logits, self.reg(queries).view(-1, self.classes, 4)
 
     @torch.compiler.disable
     def drawn(self, labels: Sequence[Tensor], support_labels: Tensor) -> Tensor:
@@ -114,6 +113,8 @@ class VFA(MetaRCNN):
         super().set_prototypes(vectors, labels)
         self.prototypes[self.known] = self.scales(*self.vae.encode(self.prototypes[self.known]))
 
-    def folded_deltas(self, queries: Tensor) -> Tensor:
-        """Deltas (n, classes, 4), which do not depend on prototypes."""
-        return self.reg(queries).view(-1, self.classes, 4) * self.known[:, None]
+    def folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `MetaRCNN.folded`, but for the deltas, which do not depend on prototypes."""
+        cls, cls_bias, _, _ = super().folded()
+        known = self.known.repeat_interleave(4)  # (4 classes,)
+        return cls, cls_bias, self.reg.weight * known[:, None], self.reg.bias * known

@@ -9,8 +9,7 @@ pixels of the original pictures. Results are dicts of percentages: {"AP50": {"ba
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -27,8 +26,7 @@ IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # that COCO's AP a
 SIZES = {"s": (0, 32), "m": (32, 96), "l": (96, 10_000)}
 
 
-@dataclass
-class Matches:
+class Matches(NamedTuple):
     """Every detection of a set with the object of its own class that it covers best; n detections,
     g objects.
     """
@@ -55,18 +53,17 @@ def evaluate(
     """
     if dataset.metric == "coco":
         return evaluate_coco(detections, dataset)
-    ranges, pixels = [*SIZES.values()], dataset.inclusive_pixels
     voc = evaluate_voc(
-        detections, dataset, iou_thresholds=IOUS, size_ranges=ranges, inclusive_pixels=pixels
+        detections,
+        dataset,
+        iou_thresholds=IOUS,
+        inclusive_pixels=dataset.inclusive_pixels,
+        size_ranges=[*SIZES.values()],
     )
-    by_size = {f"AP50{size}": voc[f"AP50 {low}-{high}"] for size, (low, high) in SIZES.items()}
-    return {
-        "AP50": voc["AP50"],
-        "AP75": voc["AP75"],
-        "AP": voc["mAP"],
-        **by_size,
-        "per_class": voc["per_class"],
-    }
+    result = {"AP50": voc["AP50"], "AP75": voc["AP75"], "AP": voc["mAP"]}
+    for size, (low, high) in SIZES.items():
+        result[f"AP50{size}"] = voc[f"AP50 {low}-{high}"]
+    return {**result, "per_class": voc["per_class"]}
 
 
 def evaluate_voc(
@@ -74,7 +71,6 @@ def evaluate_voc(
     dataset: DetectionSet,
     *,
     iou_thresholds: Sequence[float] = (0.5,),
-    points: Literal["11", "area"] = "11",
     inclusive_pixels: bool = True,
     size_ranges: Sequence[tuple[float, float]] = (),
 ) -> dict[str, dict[str, float]]:
@@ -84,7 +80,6 @@ def evaluate_voc(
         detections: by picture id; the set's `offset` is taken off them.
         dataset: test part, whose difficult objects count neither as found nor as missed.
         iou_thresholds: an object is found by a box that overlaps it at least so much.
-        points: precision is averaged at recalls 0, 0.1, ... 1, or over the area under its envelope.
         inclusive_pixels: sides are x2 - x1 + 1 instead of x2 - x1.
         size_ranges: also evaluate, at the first threshold, objects by the square root of their
             area, at least low and below high pixels.
@@ -105,20 +100,17 @@ def evaluate_voc(
         for label, name in enumerate(dataset.classes):
             precision, recall, count = precision_recall(matches, label, iou, size_range)
             if count:
-                result[name] = 100 * average_precision(precision, recall, points)
+                result[name] = 100 * average_precision(precision, recall)
         return result
 
     tables = {f"AP{round(100 * iou)}": per_class(iou) for iou in iou_thresholds}
     first, of_classes = next(iter(tables.items()))
     if len(tables) > 1:
-        tables["mAP"] = {
-            name: float(np.mean([table[name] for table in tables.values()])) for name in of_classes
-        }
+        means = {name: np.mean([table[name] for table in tables.values()]) for name in of_classes}
+        tables["mAP"] = means
     for low, high in size_ranges:
         tables[f"{first} {low}-{high}"] = per_class(iou_thresholds[0], (low, high))
-    return {key: _by_group(dataset, table) for key, table in tables.items()} | {
-        "per_class": of_classes
-    }
+    return _by_group(dataset, tables) | {"per_class": of_classes}
 
 
 def match(
@@ -128,25 +120,34 @@ def match(
     group needs.
     """
     _check_complete(detections, dataset)
-    one = 1 if inclusive_pixels else 0
-    columns: list[tuple[np.ndarray, ...]] = []
-    truth: list[tuple[np.ndarray, ...]] = []
-    seen = 0
+    one = int(inclusive_pixels)
+    of_pictures = []
+    seen = 0  # objects of the pictures before
     for record in dataset.records:
         boxes, scores, labels = (np.asarray(column) for column in detections[record.id])
         boxes = boxes.astype(np.float64).reshape(-1, 4) - dataset.offset
+
         # of two equal overlaps the ordinary object wins
         order = np.argsort(record.difficult, kind="stable")
         objects, names = record.boxes[order].astype(np.float64), record.labels[order]
+
         iou = np.where(labels[:, None] == names, _iou(boxes, objects, one), -1.0)  # (n, g)
         iou = np.pad(iou, ((0, 0), (0, 1)), constant_values=-1.0)  # there may be no object at all
         best = iou.argmax(1)
-        columns.append(
-            (scores, labels, _areas(boxes, one), iou[np.arange(len(iou)), best], best + seen)
+
+        matches = Matches(
+            scores=scores,
+            labels=labels,
+            areas=_areas(boxes, one),
+            iou=iou[np.arange(len(iou)), best],
+            owner=best + seen,
+            truth_labels=names,
+            truth_areas=_areas(objects, one),
+            truth_difficult=record.difficult[order],
         )
-        truth.append((names, _areas(objects, one), record.difficult[order]))
+        of_pictures.append(matches)
         seen += len(order)
-    return Matches(*map(np.concatenate, zip(*columns)), *map(np.concatenate, zip(*truth)))
+    return Matches._make(np.concatenate(column) for column in zip(*of_pictures))
 
 
 def precision_recall(
@@ -172,23 +173,21 @@ def precision_recall(
     hits = hits[~ignored[matches.owner[mine[hits]]]]
     _, first = np.unique(matches.owner[mine[hits]], return_index=True)
     wrong[hits] = True
-    right[hits[first]], wrong[hits[first]] = True, False
+    right[hits[first]] = True
+    wrong[hits[first]] = False
 
     found, all_counted = np.cumsum(right), np.cumsum(right | wrong)
     return found / np.maximum(all_counted, 1), found / max(count, 1), count
 
 
-def average_precision(
-    precision: np.ndarray, recall: np.ndarray, points: Literal["11", "area"]
-) -> float:
-    """AP between 0 and 1: the best precision at any higher recall, averaged over recalls."""
-    if points == "11":
-        # As written in every implementation: 0.30000000000000004 and the like are part of the
-        # definition.
-        levels = np.arange(0, 1 + 1e-3, 0.1)
-        return float(np.mean([precision[recall >= level].max(initial=0) for level in levels]))
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((np.diff(recall, prepend=0) * envelope).sum())
+def average_precision(precision: np.ndarray, recall: np.ndarray) -> float:
+    """AP between 0 and 1: the best precision at any higher recall, averaged over recalls 0, 0.1,
+    ... 1.
+    """
+    # As written in every implementation: 0.30000000000000004 and the like are part of the
+    # definition.
+    levels = np.arange(0, 1 + 1e-3, 0.1)
+    return float(np.mean([precision[recall >= level].max(initial=0) for level in levels]))
 
 
 def evaluate_coco(
@@ -208,16 +207,17 @@ def evaluate_coco(
     truth, found = [], []
     for i, record in enumerate(dataset.records):
         areas = _areas(record.boxes) if record.areas is None else record.areas
-        truth += _coco_objects(
-            i, record.boxes, record.labels, area=areas, iscrowd=record.difficult.astype(int)
-        )
+        crowds = record.difficult.astype(int)
+        truth += _coco_objects(i, record.boxes, record.labels, area=areas, iscrowd=crowds)
         boxes, scores, labels = (np.asarray(column) for column in detections[record.id])
         found += _coco_objects(i, boxes, labels, area=_areas(boxes), score=scores)
+
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long everything took
         result = COCOeval(_coco(dataset, truth), _coco(dataset, found), "bbox")
         result.params.maxDets = list(PROPOSALS)
         result.evaluate()
         result.accumulate()
+
     # (10 IoUs, 101 recalls, classes, 4 sizes, 3 maxDets), -1 without truth
     precision = result.eval["precision"]
     recall = result.eval["recall"]  # (10 IoUs, classes, 4 sizes, 3 maxDets)
@@ -229,18 +229,13 @@ def evaluate_coco(
     values |= {f"AP{size}": precision[..., i, 2] for i, size in enumerate("sml", 1)}
     values |= {f"AR{number}": recall[..., 0, i] for i, number in enumerate(PROPOSALS)}
     values |= {f"AR{size}": recall[..., i, 2] for i, size in enumerate("sml", 1)}
+
     tables = {}
     for key, value in values.items():
-        flat = value.reshape(-1, value.shape[-1])  # (.., classes)
-        present = (flat > -1).any(0)
-        tables[key] = {
-            name: 100 * float(flat[:, i].mean())
-            for i, name in enumerate(dataset.classes)
-            if present[i]
-        }
-    return {key: _by_group(dataset, table) for key, table in tables.items()} | {
-        "per_class": tables["AP"]
-    }
+        per_class = dict(zip(dataset.classes, value.reshape(-1, value.shape[-1]).T))
+        present = {name: own for name, own in per_class.items() if (own > -1).any()}
+        tables[key] = {name: 100 * float(own.mean()) for name, own in present.items()}
+    return _by_group(dataset, tables) | {"per_class": tables["AP"]}
 
 
 def _coco_objects(
@@ -288,21 +283,21 @@ def proposal_recall(
     """
     _check_pictures(proposals, dataset)
     ordinary = [r.select(~r.difficult) for r in dataset.records]
-    labels = np.concatenate([r.labels for r in ordinary])  # (objects,)
+    names = np.array(dataset.classes)[np.concatenate([r.labels for r in ordinary])]  # (objects,)
     result = {}
     for number in numbers:
         best = []
         for record in ordinary:
             boxes = np.asarray(proposals[record.id], np.float64)[:number, :4] - dataset.offset
-            best.append(
-                _best_pairs(_iou(record.boxes.astype(np.float64), boxes, int(inclusive_pixels)))
-            )
+            overlaps = _iou(record.boxes.astype(np.float64), boxes, int(inclusive_pixels))
+            best.append(_best_pairs(overlaps))
         covered = np.concatenate(best) >= iou  # (objects,)
-        result[f"R{number}"] = {
-            group: 100 * float(covered[of_group].mean())
-            for group, names in _groups(dataset).items()
-            if (of_group := np.isin(labels, [dataset.classes.index(name) for name in names])).any()
-        }
+
+        result[f"R{number}"] = {}
+        for group, members in _groups(dataset).items():
+            of_group = covered[np.isin(names, members)]
+            if len(of_group):
+                result[f"R{number}"][group] = 100 * float(of_group.mean())
     return result
 
 
@@ -314,7 +309,8 @@ def _best_pairs(iou: np.ndarray) -> np.ndarray:
     for _ in range(min(iou.shape)):
         row, column = np.unravel_index(iou.argmax(), iou.shape)
         best[row] = iou[row, column]
-        iou[row], iou[:, column] = -1, -1
+        iou[row] = -1
+        iou[:, column] = -1
     return best
 
 
@@ -342,14 +338,15 @@ def confusion(
         boxes, scores, labels = (np.asarray(column) for column in found[record.id])
         sure = np.argsort(-scores, kind="stable")
         sure = sure[scores[sure] >= score]
-        boxes, objects = (
-            boxes[sure].astype(np.float64).reshape(-1, 4) - dataset.offset,
-            record.boxes.astype(np.float64),
-        )
-        overlaps, free = _iou(boxes, objects, one), ~record.difficult  # (n, g)
+        boxes = boxes[sure].astype(np.float64).reshape(-1, 4) - dataset.offset
+        objects = record.boxes.astype(np.float64)
+
+        overlaps = _iou(boxes, objects, one)  # (n, g)
         if dataset.metric == "coco" and record.difficult.any():
             within = _shared(boxes, objects[record.difficult], one)
             overlaps[:, record.difficult] = within / np.maximum(_areas(boxes, one)[:, None], 1e-6)
+
+        free = ~record.difficult
         for label, overlap in zip(labels[sure], overlaps):
             near = overlap >= iou
             if (free & near).any():
@@ -382,9 +379,12 @@ def coco_json(found: Mapping[str, Detections], dataset: DetectionSet) -> list[di
     Of a set without, the categories count from 1 and a picture has the id of its record. Each has
     its class's name too.
     """
-    own, objects = {record.id: record.image_id for record in dataset.records}, []
+    own = {record.id: record.image_id for record in dataset.records}
+    objects = []
     for id, (boxes, scores, labels) in found.items():
-        picture = own[id] if own[id] is not None else int(id) if id.isdigit() else id
+        picture = own[id]
+        if picture is None:
+            picture = int(id) if id.isdigit() else id
         for item in _coco_objects(picture, boxes, labels, score=scores):
             name = dataset.classes[item["category_id"]]
             category = dataset.category_ids.get(name, item["category_id"] + 1)
@@ -396,14 +396,12 @@ def table(result: Mapping[str, Mapping[str, float]], classwise: bool = False) ->
     """A result as text: a line per number with base, novel and all, then if `classwise` the
     classes.
     """
-    lines = [f"{'':16}" + "".join(f"{group:>8}" for group in ("base", "novel", "all"))]
+    lines = [f"{'':16}{'base':>8}{'novel':>8}{'all':>8}"]
     for key, groups in result.items():
         if key != "per_class":
-            cells = (
-                f"{groups[group]:8.1f}" if group in groups else f"{'-':>8}"
-                for group in ("base", "novel", "all")
-            )
-            lines.append(f"{key:16}" + "".join(cells))
+            numbers = {group: f"{value:.1f}" for group, value in groups.items()}
+            cells = [numbers.get(group, "-") for group in ("base", "novel", "all")]
+            lines.append(f"{key:16}" + "".join(f"{cell:>8}" for cell in cells))
     if classwise:
         lines.append("")
         lines += [f"{name:16}{value:8.1f}" for name, value in result["per_class"].items()]
@@ -414,11 +412,17 @@ def _groups(dataset: DetectionSet) -> dict[str, list[str]]:
     return {"base": dataset.base, "novel": dataset.novel, "all": dataset.classes}
 
 
-def _by_group(dataset: DetectionSet, per_class: Mapping[str, float]) -> dict[str, float]:
+def _by_group(
+    dataset: DetectionSet, tables: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """The means over base, novel and all classes of each table, which has a number per class."""
     means = {}
-    for group, names in _groups(dataset).items():
-        if values := [per_class[name] for name in names if name in per_class]:
-            means[group] = float(np.mean(values))
+    for key, table in tables.items():
+        means[key] = {}
+        for group, names in _groups(dataset).items():
+            values = [table[name] for name in names if name in table]
+            if values:
+                means[key][group] = float(np.mean(values))
     return means
 
 
@@ -434,11 +438,13 @@ def _check_complete(detections: Mapping[str, Detections], dataset: DetectionSet)
 
 def _check_pictures(found: Mapping[str, Any], dataset: DetectionSet) -> None:
     ids = [record.id for record in dataset.records]
-    if missing := [id for id in ids if id not in found]:
+    missing = [id for id in ids if id not in found]
+    if missing:
         raise ValueError(
             f"nothing for {len(missing)} of {len(ids)} pictures of {dataset.name}: {missing[:3]} ..."
         )
-    if foreign := sorted(set(found) - set(ids)):
+    foreign = sorted(set(found) - set(ids))
+    if foreign:
         raise ValueError(f"{len(foreign)} pictures are not in {dataset.name}: {foreign[:3]} ...")
 
 

@@ -1,6 +1,5 @@
 """Adapted models as plain modules for `torch.export`: their supports are folded into buffers."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,24 +28,21 @@ class RoIHead(nn.Module):
     """Meta R-CNN's last layers with the prototypes folded in, for `torch.export`.
 
     Raises:
-        InputError: it is another detector, or aggregates or classifies in its own way, which may
-            not be affine.
+        InputError: the network's prototypes do not fold.
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        cls, own = type(network), ("aggregate", "classify", "classify_folded")
-        if any(getattr(cls, name, None) is not getattr(MetaRCNN, name) for name in own):
-            what = "has no box head that prototypes fold into: only MetaRCNN's own aggregate and classify export"
-            raise InputError(f"{cls.__name__} {what}")
-        vectors = torch.eye(network.prototypes.shape[1], device=network.prototypes.device)
-        with torch.no_grad():  # both layers are affine, and so are they folded
-            zero = [part[0] for part in network.classify(torch.zeros_like(vectors[:1]))]
-            logits, deltas = network.classify(vectors)
-        self.register_buffer("cls_weight", (logits - zero[0]).mT.contiguous())
-        self.register_buffer("cls_bias", zero[0])
-        self.register_buffer("reg_weight", (deltas - zero[1]).flatten(1).mT.contiguous())
-        self.register_buffer("reg_bias", zero[1].flatten())
+        if not isinstance(network, MetaRCNN):
+            raise InputError(
+                f"{type(network).__name__} has no box head that prototypes fold into: "
+                "only MetaRCNN and what derives from it export"
+            )
+        cls_weight, cls_bias, reg_weight, reg_bias = network.folded()
+        self.register_buffer("cls_weight", cls_weight.detach())
+        self.register_buffer("cls_bias", cls_bias.detach())
+        self.register_buffer("reg_weight", reg_weight.detach())
+        self.register_buffer("reg_bias", reg_bias.detach())
 
     def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """RoI vectors (n, D) -> logits (n, classes + 1), background last, and deltas (n, classes,
