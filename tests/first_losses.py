@@ -47,10 +47,7 @@ RUNS = {
 }
 # in which kept runs differ, none of which moves a loss: two saves, and tests that neither 2 nor 3
 # processes divide evenly
-TESTED = {
-    True: "--save-every 2 --test-images 5",
-    False: "--eval-every 2 --tasks 7",
-}
+KEPT = {True: "--save-every 2 --test-images 5", False: "--eval-every 2 --tasks 7"}
 
 
 def first_losses(name: str, folder: Path, more: str = "") -> list[dict[str, float]]:
@@ -78,10 +75,17 @@ def kept(top: Path, name: str) -> Path:
     """
 
     def make(folder: Path) -> None:
-        losses = first_losses(name, folder, TESTED[name.split()[0] in DETECTORS])
+        losses = first_losses(name, folder, KEPT[name.split()[0] in DETECTORS])
         losses_of(folder).write_text(json.dumps(losses))
 
     return once(top / name.replace(" ", "_"), make)
+
+
+def flags_of_test(recipe: str) -> str:
+    """With which --test-only tests a kept run as it was tested."""
+    if recipe in DETECTORS:
+        return "--test-only --shots 2 --test-images 5"
+    return "--test-only --tasks 7" + (" --test-steps 1" if recipe == "pmf" else "")
 
 
 def losses_of(folder: Path) -> Path:

@@ -153,7 +153,11 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def launch(
-    script: str | Path, flags: str, processes: int = 1, launcher: str = "", hash_seed: str = "random"
+    script: str | Path,
+    flags: str,
+    processes: int = 1,
+    launcher: str = "",
+    hash_seed: str = "random",
 ) -> subprocess.CompletedProcess:
     """A recipe, by its name, or another script as its own process(es) on the CPU."""
     command = [sys.executable, "-m"]

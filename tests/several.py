@@ -24,6 +24,7 @@ from unittest import mock
 import runs
 import torch
 from accelerate import PartialState
+from first_losses import flags_of_test
 from runs import DETECTORS, FEW, RECIPES
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -57,7 +58,7 @@ def launched(top: Path, finished: Callable[[str], Path], processes: int) -> Path
         jobs = []
         for recipe in TESTED[processes]:
             shutil.copytree(finished(recipe), folder / recipe)
-            jobs.append(test_job(recipe, folder / recipe))
+            jobs.append([recipe, f"{flags_of_test(recipe)} --out {folder / recipe}"])
         if processes == 2:
             jobs += [both_stages_job("meta_rcnn", folder / "stages", processes)] * 2
             jobs.append(["test_maml:descend", str(folder / "maml.pt")])
@@ -66,12 +67,6 @@ def launched(top: Path, finished: Callable[[str], Path], processes: int) -> Path
         (folder / "said.txt").write_text(start(jobs, folder, processes))
 
     return runs.once(top / f"{processes}-processes", make)
-
-
-def test_job(recipe: str, folder: Path) -> list[str]:
-    """Tests a copy of a kept run as that was tested."""
-    tested = "--shots 2 --test-images 5" if recipe in DETECTORS else "--tasks 7"
-    return [recipe, f"{tested} --test-only --out {folder}"]
 
 
 def both_stages_job(recipe: str, folder: Path, processes: int) -> list[str]:
