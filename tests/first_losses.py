@@ -8,17 +8,15 @@ One thread, float32, no workers. Rewriting must not move a digit here; another p
 otherwise, which is what the tolerance of tests/test_first_losses.py is for.
 """
 
-import importlib.util
 import json
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
 import torch
-import tyro
+from runs import DETECTORS, after_each_step, once, run_here
+from runs import load as module_of  # noqa: F401
 
-ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).parent / "goldens" / "first_losses.json"
 STEPS = 3
 CLASSIFIER = f"--iters {STEPS} --eval-every 100 --val-tasks 2 --tasks 2 --workers 0"
@@ -47,48 +45,51 @@ RUNS = {
     "defrcn": DETECTOR,
     "fsdetview": DETECTOR,
 }
+# in which kept runs differ, none of which moves a loss: two saves, and tests that neither 2 nor 3
+# processes divide evenly
+KEPT = {True: "--save-every 2 --test-images 5", False: "--eval-every 2 --tasks 7"}
 
 
-def module_of(recipe: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        f"golden_{recipe}", ROOT / "recipes" / f"{recipe}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look the module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def first_losses(name: str, folder: Path) -> list[dict[str, float]]:
+def first_losses(name: str, folder: Path, more: str = "") -> list[dict[str, float]]:
     """The terms of the loss in every step of every stage of a run of `RUNS`, into `folder`, in
     order.
     """
-    from fewshot.training import run
-
     seen: list[dict[str, float]] = []
-    log = run.Training.log
 
-    def remember(record, step, losses, ids=()):
-        seen.append(
-            {"step": step} | {key: float(value.detach().double()) for key, value in losses.items()}
-        )
-        return log(record, step, losses, ids)
+    def remember(step: int, losses: dict[str, torch.Tensor]) -> None:
+        numbers = {key: float(value.detach().double()) for key, value in losses.items()}
+        seen.append({"step": step} | numbers)
 
     recipe = name.split()[0]
-    module = module_of(recipe)
-    run.Training.log = remember
-    try:
-        out = folder / name.replace(" ", "_")
-        if (
-            "--stage" in RUNS[name]
-        ):  # goes on from a base model, which no step has moved, or rounding would have
-            base = [*DETECTOR.split(), "--stage", "base", "--lr", "0", "--out", str(out)]
-            module.main(tyro.cli(module.Args, args=base))
-            seen.clear()
-        module.main(tyro.cli(module.Args, args=[*RUNS[name].split(), "--out", str(out)]))
-    finally:
-        run.Training.log = log
+    # goes on from a base model, which no step has moved, or rounding would have
+    if "--stage" in RUNS[name]:
+        run_here(recipe, f"{DETECTOR} {more} --stage base --lr 0 --out {folder}")
+    with after_each_step(remember):
+        run_here(recipe, f"{RUNS[name]} {more} --out {folder}")
     return seen
+
+
+def kept(top: Path, name: str) -> Path:
+    """The folder of a finished run of `RUNS`, its losses beside it (`losses_of`), made once for all
+    test processes.
+    """
+
+    def make(folder: Path) -> None:
+        losses = first_losses(name, folder, KEPT[name.split()[0] in DETECTORS])
+        losses_of(folder).write_text(json.dumps(losses))
+
+    return once(top / name.replace(" ", "_"), make)
+
+
+def flags_of_test(recipe: str) -> str:
+    """With which --test-only tests a kept run as it was tested."""
+    if recipe in DETECTORS:
+        return "--test-only --shots 2 --test-images 5"
+    return "--test-only --tasks 7" + (" --test-steps 1" if recipe == "pmf" else "")
+
+
+def losses_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.json")
 
 
 def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> float:
@@ -103,8 +104,8 @@ def main() -> None:
     torch.set_num_threads(1)
     names = [name for name in RUNS if not sys.argv[2:] or name in sys.argv[2:]]
     golden = json.loads(FILE.read_text()) if FILE.exists() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        found = {name: first_losses(name, Path(folder)) for name in names}
+    with tempfile.TemporaryDirectory() as top:
+        found = {name: first_losses(name, Path(top) / name.replace(" ", "_")) for name in names}
     if "--renew" in sys.argv[1:]:
         FILE.write_text(json.dumps(golden | found, indent=1) + "\n")
     for name in names:

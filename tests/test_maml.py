@@ -1,14 +1,10 @@
 """MAML against the reference's numbers, and its shortcuts against plain versions of themselves."""
 
 import copy
-import os
 import re
-import subprocess
-import sys
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,8 +296,10 @@ def test_images_are_tested_on_the_tasks_that_features_are(held, monkeypatch):
     assert model.training
 
 
-def descend() -> MAML:
-    """Three steps of SGD of the small model on a process's share of four tasks."""
+def descend() -> dict[str, Tensor]:
+    """The small model after three steps of SGD on a process's share of four tasks:
+    tests/test_same.py compares processes.
+    """
     model, tasks = small(4)
     accelerator = Accelerator(cpu=True)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -311,30 +309,4 @@ def descend() -> MAML:
         accelerator.backward(model(*(x[rank::world] for x in tasks)))
         optimizer.step()
         optimizer.zero_grad()
-    return accelerator.unwrap_model(model)
-
-
-def test_two_processes_average_their_meta_gradients(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command += [__file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    begin, end = small(4)[0].state_dict(), descend().state_dict()
-    for rank in range(2):
-        state = torch.load(tmp_path / f"{rank}.pt")
-        for name, tensor in end.items():
-            torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-9)
-    assert (end["head.weight"] - begin["head.weight"]).abs().max() > 1e-3
-
-
-if __name__ == "__main__":  # one of the two processes
-    rank = os.environ["RANK"]
-    torch.save(descend().state_dict(), Path(sys.argv[1]) / f"{rank}.pt")
+    return accelerator.unwrap_model(model).state_dict()

@@ -2,173 +2,140 @@
 process did matters.
 """
 
-import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
+import several
 import torch
+from first_losses import KEPT, RUNS, flags_of_test
 from runs import (
     CLASSIFIERS,
     DETECTORS,
+    FEW,
     PROTOTYPES,
-    QUICK,
     RECIPES,
     TRAINING_FREE,
+    differences,
+    metrics,
     result_of,
     results_of_tests,
     run_here,
     some,
 )
-from safetensors.torch import load_file
-
-SEVERAL = Path(__file__).parent / "several.py"
-FEW = {  # two steps, and little of all else
-    recipe: QUICK[recipe]
-    + (
-        " --iters 2 --save-every 2 --test-images 1"
-        if recipe in DETECTORS
-        else " --iters 2 --eval-every 2 --val-tasks 1 --tasks 1"
-    )
-    for recipe in RECIPES
-}
-FOLDERS = {recipe: ("base", "1shot-seed0") if recipe in DETECTORS else ("",) for recipe in RECIPES}
-COUNTS = (1, 2, 3)
-
-
-def several(
-    folder: Path, jobs: list[tuple[str, str]], processes: int, *options: str, hash_seed: int = 0
-) -> None:
-    """The recipes, in so many processes that are started once."""
-    path = folder / f"jobs-{processes}-{hash_seed}.json"
-    path.write_text(json.dumps(jobs))
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(start if processes > 1 else []), str(SEVERAL), str(path), *options]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONHASHSEED": str(hash_seed),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
-def check_same_run(recipe: str, first: Path, second: Path) -> None:
-    """Weights to the bit, and results."""
-    for folder in FOLDERS[recipe]:
-        a, b = (load_file(run / folder / "model.safetensors") for run in (first, second))
-        assert a.keys() == b.keys()
-        different = [name for name in a if not torch.equal(a[name], b[name])]
-        assert not different, (
-            f"{recipe}: {len(different)} of {len(a)} tensors differ, the first is {different[0]}"
-        )
-        assert result_of(first / folder) == result_of(second / folder)
+from test_maml import descend, small
 
 
 @pytest.mark.parametrize("recipe", some(RECIPES, {*CLASSIFIERS, "meta_rcnn", "tfa"}))
-def test_the_same_command_gives_the_same_weights(recipe, tmp_path):
-    for name in ("first", "second"):
-        run_here(recipe, f"{FEW[recipe]} --out {tmp_path / name}")
-    check_same_run(recipe, tmp_path / "first", tmp_path / "second")
+def test_the_same_command_gives_the_same_weights(recipe, finished, tmp_path):
+    run_here(recipe, f"{RUNS[recipe]} {KEPT[recipe in DETECTORS]} --out {tmp_path}")
+    assert not differences(finished(recipe), tmp_path)
 
 
-def gradients(folder: Path, recipes: list[str], processes: int) -> dict[str, list[torch.Tensor]]:
-    """Of one step of every stage, with six pictures, or tasks, shared by so many processes."""
-    flags = {r: FEW[r].replace(" 2", " 1") + " --batch-size 6" for r in recipes}
-    flags |= {
-        r: f"{flags[r]} --lr 0" for r in recipes if r in DETECTORS
-    }  # fine-tuning then starts at the same place
-    flags |= {"pmf": f"{flags['pmf']} --test-steps 1 --test-lr 0.01"} if "pmf" in recipes else {}
-    jobs = [
-        (recipe, f"{flags[recipe]} --out {folder / str(processes) / recipe}") for recipe in recipes
-    ]
-    several(folder, jobs, processes, "--gradients", str(folder / f"{processes}.pt"))
-    return torch.load(folder / f"{processes}.pt")
+def check_gradients(recipe: str, file: Path, folder: Path) -> None:
+    """Those in the file, of several processes, are those of this one that has the whole batch."""
+    *job, kept = several.gradient_job(recipe, folder)
+    several.do(*job, kept)
+    one, shared = torch.load(kept), torch.load(file)
+    assert len(one) == len(shared) == 1 + (recipe in DETECTORS)
+
+    for stage, (ours, theirs) in enumerate(zip(one, shared)):
+        largest = max(float(g.abs().max()) for g in ours)
+        error = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+        print(f"{recipe} {stage}: gradients up to {largest:.3g}, relative error {error / largest}")
+        assert largest > 1e-5 and error < 2e-4 * largest, (recipe, stage)
 
 
-def check_gradients(folder: Path, recipes: list[str], processes: int) -> None:
-    one, shared = (gradients(folder, recipes, n) for n in (1, processes))
-    assert one.keys() == shared.keys() and {name.split()[0] for name in one} == set(recipes)
-    for name in one:
-        largest = max(float(g.abs().max()) for g in one[name])
-        error = max(
-            float((a - b).abs().max()) for a, b in zip(one[name], shared[name], strict=True)
-        )
-        print(f"{name}: gradients up to {largest:.3g}, relative error {error / largest:.1e}")
-        assert largest > 1e-5 and error < 2e-4 * largest, name
-
-
-def test_processes_share_a_step(tmp_path):
+@pytest.mark.parametrize("recipe", several.SHARED)
+def test_three_processes_share_a_step(recipe, launched, tmp_path):
     """The gradient is that of one process that has the whole batch."""
-    check_gradients(tmp_path, ["baseline", "proto_net", "tfa"], 3)
+    check_gradients(recipe, launched(3) / f"{recipe}.pt", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_every_recipes_steps(processes, tmp_path):
-    check_gradients(tmp_path, RECIPES, processes)
+    together = tmp_path / "together"
+    together.mkdir()
+    several.start([several.gradient_job(r, together) for r in RECIPES], together, processes)
+    for recipe in RECIPES:
+        check_gradients(recipe, together / f"{recipe}.pt", tmp_path)
 
 
-def check_tests(folder: Path, recipes: list[str], counts: list[int]) -> None:
-    """7 tasks and 11 pictures, which neither number of processes divides, give what one process
-    finds.
-    """
-    free, found = [r for r in recipes if r in TRAINING_FREE], {}
-    tasks = {r: "--test-images 11" if r in DETECTORS + PROTOTYPES else "--tasks 7" for r in recipes}
-    trained = [r for r in recipes if r in RECIPES]
-    several(folder, [(r, f"{FEW[r]} {tasks[r]} --out {folder / r}") for r in trained], 1)
-    for n in [1, *counts]:
-        here = folder / f"by-{n}"
-        jobs = [
-            (r, f"{'--shots 1' * (r in DETECTORS)} {tasks[r]} --out {folder / r} --test-only")
-            for r in trained
-        ]
-        starts = dict.fromkeys(free, f"--init {folder / 'baseline'} --features {here / 'features'}")
-        starts |= {
-            r: f"--base {folder / 'tfa' / 'base'} --shots 1" for r in recipes if r in PROTOTYPES
-        }
-        jobs += [(r, f"{tasks[r]} --out {here / r} {start}") for r, start in starts.items()]
-        several(folder, jobs, n)
-        results = {r: results_of_tests(folder / r / FOLDERS[r][-1]) for r in trained}
-        results |= {
-            r: [result_of(here / r / ("1shot-seed0" if r in PROTOTYPES else ""))] for r in starts
-        }
-        found[n] = {
-            r: {k: v for k, v in one.items() if k != "settings"} for r, (one,) in results.items()
-        }
-    for n in counts:
-        assert set(found[n]) == set(recipes)
-        assert [r for r in recipes if found[n][r] != found[1][r]] == []
-    print(
-        f"tests of {len(recipes)} recipes: the same in {', '.join(map(str, counts))} processes as in one"
-    )
+def test_two_processes_average_their_meta_gradients(launched):
+    begin, end = small(4)[0].state_dict(), descend()
+    for name, tensor in torch.load(launched(2) / "maml.pt").items():
+        torch.testing.assert_close(tensor, end[name], rtol=0, atol=1e-9)
+    assert (end["head.weight"] - begin["head.weight"]).abs().max() > 1e-3
 
 
-def test_three_processes_test_to_the_same_numbers(tmp_path):
-    check_tests(tmp_path, ["proto_net", "tfa"], [3])
+@pytest.mark.parametrize(
+    ("recipe", "processes"), [(r, n) for n, recipes in several.TESTED.items() for r in recipes]
+)
+def test_processes_test_to_the_same_numbers(recipe, processes, launched):
+    """Of tasks and pictures, whose number the processes do not divide evenly."""
+    folder = launched(processes) / recipe / ("2shot-seed0" if recipe in DETECTORS else "")
+    (again,) = results_of_tests(folder)
+    assert again | {"settings": 0} == result_of(folder) | {"settings": 0}
+    assert again["settings"]["run"]["processes"] == processes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part", [CLASSIFIERS + TRAINING_FREE, DETECTORS + PROTOTYPES], ids=["classifiers", "detectors"]
 )
-def test_all_recipes_test_to_the_same_numbers(part, tmp_path):
-    check_tests(tmp_path, part, [2, 3])
+def test_all_recipes_test_to_the_same_numbers(part, finished, tmp_path):
+    trained = [recipe for recipe in part if recipe in RECIPES]
+    found = {}
+    for n in (1, 2, 3):
+        here = tmp_path / str(n)
+        for recipe in trained:
+            shutil.copytree(finished(recipe), here / recipe)
+        jobs = [[recipe, f"{flags_of_test(recipe)} --out {here / recipe}"] for recipe in trained]
+        for recipe in part:
+            if recipe in TRAINING_FREE:
+                init = f"--init {finished('baseline')} --features {here / 'features'}"
+                jobs.append([recipe, f"{init} --tasks 7 --out {here / recipe}"])
+            elif recipe in PROTOTYPES:
+                base = f"--base {finished('tfa') / 'base'} --shots 2"
+                jobs.append([recipe, f"{base} --test-images 5 --out {here / recipe}"])
+        several.start(jobs, here, n)
+
+        found[n] = {}
+        for recipe in part:
+            folder = here / recipe / ("2shot-seed0" if recipe in DETECTORS + PROTOTYPES else "")
+            (found[n][recipe],) = (
+                results_of_tests(folder) if recipe in trained else [metrics(folder)]
+            )
+            del found[n][recipe]["settings"]
+    for n in (2, 3):
+        assert [recipe for recipe in part if found[n][recipe] != found[1][recipe]] == []
+
+
+def test_both_stages_in_two_processes(launched):
+    """And the same command again shows what is there."""
+    for stage in ("base", "1shot-seed0"):
+        assert metrics(launched(2) / "stages" / stage)["settings"]["run"]["processes"] == 2
+    assert (launched(2) / "said.txt").read_text().count("is finished") == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", COUNTS)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_detectors_stages_in_several_processes(processes, tmp_path):
+    jobs = [several.both_stages_job(r, tmp_path / r, processes) for r in DETECTORS]
+    assert several.start(jobs * 2, tmp_path, processes).count("is finished") == 2 * len(DETECTORS)
+    for recipe in DETECTORS:
+        assert metrics(tmp_path / recipe / "base") and metrics(tmp_path / recipe / "1shot-seed0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_other_processes_give_the_same_weights(processes, tmp_path):
     """In which strings have other hashes and objects other addresses: no order comes from a set."""
-    flags = {recipe: FEW[recipe] + f" --batch-size {processes}" for recipe in RECIPES}
-    for number in (1, 2):
-        jobs = [
-            (recipe, f"{flags[recipe]} --out {tmp_path / str(number) / recipe}")
-            for recipe in RECIPES
-        ]
-        several(tmp_path, jobs, processes, hash_seed=number)
+    for number in ("1", "2"):
+        here = tmp_path / number
+        here.mkdir()
+        jobs = [[r, f"{FEW[r]} --batch-size {processes} --out {here / r}"] for r in RECIPES]
+        several.start(jobs, here, processes, hash_seed=number)
     for recipe in RECIPES:
-        check_same_run(recipe, tmp_path / "1" / recipe, tmp_path / "2" / recipe)
-    print(f"{len(RECIPES)} recipes trained twice in {processes} processes: the same bits")
+        assert not differences(tmp_path / "1" / recipe, tmp_path / "2" / recipe)
