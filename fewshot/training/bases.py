@@ -76,16 +76,16 @@ def load(args: Any, data: DetectionSplit, method: str, detector: type[nn.Module]
         if source in COCO
         else weights.load(weights.find(source))
     )
-    known = methods.DETECTORS.get(about["method"], type(None))
+    kind = methods.DETECTORS.get(about["method"], type(None))
     if detector is None:
-        if about["method"] == method or known is type(None):
+        if about["method"] == method or kind is type(None):
             raise InputError(
                 f"--base {source} is a model of {about['method']}: give a detector that proposes regions"
             )
     else:
-        if issubclass(detector, MPSR) and issubclass(known, TFA):
-            (state, about), known = mpsr.from_tfa(state, about), MPSR
-        if not (about["method"] == method or issubclass(detector, known)):
+        if issubclass(detector, MPSR) and issubclass(kind, TFA):
+            (state, about), kind = mpsr.from_tfa(state, about), MPSR
+        if not (about["method"] == method or issubclass(detector, kind)):
             raise InputError(
                 f"--base {source} is a model of {about['method']}, with which {method} cannot go on"
             )

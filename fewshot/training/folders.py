@@ -35,8 +35,10 @@ OUTPUT = ("save_tasks", "classwise", "scramble_supports", "test_root")
 # what a resumed run may change beside the flags of the block `# run`, but for the seed
 RESUME_MAY_CHANGE = (*OUTPUT, "share_proposals", "test_proposals", "calibrate")
 # what a run may have left that began before runs listed their files
-UNLISTED = ["log.jsonl", "curves.png", "metrics.json", "model.safetensors", "shots.json"]
-UNLISTED += ["shots.png", "detections.json", "detections.png", "confusion.png", "tasks.json"]
+UNLISTED = (
+    "log.jsonl curves.png metrics.json model.safetensors shots.json shots.png detections.json "
+    "detections.png confusion.png tasks.json"
+).split()
 
 
 class Stage(NamedTuple):

@@ -65,7 +65,8 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
         log_with="wandb" if args.wandb else None, step_scheduler_with_optimizer=False
     )
     who = "" if accelerator.is_main_process else f" (process {accelerator.process_index})"
-    signals.received, signals.waiting, handlers = 0, False, {}
+    signals.received, signals.waiting = 0, False
+    handlers = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers[number] = signal.signal(number, signals)
@@ -84,27 +85,6 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
         set_seed(args.seed)
         yield accelerator
         accelerator.end_training()
-    except (InputError, FloatingPointError) as error:
-        end_trackers(accelerator)
-        raise SystemExit(f"error{who}: {error}") from None
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        end_trackers(accelerator)
-        # a failed write does not name its file
-        where = "" if error.filename else f"{args.out or f'runs/{method}'}: "
-        raise SystemExit(
-            f"error{who}: {where}{error}: make room on the disk; --resume then goes on with {method}"
-        ) from None
-    except RuntimeError as error:
-        reason = next((reason for words, reason in ENDED.items() if words in str(error)), None)
-        if reason is None:
-            raise
-        end_trackers(accelerator)
-        first = str(error).strip().partition("\n")[0]
-        raise SystemExit(
-            f"error{who}: {reason} ({first}); --resume goes on with {method}"
-        ) from None
     except KeyboardInterrupt as error:
         end_trackers(accelerator)
         if accelerator.is_main_process:
@@ -112,10 +92,34 @@ def started(method: str, args: Any) -> Iterator[Accelerator]:
                 f"interrupted: {error or f'the same command with --resume goes on with {method}'}"
             )
         raise SystemExit(128 + (signals.received or signal.SIGINT)) from None
+    except Exception as error:
+        line = _explained(error, method, args)
+        if line is None:
+            raise
+        end_trackers(accelerator)
+        raise SystemExit(f"error{who}: {line}") from None
     finally:
         ending.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _explained(error: Exception, method: str, args: Any) -> str | None:
+    """What a user is told of an error; None of one that is a mistake of ours."""
+    if isinstance(error, (InputError, FloatingPointError)):
+        return str(error)
+
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        # a failed write does not name its file
+        where = "" if error.filename else f"{args.out or f'runs/{method}'}: "
+        return f"{where}{error}: make room on the disk; --resume then goes on with {method}"
+
+    if isinstance(error, RuntimeError):
+        first = str(error).strip().partition("\n")[0]
+        for words, reason in ENDED.items():
+            if words in str(error):
+                return f"{reason} ({first}); --resume goes on with {method}"
+    return None
 
 
 def check_together(accelerator: Accelerator) -> None:
