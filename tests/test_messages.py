@@ -199,7 +199,7 @@ FAULTS = [
     Fault("weights of another network", pickled, f"{SHUFFLE} model.pth",
           "model.pth", "a does not belong to this model", "was it made with another backbone"),
     Fault("weights of no ViT", pickled, f"{P} --backbone torchvision/vit_b_16 --size 32 --weights model.pth",
-          "model.pth", "encoder.pos_embedding is missing", "give weights of this ViT"),
+          "model.pth", "no position embeddings of torchvision/vit_b_16 ('encoder.pos_embedding')", "give weights of this ViT"),
     Fault("nothing to test", nothing, f"{P} --test-only", "out/model.safetensors", "no such model file", "train it"),
     Fault("resume and overwrite", nothing, f"{P} --resume --overwrite",
           "--resume", "goes on with a run, --overwrite begins it anew", "give one of them"),

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torchvision
+from accelerate import Accelerator
 from runs import metrics, parse, results_of_tests, run_here
 from safetensors.torch import save_file
 from torch import nn
@@ -290,4 +291,6 @@ def test_a_domain_too_small_is_refused_before_training(tmp_path):
 
 def test_default_folders_name_the_backbone():
     args = parse("proto_net", "--backbone torchvision/resnet18 --seed 2")
-    assert plan.folder("proto_net", args) == "runs/proto_net/glyphs-torchvision-resnet18-seed2"
+    stage = plan.find_stage(Accelerator(cpu=True), "proto_net", args)
+    assert stage.folder == "runs/proto_net/glyphs-torchvision-resnet18-seed2"
+    assert stage.args.out == stage.folder and args.out is None

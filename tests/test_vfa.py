@@ -29,6 +29,7 @@ from fewshot.detectors.meta_rcnn import MetaDetector
 from fewshot.detectors.vfa import KL_WEIGHT, VFA, SupportVAE
 from fewshot.inference.export import RoIHead
 from fewshot.training import stages
+from fewshot.training.folders import Stage
 
 our_key = partial(detector_name, method="vfa")
 # batch statistics divide by how little supports differ, and so enlarge rounding errors
@@ -224,9 +225,8 @@ def test_one_class_is_refused(tmp_path):
     with pytest.raises(
         InputError, match="has one class: VFA's batch norms need two or more; take meta_rcnn"
     ):
-        recipe.fit(
-            args, None, str(tmp_path), "base", None, glyphs.restrict(glyphs.classes[:1]), None, None
-        )
+        stage = Stage("base", args, str(tmp_path))
+        recipe.fit(stage, None, None, glyphs.restrict(glyphs.classes[:1]), None, None)
 
 
 @pytest.mark.parametrize("published", ["voc", "coco"])
@@ -240,13 +240,10 @@ def test_fine_tuning_trains_what_is_published(published, tmp_path, monkeypatch):
     loaded = fewshot.load(tmp_path / "base")
     assert isinstance(loaded.network, VFA) and loaded.network.known.all()
     models = []
-    monkeypatch.setattr(
-        recipe, "fit", lambda args, accelerator, folder, stage, model, *_: models.append(model)
-    )
-    args = tyro.cli(recipe.Args, args=flags.split())
-    args.base = str(tmp_path / "base")
+    monkeypatch.setattr(recipe, "fit", lambda stage, accelerator, model, *_: models.append(model))
+    args = tyro.cli(recipe.Args, args=f"{flags} --base {tmp_path / 'base'}".split())
     monkeypatch.setattr(recipe.Args, "published", published)
-    recipe.finetune(args, None, str(tmp_path))
+    recipe.finetune(Stage("finetune", args, str(tmp_path)), None)
     trained = {name for name, parameter in models[0].named_parameters() if parameter.requires_grad}
     assert trained == {
         our_key(name) for name in golden("vfa")["finetune_trains"][published]["trained"]
