@@ -5,6 +5,7 @@ results are compared.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from naming_rule import GAINS, boxes, close, image, weight
@@ -14,10 +15,22 @@ from fewshot.data.detection import Detections
 from fewshot.data.transforms import CAFFE, Normalisation
 from fewshot.detectors import faster_rcnn
 from fewshot.detectors.faster_rcnn import RPN
-from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.meta_rcnn import MetaDetector
 
 SIZE = (256, 320)  # height and width of the reference's pictures
 EVERY = 10**7  # number of samples that takes all
+# our names of losses and the reference's
+LOSSES = {
+    "rpn_cls": "loss_rpn_cls",
+    "rpn_box": "loss_rpn_bbox",
+    "rpn_crops": "loss_rpn_cls_auxiliary",
+    "cls": "loss_cls",
+    "box": "loss_bbox",
+    "meta": "loss_meta_cls",
+    "vae": "loss_vae",
+    "contrast": "loss_contrast",
+    "crops": "loss_cls_auxiliary",
+}
 
 
 def normalised(
@@ -50,13 +63,16 @@ def fill(
 def check_rpn(rpn: RPN, features: Sequence[Tensor], expected: Mapping[str, Any]) -> None:
     """Raw maps of every level and the proposals of one picture."""
     maps = rpn.maps(features)
-    for (cls, reg), wanted_cls, wanted_reg in zip(
-        maps, expected["rpn_cls"], expected["rpn_reg"], strict=True
-    ):
-        close(cls, wanted_cls)
-        close(reg, wanted_reg)
+    check_levels([cls for cls, _ in maps], expected["rpn_cls"])
+    check_levels([reg for _, reg in maps], expected["rpn_reg"])
     (proposals,) = rpn.proposals(*rpn.outputs(maps), [SIZE])
     check_proposals(proposals, expected["rpn_proposals"])
+
+
+def check_levels(maps: Sequence[Tensor], expected: Sequence[Any]) -> None:
+    """Level by level."""
+    for ours, theirs in zip(maps, expected, strict=True):
+        close(ours, theirs)
 
 
 def check_proposals(proposals: Tensor, expected: Mapping[str, Any]) -> None:
@@ -94,6 +110,32 @@ def check_gradients(
             ), key
 
 
+def check_losses(
+    losses: Mapping[str, Tensor], expected: Mapping[str, Any], names: str, rel: float = 1e-4
+) -> None:
+    """Those of `names`, which the reference gives as numbers or level by level."""
+    for name in names.split():
+        wanted = np.sum(expected[LOSSES[name]])
+        assert losses[name].item() == pytest.approx(wanted, rel=rel), name
+
+
+def all_rois(
+    train: Mapping[str, Any],
+    truth: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    classes: int,
+    **more: Any,
+) -> list[faster_rcnn.RoIs]:
+    """All RoIs among the reference's proposals for its training pictures, as many as it has."""
+    proposals = [torch.tensor(p) for p in train["fixed_proposals"]]
+    proposals *= len(truth) // len(proposals)
+    options = {"classes": classes, "number": EVERY, **more}
+    rois = faster_rcnn.sample_rois(proposals, truth, labels, **options)
+    counts = [[len(r.deltas), len(r.boxes) - len(r.deltas)] for r in rois]
+    assert counts == train["fixed"]["samples_pos_neg"]
+    return rois
+
+
 def training_batch(
     train: Mapping[str, Any], by: Normalisation = CAFFE
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -116,7 +158,7 @@ def support_stack(order: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return torch.stack(stacks), torch.tensor([c for c, _ in order])
 
 
-def check_query_path(model: MetaRCNN, expected: Mapping[str, Any]) -> None:
+def check_query_path(model: MetaDetector, expected: Mapping[str, Any]) -> None:
     """What Meta R-CNN and its kin make of a query picture before any support is seen."""
     query = normalised("query0")[None]
     close(query, expected["input"])
@@ -129,7 +171,11 @@ def check_query_path(model: MetaRCNN, expected: Mapping[str, Any]) -> None:
 
 
 def check_all_classes_at_once(
-    model: MetaRCNN, expected: Mapping[str, Any], queries: Tensor, vectors: Tensor, labels: Tensor
+    model: MetaDetector,
+    expected: Mapping[str, Any],
+    queries: Tensor,
+    vectors: Tensor,
+    labels: Tensor,
 ) -> None:
     """Detections of a query picture by the prototypes of all supports, and by those of some."""
     query, fixed = normalised("query0")[None], torch.tensor(expected["fixed_proposals"])

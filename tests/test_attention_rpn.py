@@ -4,18 +4,22 @@ rule.
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from detector_goldens import (
     EVERY,
     SIZE,
+    all_rois,
     check_gradients,
+    check_losses,
     check_proposals,
     fill,
     normalised,
     training_batch,
 )
 from naming_rule import boxes, close, golden
+from torch import Tensor
 
 from fewshot.backbones import trunks
 from fewshot.convert.mmfewshot import detector_name
@@ -26,10 +30,14 @@ from fewshot.detectors.attention_rpn import AttentionRPN
 our_key = partial(detector_name, method="attention_rpn")
 
 
-def support(c: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's support picture (3, 320, 320) of class c, shot s, and its box (4,)."""
-    box = boxes(f"supbox_c{c}_s{s}", 1, 320, 320, lo=96, hi=0.9)[0]
-    return normalised(f"support_c{c}_s{s}", 320, 320), torch.as_tensor(box, dtype=torch.float32)
+def supports(order: list) -> tuple[Tensor, Tensor]:
+    """The reference's support pictures (n, 3, 320, 320) of [.., class, shot], and a box (n, 4) of
+    each.
+    """
+    names = [f"c{c}_s{s}" for *_, c, s in order]
+    places = [boxes(f"supbox_{name}", 1, 320, 320, lo=96, hi=0.9)[0] for name in names]
+    pictures = [normalised(f"support_{name}", 320, 320) for name in names]
+    return torch.stack(pictures), torch.tensor(np.array(places), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def case() -> tuple[AttentionRPN, dict]:
 
 
 @torch.no_grad()
-def test_query_path_supports_and_detections(case):
+def test_query_path_supports_and_detections(case, monkeypatch):
     model, expected = case[0].eval(), case[1]["test"]
     query = normalised("query0")[None]
     close(query, expected["input"])
@@ -54,13 +62,14 @@ def test_query_path_supports_and_detections(case):
     close(aligned, expected["roi_align"])
     close(maps, expected["roi_shared_head"])
 
-    pictures, places = map(torch.stack, zip(*(support(c, s) for c, s in expected["support_order"])))
+    pictures, places = supports(expected["support_order"])
     close(pictures, expected["support_input"])
-    aligned, shown = model.roi_maps(model.trunk(pictures), list(places[:, None]))
-    close(aligned, expected["support_res4_roi"])
+    whole, seen = model.roi_maps, []
+    monkeypatch.setattr(model, "roi_maps", lambda *given: seen.append(whole(*given)) or seen[-1])
+    kernels, shown = model.support_features(pictures, places)
+    close(seen[0][0], expected["support_res4_roi"])
     close(shown, expected["support_res5_roi"])
     labels = torch.tensor([c for c, _ in expected["support_order"]])
-    kernels, shown = model.support_features(pictures, places)
     model.set_prototypes(
         [(kernels[:3], shown[:3], labels[:3]), (kernels[3:], shown[3:], labels[3:])]
     )
@@ -103,30 +112,22 @@ def check_per_class(found: list[Detections], expected: dict) -> None:
     assert torch.allclose(torch.cat([d.boxes for d in found])[order], wanted[:, 2:], atol=0.05)
 
 
-def training_supports(order: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """(2 images, 2 ways, 3 shots, ...) of the reference's [image, pos or neg, class, shot]."""
-    pictures, places = map(torch.stack, zip(*(support(c, s) for _, _, c, s in order)))
-    return pictures.view(2, 2, 3, *pictures.shape[1:]), places.view(2, 2, 3, 4)
-
-
+@pytest.mark.slow  # the next one has all losses, and the RPN's gradients
 def test_training_losses_and_gradients(case):
     model, train = case[0].train(), case[1]["train"]
     images, truth, _ = training_batch(train)
     close(images, train["input"])
-    pictures, places = training_supports(train["support_order"])
+    pictures, places = supports(train["support_order"])
     model.zero_grad()
     features, negative = model.trunk(images), [False, False, True, True]
-    _, shown = model.support_features(pictures.flatten(0, 2), places.flatten(0, 2))
+    _, shown = model.support_features(pictures, places)
+    # of 2 images, 2 ways, 3 shots
     shown = shown.unflatten(0, (2, 2, 3)).mean(2).transpose(0, 1).flatten(0, 1)
-    proposals, truth = [torch.tensor(p) for p in train["fixed_proposals"]] * 2, truth * 2
     labels = [torch.zeros(len(t), dtype=torch.int64) for t in truth]
-    rois = faster_rcnn.sample_rois(proposals, truth, labels, classes=1, number=EVERY, fraction=0.5)
-    counts = [[len(r.deltas), len(r.boxes) - len(r.deltas)] for r in rois]
-    assert counts == train["fixed"]["samples_pos_neg"]
+    rois = all_rois(train, truth * 2, labels * 2, 1, fraction=0.5)
     _, queries = model.roi_maps(features[[0, 1, 0, 1]], [r.boxes for r in rois])
     losses = model.head_losses(queries, shown, rois, negative)
-    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox")):
-        assert losses[ours].item() == pytest.approx(train["fixed"]["losses"][theirs], rel=1e-4)
+    check_losses(losses, train["fixed"]["losses"], "cls box")
     sum(losses.values()).backward()
     check_gradients(model, train["fixed"]["grad_norms"], our_key)
 
@@ -134,15 +135,12 @@ def test_training_losses_and_gradients(case):
 def test_whole_training_step(case):
     model, train = case[0].train(), case[1]["train"]
     images, truth, _ = training_batch(train)
-    pictures, places = training_supports(train["support_order"])
+    pictures, places = supports(train["support_order"])
+    pictures, places = (x.unflatten(0, (2, 2, 3)) for x in (pictures, places))
     model.zero_grad()
     model.rois = model.rpn.number = EVERY
     model.rpn.train_proposals = (12000, 50)
     losses = model(images, [SIZE, SIZE], truth, pictures, places)
-    expected = train["e2e"]["losses"]
-    for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
-        assert losses[ours].item() == pytest.approx(expected[theirs][0], rel=1e-4)
-    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox")):
-        assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-4)
+    check_losses(losses, train["e2e"]["losses"], "rpn_cls rpn_box cls box")
     (losses["rpn_cls"] + losses["rpn_box"]).backward()
     check_gradients(model, train["e2e"]["rpn_loss_grad_norms"], our_key)

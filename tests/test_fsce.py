@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from detector_goldens import (
     EVERY,
     SIZE,
+    all_rois,
     check_detections,
     check_gradients,
+    check_losses,
     fill,
     normalised,
     training_batch,
@@ -55,24 +57,15 @@ def test_outputs_and_detections(model):
 def test_losses_and_gradients(model):
     images, boxes, labels = training_batch(TRAIN)
     model.train()
-    proposals = [torch.tensor(p) for p in TRAIN["fixed_proposals"]]
-    rois = faster_rcnn.sample_rois(
-        proposals, boxes, labels, classes=20, number=EVERY, threshold=0.4
-    )
-    losses = model.head_losses(
-        model.roi_vectors(model.trunk(images), [r.boxes for r in rois]), rois
-    )
-    names = {"cls": "loss_cls", "box": "loss_bbox", "contrast": "loss_contrast"}
-    for ours, theirs in names.items():
-        assert losses[ours].item() == pytest.approx(TRAIN["fixed"]["losses"][theirs], rel=1e-4)
+    rois = all_rois(TRAIN, boxes, labels, 20, threshold=0.4)
+    vectors = model.roi_vectors(model.trunk(images), [r.boxes for r in rois])
+    losses = model.head_losses(vectors, rois)
+    check_losses(losses, TRAIN["fixed"]["losses"], "cls box contrast")
     model.zero_grad()
     sum(losses.values()).backward()
     check_gradients(model, TRAIN["fixed"]["grad_norms"], our_key)
     losses = model(images, [SIZE] * 2, boxes, labels)
-    for ours, theirs in names.items():
-        assert losses[ours].item() == pytest.approx(TRAIN["e2e"]["losses"][theirs], rel=1e-4)
-    for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
-        assert losses[ours].item() == pytest.approx(sum(TRAIN["e2e"]["losses"][theirs]), rel=1e-4)
+    check_losses(losses, TRAIN["e2e"]["losses"], "rpn_cls rpn_box cls box contrast")
 
 
 SUPCON = golden("supcon")
@@ -100,24 +93,18 @@ def test_contrastive_loss_equals_the_reference(weighting, above):
 def test_contrastive_loss_by_hand():
     features = torch.tensor([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0.6, 0.8]])
     labels, overlaps = torch.tensor([0, 0, 1, 2]), torch.tensor([0.9, 0.7, 0.85, 0])
-    assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.5) == pytest.approx(
-        0.03559398, rel=1e-5
-    )
-    assert 0.5 * contrastive_loss(features, labels, overlaps, above=0.8) == pytest.approx(
-        0.00449704, rel=1e-5
-    )
+    for above, expected in ((0.5, 0.03559398), (0.8, 0.00449704)):
+        loss = contrastive_loss(features, labels, overlaps, above=above)
+        assert 0.5 * loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_contrast_is_of_float32_under_autocast():
     torch.manual_seed(0)
-    features, labels, overlaps = (
-        F.normalize(torch.randn(9, 16), dim=1),
-        torch.arange(9) % 3,
-        torch.rand(9) + 0.5,
-    )
-    expected = contrastive_loss(features, labels, overlaps)
+    features = F.normalize(torch.randn(9, 16), dim=1)
+    loss = partial(contrastive_loss, features, torch.arange(9) % 3, torch.rand(9) + 0.5)
+    expected = loss()
     model = FSCE(fpn.fpn("small"), 3, width=8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(contrastive_loss(features, labels, overlaps), expected)
+        assert torch.equal(loss(), expected)
         unit = model.encode(torch.randn(4, 8))
     assert unit.dtype == torch.float32 and torch.allclose(unit.norm(dim=1), torch.ones(4))

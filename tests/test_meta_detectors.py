@@ -9,8 +9,10 @@ import torch
 from detector_goldens import (
     EVERY,
     SIZE,
+    all_rois,
     check_all_classes_at_once,
     check_gradients,
+    check_losses,
     check_query_path,
     fill,
     normalised,
@@ -21,18 +23,17 @@ from naming_rule import close, golden
 
 from fewshot.backbones import trunks
 from fewshot.convert.mmfewshot import detector_name
-from fewshot.detectors import faster_rcnn
 from fewshot.detectors.fsdetview import FSDetView
-from fewshot.detectors.meta_rcnn import MetaRCNN
+from fewshot.detectors.meta_rcnn import MetaDetector, MetaRCNN
 
 DETECTORS = {"meta_rcnn": MetaRCNN, "meta_rcnn_r101_15": MetaRCNN, "fsdetview": FSDetView}
 
 
-@pytest.fixture(
-    scope="module",
-    params=["meta_rcnn", pytest.param("meta_rcnn_r101_15", marks=pytest.mark.slow), "fsdetview"],
-)
-def case(request) -> tuple[MetaRCNN, dict]:
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("meta_rcnn_r101_15", "fsdetview")]
+
+
+@pytest.fixture(scope="module", params=["meta_rcnn", SLOW[0], "fsdetview"])
+def case(request) -> tuple[MetaDetector, dict]:
     """A detector with the reference's weights, and its results: ResNet-50 and 20 classes, or
     ResNet-101 and 15.
     """
@@ -43,11 +44,10 @@ def case(request) -> tuple[MetaRCNN, dict]:
     return model.eval(), expected
 
 
-def named_by(model: MetaRCNN) -> partial:
+def named_by(model: MetaDetector) -> partial:
     """What turns the reference's names of tensors into ours."""
-    return partial(
-        detector_name, method="fsdetview" if isinstance(model, FSDetView) else "meta_rcnn"
-    )
+    method = "fsdetview" if isinstance(model, FSDetView) else "meta_rcnn"
+    return partial(detector_name, method=method)
 
 
 @torch.no_grad()
@@ -61,8 +61,11 @@ def test_support_path_and_detections(case):
     model, expected = case[0].eval(), case[1]["test"]
     stack, labels = support_stack(expected["support_order"])
     close(stack, expected["support_input"])
-    close(model.trunk(stack, support=True), expected["support_backbone"][0])
+    maps = []
+    watch = model.trunk.register_forward_hook(lambda module, given, result: maps.append(result))
     vectors = model.support_vectors(stack)
+    watch.remove()
+    close(maps[0], expected["support_backbone"][0])
     close(vectors, expected["support_roi_feat"])
     model.set_prototypes(vectors, labels)
     for c, wanted in expected["support_class_feat"].items():
@@ -70,33 +73,27 @@ def test_support_path_and_detections(case):
 
     query, fixed = normalised("query0")[None], torch.tensor(expected["fixed_proposals"])
     queries = model.roi_vectors(model.trunk(query), [fixed])
-    for c, wanted in expected[
-        "per_support_class"
-    ].items():  # the head as in training, a class at a time
+    # the head as in training, a class at a time
+    for c, wanted in expected["per_support_class"].items():
         aggregated = model.aggregate(queries, model.prototypes[int(c)])
         close(model.cls(aggregated), wanted["cls_score"])
         close(model.reg(aggregated), wanted["bbox_pred"])
     check_all_classes_at_once(model, expected, queries, vectors, labels)
 
 
+# the next one has all of FSDetView's losses too
+@pytest.mark.parametrize("case", ["meta_rcnn", *SLOW], indirect=True, scope="module")
 def test_training_losses_and_gradients(case):
     model, train = case[0].train(), case[1]["train"]
-    classes = model.classes
     images, truth, labels = training_batch(train)
-    stack, support_labels = support_stack([(c, 0) for c in range(classes)])
+    stack, support_labels = support_stack([(c, 0) for c in range(model.classes)])
     model.zero_grad()
-    features = model.trunk(images)
-    proposals = [torch.tensor(p) for p in train["fixed_proposals"]]
-    rois = faster_rcnn.sample_rois(proposals, truth, labels, classes=classes, number=EVERY)
-    counts = [[len(r.deltas), len(r.boxes) - len(r.deltas)] for r in rois]
-    assert counts == train["fixed"]["samples_pos_neg"]
-    queries = model.roi_vectors(features, [r.boxes for r in rois]).split(
-        [len(r.boxes) for r in rois]
-    )
+    rois = all_rois(train, truth, labels, model.classes)
+    queries = model.roi_vectors(model.trunk(images), [r.boxes for r in rois])
+    queries = queries.split([len(r.boxes) for r in rois])
     drawn = torch.stack([label[0] for label in labels])
     losses = model.head_losses(queries, rois, drawn, model.support_vectors(stack), support_labels)
-    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls")):
-        assert losses[ours].item() == pytest.approx(train["fixed"]["losses"][theirs], rel=1e-4)
+    check_losses(losses, train["fixed"]["losses"], "cls box meta")
     sum(losses.values()).backward()
     check_gradients(model, train["fixed"]["grad_norms"], named_by(model))
     norms = train["fixed"]["aggregator_bn_after"] if isinstance(model, FSDetView) else {}
@@ -112,10 +109,6 @@ def test_whole_training_step(case):
     model.rois = model.rpn.number = EVERY
     model.rpn.train_proposals = (12000, 50)
     losses = model(images, [SIZE, SIZE], truth, labels, stack, support_labels)
-    expected = train["e2e"]["losses"]
-    for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
-        assert losses[ours].item() == pytest.approx(expected[theirs][0], rel=1e-4)
-    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("meta", "loss_meta_cls")):
-        assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-4)
+    check_losses(losses, train["e2e"]["losses"], "rpn_cls rpn_box cls box meta")
     (losses["rpn_cls"] + losses["rpn_box"]).backward()
     check_gradients(model, train["e2e"]["rpn_loss_grad_norms"], named_by(model))

@@ -7,8 +7,11 @@ import torch
 from detector_goldens import (
     EVERY,
     SIZE,
+    all_rois,
     check_detections,
     check_gradients,
+    check_levels,
+    check_losses,
     check_rpn,
     fill,
     normalised,
@@ -32,13 +35,8 @@ our_key = partial(detector_name, method="mpsr")
 
 @pytest.fixture(scope="module")
 def model() -> MPSR:
-    model = MPSR(
-        fpn.fpn("resnet50", style="caffe"),
-        20,
-        rois=EVERY,
-        aligned=False,
-        train_proposals=(2000, 100),
-    )
+    trunk = fpn.fpn("resnet50", style="caffe")
+    model = MPSR(trunk, 20, rois=EVERY, aligned=False, train_proposals=(2000, 100))
     fill(model, GOLDEN["state"], our_key)
     model.rpn.number = EVERY
     return model.eval()
@@ -50,8 +48,7 @@ def test_outputs_and_detections(model):
     query = normalised("query0", by=CAFFE_MPSR)[None]
     close(query, TEST["input"])
     features = model.trunk(query)
-    for ours, expected in zip(features, TEST["neck"], strict=True):
-        close(ours, expected)
+    check_levels(features, TEST["neck"])
     check_rpn(model.rpn, features, TEST)
     fixed = torch.tensor(TEST["fixed_proposals"])
     maps = model.roi_features(features, [fixed])
@@ -73,32 +70,22 @@ def crops() -> list[Tensor]:
     ]
 
 
+@pytest.mark.slow  # the next one has all losses, and gradients of half of them
 def test_losses_and_gradients(model):
     images, boxes, labels = training_batch(TRAIN, by=CAFFE_MPSR)
     model.train()
     model.zero_grad()
     stacks, crop_labels = crops(), torch.tensor(TRAIN["aux_labels"])
-    for ours, expected in zip(stacks, TRAIN["aux_inputs"], strict=True):
-        close(ours, expected)
+    check_levels(stacks, TRAIN["aux_inputs"])
     rpn_maps, roi_maps = model.crop_features(stacks)
-    for ours, theirs in ((rpn_maps, "aux_rpn_feats"), (roi_maps, "aux_roi_feats")):
-        for level, expected in zip(ours, TRAIN[theirs], strict=True):
-            close(level, expected)
-    for ours, expected in zip(
-        model.rpn.crop_scores(rpn_maps, PUBLISHED.border), TRAIN["aux_rpn_cls"], strict=True
-    ):
-        close(ours, expected)
+    check_levels(rpn_maps, TRAIN["aux_rpn_feats"])
+    check_levels(roi_maps, TRAIN["aux_roi_feats"])
+    check_levels(model.rpn.crop_scores(rpn_maps, PUBLISHED.border), TRAIN["aux_rpn_cls"])
     close(model.classify_crops(roi_maps), TRAIN["aux_cls_score"])
 
-    proposals = [torch.tensor(p) for p in TRAIN["fixed_proposals"]]
-    rois = faster_rcnn.sample_rois(proposals, boxes, labels, classes=20, number=EVERY)
+    rois = all_rois(TRAIN, boxes, labels, 20)
     losses = model.head_losses(model.trunk(images), rois, roi_maps, crop_labels)
-    for ours, theirs in (
-        ("cls", "loss_cls"),
-        ("box", "loss_bbox"),
-        ("crops", "loss_cls_auxiliary"),
-    ):
-        assert losses[ours].item() == pytest.approx(TRAIN["fixed"]["losses"][theirs], rel=1e-4)
+    check_losses(losses, TRAIN["fixed"]["losses"], "cls box crops")
     sum(losses.values()).backward()
     check_gradients(model, TRAIN["fixed"]["grad_norms"], our_key)
 
@@ -108,22 +95,8 @@ def test_whole_training_step(model):
     model.train()
     model.zero_grad()
     losses = model(images, [SIZE] * 2, boxes, labels, crops(), torch.tensor(TRAIN["aux_labels"]))
-    expected = {
-        name: sum(v) if isinstance(v, list) else v for name, v in TRAIN["e2e"]["losses"].items()
-    }
-    names = {
-        "rpn_cls": "loss_rpn_cls",
-        "rpn_crops": "loss_rpn_cls_auxiliary",
-        "rpn_box": "loss_rpn_bbox",
-    }
-    for ours, theirs in names.items():
-        assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-4), ours
+    check_losses(losses, TRAIN["e2e"]["losses"], "rpn_cls rpn_crops rpn_box")
     # the order of equally good proposals differs between implementations of NMS
-    for ours, theirs in (
-        ("cls", "loss_cls"),
-        ("box", "loss_bbox"),
-        ("crops", "loss_cls_auxiliary"),
-    ):
-        assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-3), ours
-    sum(losses[name] for name in names).backward()
+    check_losses(losses, TRAIN["e2e"]["losses"], "cls box crops", rel=1e-3)
+    (losses["rpn_cls"] + losses["rpn_crops"] + losses["rpn_box"]).backward()
     check_gradients(model, TRAIN["e2e"]["rpn_loss_grad_norms"], our_key)
