@@ -1,7 +1,7 @@
 """A recipe that is killed at any of its file operations, or at any moment, is resumed and compared
 with a straight run.
 
-    python killed.py FOLDER PLAN    # a json dict, see `main`; writes FOLDER/report.json
+    python killed.py FOLDER PLANS    # a json list of dicts, see `Kills`; writes FOLDER/reports.json
 
 One process imports everything once, and each run is a fork of it: SIGKILL then ends that run as it
 would end any.
@@ -27,10 +27,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import tqdm
-from runs import result_of, run_here
+from runs import differences, draw_scenes_once, run_here
 from safetensors.torch import load_file
-
-from fewshot.data import detection
 
 WRITES = os.O_WRONLY | os.O_RDWR
 
@@ -140,144 +138,154 @@ def forked(work: Callable[[], Any], log: Path, kill_after: float | None = None) 
 
 
 def lines(log: Path) -> list[dict]:
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "seconds"}
-        for line in log.read_text().splitlines()
-    ]
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 
 
-def difference(straight: Path, folder: Path) -> str | None:
-    """What of every stage in `folder` is not as in the straight run: weights, results, log, state,
-    files.
+def different(straight: Path, folder: Path) -> list[str]:
+    """What of every stage in `folder` is not as in the straight run: files, weights, results, log,
+    state.
     """
-    names = [
+    files = [
         {str(p.relative_to(top)) for p in top.rglob("*") if "last.old" not in str(p)}
         for top in (straight, folder)
     ]
-    if names[0] != names[1]:
-        return f"files: {sorted(names[0] ^ names[1])}"
+    if files[0] != files[1]:
+        return sorted(files[0] ^ files[1])
+
+    found = differences(straight, folder)
     for path in sorted(straight.rglob("metrics.json")):
         a, b = path.parent, folder / path.parent.relative_to(straight)
-        for file in ("model.safetensors", "last/model.safetensors"):
-            x, y = load_file(a / file), load_file(b / file)
-            if x.keys() != y.keys() or not all(torch.equal(x[name], y[name]) for name in x):
-                return f"weights of {b / file}"
-        if result_of(a) != result_of(b):
-            return f"results of {b}"
+        x, y = (load_file(stage / "last" / "model.safetensors") for stage in (a, b))
+        if x.keys() != y.keys() or not all(torch.equal(x[name], y[name]) for name in x):
+            found.append(f"{b}: last weights")
         if lines(a / "log.jsonl") != lines(b / "log.jsonl"):
-            return f"log of {b}: {lines(b / 'log.jsonl')}"
-        records = [json.loads((place / "last" / "record.json").read_text()) for place in (a, b)]
+            found.append(f"log of {b}: {lines(b / 'log.jsonl')}")
+        records = [json.loads((stage / "last" / "record.json").read_text()) for stage in (a, b)]
         if any(records[0][key] != records[1][key] for key in ("step", "best")):
-            return f"state of {b}"
-    return None
+            found.append(f"state of {b}")
+    return found
 
 
-def main(top: Path, plan: dict[str, Any]) -> None:
-    """Kills the plan's `recipe` with `flags` at each of `at`, operations counted from 1 or the
-    first so named, at so many `spread` evenly over all, or at `every` one; and at `random` moments.
+class Kills:
+    """Kills the plan's `recipe` with `flags` at each of `at`, the first operation so
+    named, at so many `spread` evenly over all, or at `every` one; and at `random` moments.
 
     With `finished`, a folder that has the stage before. With `first`, an operation's name, a run is
     killed at the third of that name, and then, at all the above, the run that resumes it.
-
-    The report: `names` of all operations of the run, `killed`, and `wrong`, a list of what was not
-    as it should be.
     """
-    tqdm.tqdm.monitor_interval = 0  # its thread would not live on in a fork
-    tqdm.tqdm.set_lock(
-        threading.RLock()
-    )  # forks share the usual one, which a killed run may hold for ever
-    torch.set_num_threads(1)
-    detection._glyph_records = functools.cache(detection._glyph_records)
-    sys.addaudithook(operations.audit)
-    torch.save = operations.writing(torch.save, 1)
-    safetensors.torch.serialize_file = operations.writing(safetensors.torch.serialize_file, 1)
 
-    recipe, flags = plan["recipe"], plan["flags"]
-    source, again, wrong, killed = plan.get("finished"), "", [], 0
+    def __init__(self, top: Path, plan: dict[str, Any]):
+        top.mkdir()
+        self.top, self.plan, self.source = top, plan, plan.get("finished")
+        self.wrong: list[str] = []  # what was not as it should be
+        self.killed = 0
 
-    def folder(name: str) -> Path:
-        return Path(shutil.copytree(source, top / name)) if source else top / name
+    def report(self) -> dict[str, Any]:
+        names, again, took = self.operations()
+        for number in self.chosen(names):
+            out = self.folder(f"killed-{number}")
+            what = f"killed at operation {number} of {len(names)}, {names[number - 1]}"
+            status = self.forked(out, again, number)
+            if status == -signal.SIGKILL:
+                self.resume(out, what, names[: number - 1])
+            else:
+                self.wrong.append(f"{what}: was not, but ended with {status}: {self.said()}")
+        self.kill_at_random(again, took)
+        return {"names": names, "killed": self.killed, "wrong": self.wrong}
 
-    def run(out: Path, more: str = "", at: int = 0) -> None:
+    def operations(self) -> tuple[list[str], str, float]:
+        """Names of all operations of the run that will be killed, its further flags, how long it
+        takes.
+        """
+        began, again = time.monotonic(), ""
+        straight = self.folder("straight")
+        self.run(straight)  # here, so that what it reads, forks have
+        names = operations.names
+        if "first" in self.plan:
+            begun, again = self.folder("begun"), " --resume"
+            number = [i for i, name in enumerate(names, 1) if name == self.plan["first"]][2]
+            assert self.forked(begun, at=number) == -signal.SIGKILL
+            self.source, began = begun, time.monotonic()
+            assert self.forked(self.folder("counted"), again) == 0, self.said()
+            names = json.loads((self.top / "counted.json").read_text())
+        return names, again, time.monotonic() - began
+
+    def chosen(self, names: list[str]) -> list[int]:
+        if self.plan.get("every"):
+            return list(range(1, len(names) + 1))
+        spread, numbers = self.plan.get("spread", 0), []
+        for part in self.plan.get("at", []):
+            numbers.append(next(i for i, name in enumerate(names, 1) if part in name))
+        return numbers + [round((i + 0.5) * len(names) / spread) + 1 for i in range(spread)]
+
+    def kill_at_random(self, again: str, took: float) -> None:
+        draw, moments = random.Random(0), 0
+        while moments < self.plan.get("random", 0):
+            delay, out = draw.uniform(0, took), self.folder(f"random-{moments}")
+            if self.forked(out, again, kill_after=delay) == -signal.SIGKILL:
+                moments += 1
+                self.resume(out, f"killed after {delay:.3f} s")
+            else:  # it had ended before
+                took = delay
+                shutil.rmtree(out)
+
+    def folder(self, name: str) -> Path:
+        out = self.top / name
+        return Path(shutil.copytree(self.source, out)) if self.source else out
+
+    def run(self, out: Path, more: str = "", at: int = 0) -> None:
         operations.watch(out, at)
-        run_here(recipe, f"{flags} --out {out}{more}")
+        run_here(self.plan["recipe"], f"{self.plan['flags']} --out {out}{more}")
         (out.parent / f"{out.name}.json").write_text(json.dumps(operations.names))
 
-    straight = folder("straight")
-    run(straight)  # here, so that what it reads, forks have
-    if "first" in plan:
-        begun = folder("begun")
-        number = [i for i, name in enumerate(operations.names, 1) if name == plan["first"]][2]
-        assert forked(lambda: run(begun, "", number), top / "begun.log") == -signal.SIGKILL
-        source, again = begun, " --resume"
-    began = time.monotonic()
-    counted = folder("counted")
-    status = forked(lambda: run(counted, again), top / "counted.log")
-    took = time.monotonic() - began
-    assert status == 0, (top / "counted.log").read_text()
-    names = json.loads((top / "counted.json").read_text())
-    total = len(names)
-    spread = plan.get("spread", 0)
-    at = range(1, total + 1) if plan.get("every") else plan.get("at", [])
-    at = [
-        one if isinstance(one, int) else next(i for i, name in enumerate(names, 1) if one in name)
-        for one in at
-    ]
-    at = [*at, *(round((i + 0.5) * total / spread) + 1 for i in range(spread))]
-    draw = random.Random(0)
+    def forked(
+        self, out: Path, more: str = "", at: int = 0, kill_after: float | None = None
+    ) -> int:
+        return forked(lambda: self.run(out, more, at), self.top / "run.log", kill_after)
 
-    def resumed(out: Path, what: str, done: Sequence[str] = ()) -> None:
+    def said(self) -> str:
+        return (self.top / "run.log").read_text()[-2000:]
+
+    def resume(self, out: Path, what: str, done: Sequence[str] = ()) -> None:
         """Checks the run that resumes what was killed in `out` after these operations: it loses no
         state either.
         """
-        nonlocal killed
-        killed += 1
+        self.killed += 1
+        before = 2 * ("first" in self.plan)
         saves = Counter(
-            Path(name.split()[1]).parent for name in done if re.match(r"os.rename .*last.tmp", name)
+            out / Path(name.split()[1]).parent
+            for name in done
+            if re.match(r"os.rename .*last.tmp", name)
         )
-        saves = {out / stage: count + ("first" in plan) * 2 for stage, count in saves.items()}
-        saves |= {out: 2} if "first" in plan and not saves else {}
+        saves = {stage: count + before for stage, count in saves.items()} or {out: before}
         saves = {
             stage: count for stage, count in saves.items() if not (stage / "metrics.json").exists()
         }
-        status = forked(lambda: run(out, " --resume"), top / "run.log")
-        said = (top / "run.log").read_text()
-        found = {
-            Path(place): int(step)
-            for place, step in re.findall(r"(\S+): resuming after step (\d+)", said)
-        }
+
+        status = self.forked(out, " --resume")
+        found = re.findall(r"(\S+): resuming after step (\d+)", (self.top / "run.log").read_text())
+        steps = {Path(place): int(step) for place, step in found}
         if status != 0:
-            wrong.append(f"{what}: {said[-2000:]}")
-        elif any(found.get(stage, 0) < count for stage, count in saves.items()):
-            wrong.append(f"{what}: had saved {saves}, resumed {found}")
-        elif (other := difference(straight, out)) is not None:
-            wrong.append(f"{what}: {other}")
+            self.wrong.append(f"{what}: {self.said()}")
+        elif any(steps.get(stage, 0) < count for stage, count in saves.items()):
+            self.wrong.append(f"{what}: had saved {saves}, resumed {steps}")
+        else:
+            self.wrong += [f"{what}: {other}" for other in different(self.top / "straight", out)]
         shutil.rmtree(out)
 
-    for number in at:
-        out = folder(f"killed-{number}")
-        status = forked(functools.partial(run, out, again, number), top / "killed.log")
-        what = f"{recipe} killed at operation {number} of {total}, {names[number - 1]}"
-        if status != -signal.SIGKILL:
-            wrong.append(
-                f"{what}: was not, but ended with {status}: {(top / 'killed.log').read_text()[-2000:]}"
-            )
-            continue
-        resumed(out, what, names[: number - 1])
-    moments = 0
-    while moments < plan.get("random", 0):
-        delay, out = draw.uniform(0, took), folder(f"random-{moments}")
-        if (
-            forked(functools.partial(run, out, again), top / "killed.log", kill_after=delay)
-            == -signal.SIGKILL
-        ):
-            moments += 1
-            resumed(out, f"{recipe} killed after {delay:.3f} s")
-        else:  # it had ended before
-            took = delay
-            shutil.rmtree(out)
-    report = {"names": names, "killed": killed, "wrong": wrong}
-    (top / "report.json").write_text(json.dumps(report))
+
+def main(top: Path, plans: list[dict[str, Any]]) -> None:
+    tqdm.tqdm.monitor_interval = 0  # its thread would not live on in a fork
+    # forks share the usual one, which a killed run may hold for ever
+    tqdm.tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)
+    draw_scenes_once()
+    sys.addaudithook(operations.audit)
+    torch.save = operations.writing(torch.save, 1)
+    safetensors.torch.serialize_file = operations.writing(safetensors.torch.serialize_file, 1)
+    reports = [Kills(top / str(i), plan).report() for i, plan in enumerate(plans)]
+    (top / "reports.json").write_text(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -21,15 +21,12 @@ import coco_format
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
-from runs import result_of, run_here
-from safetensors.torch import load_file
+from runs import after_each_step, differences, run_here
 
 from fewshot import InputError
 from fewshot.data import detection, pictures
 from fewshot.data.stream import Feed, stream
-from fewshot.training import run
 
 ROOT = Path(__file__).parents[1]
 # three saves, as the third is the first that removes a state
@@ -38,55 +35,55 @@ TINY = {
     "meta_rcnn": "--iters 3 --save-every 1 --shots 1 --batch-size 2 --test-images 1 --short 96 --support-size 96"
     " --rois 16",
 }
+AGAIN = {"first": "os.rename last.tmp"}  # killed there, and then in the resumption
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 
-def kills(folder: Path, recipe: str, flags: str = "", **plan) -> dict:
-    """The report of tests/killed.py, which must not have found anything wrong."""
+def kills(folder: Path, *plans: dict) -> list[dict]:
+    """The reports of tests/killed.py, which must not have found anything wrong."""
     folder.mkdir(exist_ok=True)
-    plan |= {"recipe": recipe, "flags": f"{TINY[recipe]} {flags}"}
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("killed.py")),
-        str(folder),
-        json.dumps(plan),
-    ]
-    most = 7200 if plan.get("every") or plan.get("random") else 300
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=most)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((folder / "report.json").read_text())
-    assert not report["wrong"], f"{len(report['wrong'])} of {report['killed']} kills: " + "\n".join(
-        report["wrong"]
+    for plan in plans:
+        plan["flags"] = f"{TINY[plan['recipe']]} {plan.get('flags', '')}"
+    program = str(Path(__file__).with_name("killed.py"))
+    command = [sys.executable, program, str(folder), json.dumps(plans)]
+    slow = any(plan.get("every") or plan.get("random") for plan in plans)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=7200 if slow else 300
     )
-    return report
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = json.loads((folder / "reports.json").read_text())
+    for plan, report in zip(plans, reports):
+        print(f"{plan['recipe']}: killed {report['killed']} times")
+        assert not report["wrong"], "\n".join(report["wrong"])
+    return reports
 
 
-def all_files_are_watched(straight: Path, names: list[str]) -> bool:
-    """Whether the operations on files that were counted are of every file that a run leaves."""
-    touched = {Path(name.split(" ")[-1].removesuffix(".tmp")).name for name in names}
-    return {path.name for path in straight.rglob("*") if path.is_file()} <= touched
-
-
-@pytest.mark.parametrize(
-    ("recipe", "spread"), [("proto_net", 3), pytest.param("meta_rcnn", 3, marks=pytest.mark.slow)]
-)
-def test_killed_at_an_operation_on_files(recipe, spread, tmp_path):
+def test_killed_at_an_operation_on_files(tmp_path):
     """Wherever in writing its files a run is killed, --resume ends with the weights, results and
-    log of a straight one.
-
-    Killed from the beginning of the run to its end, in both stages of a detector.
+    log of a straight one: from the beginning of a run to its end; again in the resumption, of what
+    was killed between the renames of a save, when only the state before it is there; and in the
+    last stage of a detector.
     """
-    report = kills(tmp_path, recipe, spread=spread)
-    assert report["killed"] == spread
-    assert all_files_are_watched(tmp_path / "straight", report["names"])
+    first, again, tuning = kills(
+        tmp_path,
+        {"recipe": "proto_net", "spread": 3},
+        {"recipe": "proto_net", "at": ["begin log.jsonl"], "spread": 1, **AGAIN},
+        {"recipe": "meta_rcnn", "at": ["half of 1shot-seed0/last.tmp"]},
+    )
+    assert (first["killed"], again["killed"], tuning["killed"]) == (3, 2, 1)
+    # the operations that were counted are of every file that a run leaves
+    touched = {Path(name.split(" ")[-1].removesuffix(".tmp")).name for name in first["names"]}
+    left = {path.name for path in (tmp_path / "0" / "straight").rglob("*") if path.is_file()}
+    assert left <= touched
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", TINY)
-def test_killed_at_every_operation_on_files(recipe, tmp_path):
-    report = kills(tmp_path, recipe, every=True)
-    print(f"{recipe}: killed at each of {report['killed']} operations")
-    assert report["killed"] == len(report["names"]) > 70
+@pytest.mark.parametrize(
+    "plan", [{"recipe": "proto_net"}, {"recipe": "meta_rcnn"}, {"recipe": "proto_net", **AGAIN}]
+)
+def test_killed_at_every_operation_on_files(plan, tmp_path):
+    (report,) = kills(tmp_path, plan | {"every": True})
+    assert report["killed"] == len(report["names"]) and ("first" in plan or report["killed"] > 70)
 
 
 @pytest.mark.slow
@@ -95,29 +92,12 @@ def test_killed_at_every_operation_on_files(recipe, tmp_path):
     [("proto_net", ""), ("meta_rcnn", "--stage base"), ("meta_rcnn", "--stage finetune")],
 )
 def test_killed_at_random_moments(recipe, stage, tmp_path):
-    finished = {}
+    plan = {"recipe": recipe, "flags": stage, "random": 20}
     if "finetune" in stage:
-        kills(tmp_path / "before", recipe, "--stage base")
-        finished["finished"] = str(tmp_path / "before" / "straight")
-    report = kills(tmp_path / "killed", recipe, stage, random=20, **finished)
-    print(f"{recipe} {stage}: killed at {report['killed']} random moments")
+        kills(tmp_path / "before", {"recipe": recipe, "flags": "--stage base"})
+        plan["finished"] = str(tmp_path / "before" / "0" / "straight")
+    (report,) = kills(tmp_path / "killed", plan)
     assert report["killed"] == 20
-
-
-RESUMED = [
-    {"at": ["begin log.jsonl"], "spread": 2},
-    pytest.param({"every": True}, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("where", RESUMED, ids=["some", "every"])
-def test_killed_again_in_the_resumption(where, tmp_path):
-    """What was killed between the renames of a save, when only the state before it is there, and
-    then in going on.
-    """
-    report = kills(tmp_path, "proto_net", first="os.rename last.tmp", **where)
-    print(f"proto_net: killed again at {report['killed']} operations")
-    assert report["killed"] == (3 if "at" in where else len(report["names"]))
 
 
 # several processes
@@ -131,22 +111,17 @@ class Started:
     def __init__(self, recipe: str, flags: str, out: Path, processes: int = 1):
         command = [str(ROOT / "recipes" / f"{recipe}.py"), *flags.split(), "--out", str(out)]
         if processes > 1:
-            command = [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(processes),
-                *command,
-            ]
+            several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            command = ["-m", *several, *command]
         self.log = out.with_name(f"{out.name}.log")
         with self.log.open("w") as log:
-            streams = {
-                "stdout": log,
-                "stderr": log,
-                "start_new_session": True,
-            }  # a process group, as a terminal's
-            self.process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, **streams)
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                env=ENVIRONMENT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a process group, as a terminal's
+            )
 
     def wait_for(self, file: Path) -> None:
         deadline = time.time() + 120
@@ -194,15 +169,6 @@ class Started:
         return not any("recipes/" in line and "File " in line for line in self.said())
 
 
-def same(straight: Path, folder: Path) -> bool:
-    a, b = (load_file(place / "model.safetensors") for place in (straight, folder))
-    return (
-        a.keys() == b.keys()
-        and all(torch.equal(a[n], b[n]) for n in a)
-        and result_of(straight) == result_of(folder)
-    )
-
-
 def saved_step(folder: Path) -> int:
     return json.loads((folder / "last" / "record.json").read_text())["step"]
 
@@ -244,7 +210,7 @@ def test_two_processes_are_told_to_stop(who, straight_of_two, tmp_path):
     assert not (out / "last.old").exists(), "saved more than once"
     resumed = Started("proto_net", f"{LONG} --workers 0 --resume", out, processes=2)
     assert resumed.ended(300) == 0, resumed.said()
-    assert same(straight_of_two, out)
+    assert not differences(straight_of_two, out)
 
 
 @pytest.mark.slow
@@ -309,21 +275,25 @@ class Reading:
     a step.
     """
 
-    def __init__(self, monkeypatch):
+    def __init__(self) -> None:
         self.read, self.done, self.after = [], 0, {}
-        decode, log = pictures.decode, run.Training.log
 
-        def noted(file, name, *mode):
-            self.read.append((self.done, str(name)))
-            return decode(file, name, *mode)
+    def step(self, step: int, losses: dict) -> None:
+        self.done = step
+        self.after.pop(step, lambda: None)()
 
-        def logged(record, step, *terms, **ids):
-            log(record, step, *terms, **ids)
-            self.done = step
-            self.after.pop(step, lambda: None)()
 
-        monkeypatch.setattr(pictures, "decode", noted)
-        monkeypatch.setattr(run.Training, "log", logged)
+@pytest.fixture
+def reading(monkeypatch) -> Iterator[Reading]:
+    reading, decode = Reading(), pictures.decode
+
+    def noted(file, name, *mode):
+        reading.read.append((reading.done, str(name)))
+        return decode(file, name, *mode)
+
+    monkeypatch.setattr(pictures, "decode", noted)
+    with after_each_step(reading.step):
+        yield reading
 
 
 def remove(file: Path) -> None:
@@ -342,11 +312,11 @@ def remove_all(file: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["proto_net", pytest.param("meta_rcnn", marks=pytest.mark.slow)])
-def test_data_that_go_in_the_middle_of_training(recipe, monkeypatch, tmp_path):
+def test_data_that_go_in_the_middle_of_training(recipe, reading, tmp_path):
     """One line names the file and the step; when the data are back, the run goes on from the step
     before.
     """
-    data, reading = own(recipe, tmp_path / "data"), Reading(monkeypatch)
+    data = own(recipe, tmp_path / "data")
     shutil.copytree(data, tmp_path / "copy")
     flags, folder = f"{OWN[recipe]} --dataset {data}", "base" if recipe == "meta_rcnn" else ""
     run_here(recipe, f"{flags} --out {tmp_path / 'straight'}")
@@ -363,7 +333,7 @@ def test_data_that_go_in_the_middle_of_training(recipe, monkeypatch, tmp_path):
         assert f"met in step {step + 1}, step {step} of {broken} is saved" in said
         shutil.copytree(tmp_path / "copy", data, dirs_exist_ok=True)
         run_here(recipe, f"{flags} --out {out} --resume")
-        assert same(tmp_path / "straight" / folder, broken)
+        assert not differences(tmp_path / "straight" / folder, broken)
 
 
 @pytest.mark.slow
@@ -424,17 +394,13 @@ def fill(disk: Path, room: int) -> None:
         os.posix_fallocate(filler.fileno(), 0, state.f_bavail * state.f_frsize - room)
 
 
-def full_at(recipe: str, rooms: list[int], disk: Path, monkeypatch) -> set[str]:
+def full_at(recipe: str, rooms: list[int], disk: Path, reading: Reading) -> set[str]:
     """A run whose disk has only so much room from step 2 on ends with a line, and goes on when
     there is room.
 
     What the lines call that could not be written.
     """
-    reading, out, folder = (
-        Reading(monkeypatch),
-        disk / "run",
-        "base" if recipe == "meta_rcnn" else "",
-    )
+    out, folder = disk / "run", "base" if recipe == "meta_rcnn" else ""
     flags = TINY[recipe] + (" --stage base" if folder else "")
     run_here(recipe, f"{flags} --out {disk.parent / 'straight'}")
     named = set()
@@ -448,28 +414,23 @@ def full_at(recipe: str, rooms: list[int], disk: Path, monkeypatch) -> set[str]:
         assert saved_step(out / folder) >= 1 and not (out / folder / "metrics.json").exists()
         (disk / "filler").unlink()
         run_here(recipe, f"{flags} --out {out} --resume")
-        assert same(disk.parent / "straight" / folder, out / folder)
-        named.add(
-            " ".join(
-                re.findall(
-                    r"model\.safetensors|state of step|log\.jsonl|[a-z]+\.png|[a-z]+\.json", said
-                )
-            )
-        )
+        assert not differences(disk.parent / "straight" / folder, out / folder)
+        files = r"model\.safetensors|state of step|log\.jsonl|[a-z]+\.png|[a-z]+\.json"
+        named.add(" ".join(re.findall(files, said)))
         shutil.rmtree(out)
     return named
 
 
-def test_a_full_disk(disk, monkeypatch):
-    assert full_at("proto_net", [0, 100_000], disk, monkeypatch) == {"state of step"}
+def test_a_full_disk(disk, reading):
+    assert full_at("proto_net", [0, 100_000], disk, reading) == {"state of step"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "most"), [("proto_net", 1_200_000), ("meta_rcnn", 18_000_000)])
-def test_a_disk_that_is_full_at_any_write(recipe, most, disk, monkeypatch):
+def test_a_disk_that_is_full_at_any_write(recipe, most, disk, reading):
     """`most` is what the run writes after its second step."""
     rooms = [most * i // 12 for i in range(12)]
-    named = full_at(recipe, rooms, disk, monkeypatch)
+    named = full_at(recipe, rooms, disk, reading)
     print(f"{recipe}: {len(rooms)} sizes of a full disk; not written: {named}")
     assert named
 
@@ -495,7 +456,7 @@ def test_a_loader_is_killed(recipe, tmp_path):
     assert began.no_traceback_of_ours() and not any("Traceback" in said for said in began.said())
     run_here(recipe, f"{flags} --out {out} --resume")
     run_here(recipe, f"{flags} --out {tmp_path / 'straight'}")
-    assert same(tmp_path / "straight" / stage, out / stage)
+    assert not differences(tmp_path / "straight" / stage, out / stage)
 
 
 def broken_connection() -> None:
