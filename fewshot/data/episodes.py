@@ -5,7 +5,7 @@ from the seed.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewshot import InputError
 from fewshot.data.image_set import ImageSet
-from fewshot.data.stream import Feed, Word, stream
+from fewshot.data.stream import Feed, Movable, Word, stream
 from fewshot.data.transforms import Transform
 
 TEST_FLAGS = "--ways", "--shots", "--queries"  # what errors say to change
@@ -292,7 +292,7 @@ def image_loader(
 
 
 @dataclass
-class _Planned:
+class _Planned(Movable):
     """What a step needs: which pictures, then their pixels; and what goes with them."""
 
     images: np.ndarray  # (n,) positions in the data set
@@ -302,18 +302,7 @@ class _Planned:
     pixels: Tensor | None = None  # uint8 (n, 3, S, S)
     aspects: Tensor | None = None  # (n,)
 
-    def to(self, device: torch.device | str) -> "_Planned":
-        move = partial(Tensor.to, device=device, non_blocking=True)
-        return replace(
-            self, pixels=move(self.pixels), aspects=move(self.aspects), uniforms=move(self.uniforms)
-        )
-
-    def pin_memory(self) -> "_Planned":
-        pinned = {
-            name: getattr(self, name).pin_memory()
-            for name in ("pixels", "aspects", "uniforms", "labels")
-        }
-        return replace(self, **pinned)
+    on_cpu: ClassVar = ("labels",)
 
 
 def _plan_episodes(

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet
-from fewshot.data.stream import Feed, Word
+from fewshot.data.stream import Feed, Movable, Word
 from fewshot.data.transforms import Normalisation
 
 CONTEXT = 1 / 7  # of an object's longer side, around it
@@ -47,19 +47,12 @@ def cut(image: Tensor, box: np.ndarray | Tensor) -> Tensor:
 
 
 @dataclass
-class CropBatch:
+class CropBatch(Movable):
     """n objects at several scales."""
 
     # for each scale s uint8 (n, 3, s, s); float and normalised where a loader gives them
     images: list[Tensor]
     labels: Tensor  # int64 (n,)
-
-    def to(self, device: torch.device | str) -> CropBatch:
-        images = [scale.to(device, non_blocking=True) for scale in self.images]
-        return CropBatch(images, self.labels.to(device, non_blocking=True))
-
-    def pin_memory(self) -> CropBatch:
-        return CropBatch([scale.pin_memory() for scale in self.images], self.labels.pin_memory())
 
     def normalised(self, normalisation: Normalisation) -> CropBatch:
         """With float images for the network."""

@@ -8,7 +8,7 @@ them in batches. Boxes are xyxy in pixels throughout.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet
-from fewshot.data.stream import Feed, Word, stream
+from fewshot.data.stream import Feed, Movable, Word, stream
 from fewshot.data.transforms import Normalisation
 
 
@@ -107,7 +107,7 @@ class Pipeline:
 
 
 @dataclass
-class Batch:
+class Batch(Movable):
     """b samples, padded at the bottom and on the right to one size."""
 
     # uint8 (b, 3, H, W), zero where padded; float and normalised where a loader gives them
@@ -118,15 +118,7 @@ class Batch:
     labels: list[Tensor]  # b times int64 (n,)
     ids: list[str]
 
-    def to(self, device: torch.device | str) -> "Batch":
-        return self._each(partial(Tensor.to, device=device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        boxes, labels = [*map(change, self.boxes)], [*map(change, self.labels)]
-        return replace(self, images=change(self.images), boxes=boxes, labels=labels)
+    on_cpu: ClassVar = ("scales",)
 
     def normalised(self, normalisation: Normalisation) -> "Batch":
         """With float images for the network: zero where padded, whatever zero grey would have

@@ -5,7 +5,7 @@ and of others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet, objects_by_class
 from fewshot.data.pipeline import Batch, Pipeline, Shuffle, collate
-from fewshot.data.stream import Feed, Word, stream
+from fewshot.data.stream import Feed, Movable, Word, stream
 from fewshot.data.transforms import Normalisation
 
 ATTEMPTS = 100  # pictures tried for one on which enough classes are absent
@@ -59,21 +59,12 @@ def support_crop(
 
 
 @dataclass
-class BoxedSupports:
+class BoxedSupports(Movable):
     """Supports with the box of their object; any number of leading dimensions."""
 
     images: Tensor  # uint8 (.., 3, S, S); float and normalised where a loader gives them
     boxes: Tensor  # float32 (.., 4), xyxy in their pixels
     labels: Tensor  # int64 (..)
-
-    def to(self, device: torch.device | str) -> BoxedSupports:
-        return self._each(lambda part: part.to(device, non_blocking=True))
-
-    def pin_memory(self) -> BoxedSupports:
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> BoxedSupports:
-        return BoxedSupports(change(self.images), change(self.boxes), change(self.labels))
 
     def normalised(self, normalisation: Normalisation) -> BoxedSupports:
         """With float images for the network."""

@@ -7,23 +7,31 @@ resumed equals one that never stopped, and neither processes nor workers change 
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fewshot import InputError
 from fewshot.data.transforms import Normalisation
 
-T = TypeVar("T", bound="Movable")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_workers: weakref.WeakSet = weakref.WeakSet()  # of the streams that are open
 
 
 class Word:
-    """The first word of every seed: no two kinds of randomness that meet in a run share a stream."""
+    """The first word of every seed: no two kinds of randomness that meet in a run share a stream.
+
+    Detection and classification never meet, and have some words in common.
+    """
 
     SHOTS, SAMPLES, AUGMENT, SUPPORT = range(10, 14)  # detection
     CROPS = 15  # of single objects
@@ -69,14 +77,30 @@ class Feed:
             raise InputError(f"seed {self.seed}: must not be negative")
 
 
-class Movable(Protocol):
-    """What a stream is made of."""
+@dataclass
+class Movable:
+    """What a stream is made of: a dataclass, whose tensors go to the device, alone or in lists.
 
-    def to(self: T, device: torch.device | str) -> T: ...
+    One that is normalised has `normalised(normalisation)`, which gives the same with float images.
+    """
 
-    def pin_memory(self: T) -> T: ...
+    on_cpu: ClassVar[tuple[str, ...]] = ()  # fields that stay there
 
-    def normalised(self: T, normalisation: Normalisation) -> T: ...
+    def to(self, device: torch.device | str) -> Self:
+        return self._each(partial(Tensor.to, device=device, non_blocking=True), self.on_cpu)
+
+    def pin_memory(self) -> Self:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor], but: Sequence[str] = ()) -> Self:
+        changed = {}
+        for name in {field.name for field in fields(self)} - set(but):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+                changed[name] = [change(tensor) for tensor in value]
+        return replace(self, **changed)
 
 
 class _Made(Dataset):
@@ -131,7 +155,9 @@ def _received(loader: DataLoader) -> Iterator[Any]:
     not only itself.
     """
     try:
-        yield from loader
+        batches = iter(loader)
+        _workers.update(getattr(batches, "_workers", ()))  # torch has no public name for them
+        yield from batches
     except (ConnectionError, EOFError, FileNotFoundError) as error:
         # from the data, in a worker or here
         if not loader.num_workers or str(error).startswith("Caught "):
@@ -156,9 +182,9 @@ def _end_workers() -> None:
     """Of a stream that an error left open: Python would end them by SIGTERM, which they ignore, and
     wait forever.
     """
-    children = [child for child in multiprocessing.active_children() if child.daemon]
-    if children:
+    alive = [worker for worker in _workers if worker.is_alive()]
+    if alive:
         # torch's handler would raise that they were killed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in children:
-        child.kill()
+    for worker in alive:
+        worker.kill()

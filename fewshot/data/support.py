@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet
-from fewshot.data.stream import Feed, Word, stream
+from fewshot.data.stream import Feed, Movable, Word, stream
 from fewshot.data.transforms import Normalisation
 
 
@@ -47,21 +47,13 @@ def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 22
 
 
 @dataclass
-class SupportBatch:
+class SupportBatch(Movable):
     """n supports."""
 
     # uint8 (n, 4, S, S): RGB and the mask of the object; float and normalised where a loader gives
     # them
     images: Tensor
     labels: Tensor  # int64 (n,)
-
-    def to(self, device: torch.device | str) -> SupportBatch:
-        return SupportBatch(
-            self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        )
-
-    def pin_memory(self) -> SupportBatch:
-        return SupportBatch(self.images.pin_memory(), self.labels.pin_memory())
 
     def normalised(self, normalisation: Normalisation) -> SupportBatch:
         """With float images for the network: normalised colours, and the mask as it is."""
