@@ -578,7 +578,7 @@ def test_broken_pickles_are_named(tmp_path):
         ):
             broken.write_bytes(damaged)
             try:
-                classification.read_pickle(broken, lambda found: None, "a")
+                classification.read_pickle(broken, lambda found: found["a"])
             except InputError as error:
                 assert str(error).startswith(f"{broken}: not readable")
 
@@ -607,7 +607,7 @@ def test_pickles_run_no_code(tmp_path, protocol):
     ]:
         path.write_bytes(pickle.dumps([planted], protocol=protocol))
         with pytest.raises(InputError, match=f"val_images_png.pkl: not readable .*{name}"):
-            classification.read_pickle(path, lambda found: None)
+            classification.read_pickle(path, lambda found: found)
         assert not done.exists()
 
 
@@ -624,7 +624,7 @@ def test_pickles_of_python_2_and_3_give_their_arrays(tmp_path):
     }
     for protocol in (2, 3, 4):
         (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-        found = classification.read_pickle(tmp_path / "a.pkl", lambda found: None, "bytes", "n")
+        found = classification.read_pickle(tmp_path / "a.pkl", lambda found: found)
         for key, wanted in pickle.loads((tmp_path / "a.pkl").read_bytes()).items():
             assert np.array_equal(found[key], wanted) and found[key].dtype == wanted.dtype
     # by Python 2, whose texts are bytes
@@ -633,4 +633,4 @@ def test_pickles_of_python_2_and_3_give_their_arrays(tmp_path):
     (tmp_path / "a.pkl").write_bytes(
         b"\x80\x02" + array + b"(K\x01K\x02\x85" + dtype + b"\x89U\x02\x07\xfftb."
     )
-    assert classification.read_pickle(tmp_path / "a.pkl", lambda found: None).tolist() == [7, 255]
+    assert classification.read_pickle(tmp_path / "a.pkl", lambda found: found).tolist() == [7, 255]

@@ -9,15 +9,13 @@ pixels as the network sees.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-import platform
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -31,20 +29,6 @@ from fewshot import InputError
 # new one
 LAYOUT = 1
 CHUNK = 512  # pictures decoded before they are written
-
-
-# numpy reads the header as a line of Python
-HEADER_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    SyntaxError,
-    TokenError,
-    OverflowError,
-)
-HEADER_ERRORS += (AttributeError, MemoryError, RecursionError)
 
 
 def kind(side: int) -> np.dtype:
@@ -69,7 +53,7 @@ class Squares:
             ):
                 raise ValueError("it holds something else")
             self.pixels, self.aspects = np.asarray(records["pixels"]), np.asarray(records["aspect"])
-        except HEADER_ERRORS as error:
+        except Exception as error:  # numpy reads the header as a line of Python
             reason = " ".join(str(error).split())
             raise InputError(
                 f"{path}: not readable as a cache ({reason:.300}); delete it to have it made again"
@@ -130,8 +114,6 @@ def alone(path: Path) -> Iterator[None]:
     """A turn to make a file, if it is not there by then: other processes that want it wait until
     the block ends.
 
-    What processes of this machine that were killed have left of it is removed.
-
     Raises OSError when its folder cannot be written to.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
@@ -141,10 +123,6 @@ def alone(path: Path) -> Iterator[None]:
         tqdm.write(f"{path} is being made by another process: waiting for it")
         lock.acquire()
     try:
-        start = f"{path.name}.{platform.node()}-"
-        for left in path.parent.glob(f"{glob.escape(start)}*.tmp"):
-            if not _lives(left.name.removeprefix(start).removesuffix(".tmp")):
-                left.unlink(missing_ok=True)
         yield
     finally:
         # whoever waits for a lock that is no longer there gets it all the same, and finds the file
@@ -154,21 +132,13 @@ def alone(path: Path) -> Iterator[None]:
 
 def unfinished(path: Path) -> Path:
     """Where this process writes a file, which is then renamed to `path`."""
-    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-
-
-def _lives(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        return True  # somebody else's
-    return int(process) != os.getpid()
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _write(path: Path, decoder: Decoder) -> None:
-    """Decode all pictures into a file of this process's own, which becomes `path` once it is whole."""
+    """Decode all pictures into a file that becomes `path` once it is whole; in a turn of `alone`, so
+    that what a killed process left is written over.
+    """
     n, side = decoder.number, decoder.side
     header = {
         "descr": np.lib.format.dtype_to_descr(kind(side)),
@@ -180,7 +150,7 @@ def _write(path: Path, decoder: Decoder) -> None:
         pixels, aspect = decoder.read(index)
         return np.array((aspect, pixels.numpy()), kind(side)).tobytes()
 
-    own = unfinished(path)
+    own = path.with_name(f"{path.name}.tmp")
     progress = tqdm(total=n, desc=f"decoding {decoder.name}", leave=False, dynamic_ncols=True)
     try:
         # Written, not mapped: on a full disk writing raises an error, storing through a memory map

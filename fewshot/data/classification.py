@@ -6,17 +6,15 @@ the order in which mmfewshot numbers them, where it has the data set.
 """
 
 import csv
-import lzma
 import os
 import pickle
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -34,6 +32,7 @@ DatasetName = Literal[
     "glyphs", "omniglot", "cifar_fs", "fc100", "cub", "mini_imagenet", "tiered_imagenet", "folder"
 ]
 
+T = TypeVar("T")
 CACHE_FOLDER = ".fewshot_cache"  # beside the data
 SIDE = 84  # what networks see of natural images, unless told otherwise
 
@@ -49,8 +48,6 @@ OMNIGLOT_BYTES = 100_000_000  # of an archive once unpacked: a dozen times what 
 # (Snell et al. 2017).
 OMNIGLOT_SPLITS = {"train": slice(0, 1028), "val": slice(1028, 1200), "test": slice(1200, 1623)}
 OMNIGLOT_SEED = 0
-# what pictures are labelled by, and of how many classes
-CIFAR_LABELS = ("fine", 100), ("coarse", 20)
 
 
 def open_splits(
@@ -163,6 +160,13 @@ def _open(
             return opened
 
 
+class InMemory:
+    """A source whose pictures are in memory anyway: it needs no cache."""
+
+    def version(self) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class _Files:
     """Pictures in files."""
@@ -215,7 +219,7 @@ class _Glyphs:
 
 
 @dataclass(frozen=True)
-class _Drawings:
+class _Drawings(InMemory):
     """Omniglot's drawings (characters, drawings, S, S) uint8 with four classes per character, one
     per turn.
     """
@@ -227,21 +231,15 @@ class _Drawings:
         character, turns = divmod(number, 4)
         return Image.fromarray(np.rot90(self.ink[character, drawing], turns)).convert("RGB")
 
-    def version(self) -> None:
-        return None
-
 
 @dataclass(frozen=True)
-class _Pixels:
+class _Pixels(InMemory):
     """Pictures in memory: uint8 RGB (n, 3, H, W)."""
 
     pixels: np.ndarray
 
     def __call__(self, index: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(self.pixels[index].transpose(1, 2, 0)))
-
-    def version(self) -> None:
-        return None
 
 
 def _open_glyphs(split: Split, size: int, seed: int) -> ImageSet:
@@ -351,16 +349,10 @@ def _omniglot_drawings(home: Path, part: str) -> list[tuple[str, bytes]]:
                 raise ValueError(f"its files are {size} bytes once unpacked")
             files = [name for name in opened.namelist() if name.endswith(".png")]
             return [(name.removeprefix(f"{part}/"), opened.read(name)) for name in files]
-    except ZIP_ERRORS as error:
+    except Exception as error:  # what unpacks a broken archive stumbles over many things
         raise InputError(
             f"{archive}: not readable ({error!s:.300}); put it there again, or unpack it to {folder}"
         ) from error
-
-
-# whatever unpacks a broken archive stumbles over; a kind of compression that is not known is a
-# RuntimeError
-ZIP_ERRORS = (OSError, EOFError, ValueError, RuntimeError, LookupError)
-ZIP_ERRORS += (zlib.error, lzma.LZMAError, struct.error, zipfile.BadZipFile)
 
 
 def _ink(encoded: bytes, name: str, size: int) -> np.ndarray:
@@ -376,16 +368,10 @@ def _open_cifar(
     testing.
     """
     home = _find(root, name, ("cifar100",), ("cifar-100-python",)) / "cifar-100-python"
-    parts = [
-        read_pickle(home / part, _cifar_flaw, "data", "fine_labels", "coarse_labels")
-        for part in ("train", "test")
-    ]
+    parts = [read_pickle(home / part, _cifar_part) for part in ("train", "test")]
+    pixels, fine, coarse = map(np.concatenate, zip(*parts))
     names = read_pickle(
-        home / "meta", lambda x: _names_flaw(x["fine_label_names"], 100), "fine_label_names"
-    )
-    names = names["fine_label_names"]
-    fine, coarse = (
-        np.concatenate([part[f"{key}_labels"] for part in parts]) for key in ("fine", "coarse")
+        home / "meta", lambda found: _different_texts(found["fine_label_names"], 100)
     )
     if name == "fc100":
         chosen = np.unique(fine[np.isin(coarse, FC100[split])])
@@ -401,52 +387,40 @@ def _open_cifar(
         raise InputError(
             f"{home / 'train'}: no picture of {names[missing[0]]!r:.60}, of meta; get the published archive again"
         )
-    pixels = np.concatenate([part["data"] for part in parts])[ours].reshape(-1, 3, 32, 32)
     labels = np.searchsorted(chosen, fine[ours])
-    return _open_photographs(name, split, [names[i] for i in chosen], labels, _Pixels(pixels), size)
+    source = _Pixels(pixels[ours])
+    return _open_photographs(name, split, [names[i] for i in chosen], labels, source, size)
 
 
-def _cifar_flaw(found: dict[str, Any]) -> str | None:
-    pixels = found["data"]
-    if not (
-        isinstance(pixels, np.ndarray)
-        and pixels.dtype == np.uint8
-        and pixels.shape[1:] == (3 * 32 * 32,)
-    ):
-        return "its 'data' are no rows of 3072 bytes"
-    return next(
-        filter(
-            None, (_numbers_flaw(found[f"{k}_labels"], n, len(pixels)) for k, n in CIFAR_LABELS)
-        ),
-        None,
-    )
+def _cifar_part(found: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels uint8 (n, 3, 32, 32), fine and coarse labels (n,)."""
+    pixels = _bytes_array(found["data"]).reshape(-1, 3, 32, 32)
+    fine = _whole_numbers(found["fine_labels"], 100, len(pixels))
+    return pixels, fine, _whole_numbers(found["coarse_labels"], 20, len(pixels))
 
 
-def _numbers_flaw(numbers: Any, below: int, many: int | None = None) -> str | None:
-    """What keeps `numbers` from being a list of whole ones from 0 on, `many` if that is given."""
-    array = np.array([]) if isinstance(numbers, dict) else np.asarray(numbers)
-    if (
-        array.dtype.kind not in "iu"
-        or array.ndim != 1
-        or len(array) != (len(array) if many is None else many)
-    ):
-        return f"its labels are not {many or 'some'} whole numbers"
-    return (
-        None
-        if (array >= 0).all() and (array < below).all()
-        else f"one of its labels is not from 0 to {below - 1}"
-    )
+def _bytes_array(array: Any) -> np.ndarray:
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+        raise ValueError("its pictures are no arrays of bytes")
+    return array
 
 
-def _names_flaw(names: Any, many: int | None = None) -> str | None:
-    """What keeps `names` from being a list of different texts."""
-    if (
-        not isinstance(names, list)
-        or not all(map(is_text, names))
-        or len(set(names)) != (many or len(names))
-    ):
-        return f"its class names are not {many or 'some'} different texts"
-    return None
+def _whole_numbers(numbers: Any, below: int, many: int | None = None) -> np.ndarray:
+    """Labels from 0 to `below` - 1, as many as asked for."""
+    array = np.asarray(numbers)
+    shape = (len(array) if many is None else many,)
+    if array.dtype.kind not in "iu" or array.shape != shape:
+        raise ValueError(f"its labels are not {many or 'some'} whole numbers")
+    if not ((array >= 0) & (array < below)).all():
+        raise ValueError(f"one of its labels is not from 0 to {below - 1}")
+    return array
+
+
+def _different_texts(names: Any, many: int | None = None) -> list[str]:
+    sound = isinstance(names, list) and all(map(is_text, names))
+    if not sound or len(set(names)) != (many or len(names)):
+        raise ValueError(f"its class names are not {many or 'some'} different texts")
+    return names
 
 
 def _open_cub(root: Path, split: Split, size: int) -> ImageSet:
@@ -553,8 +527,7 @@ def _mini_imagenet_files(images: Path, wnid: str, names: list[str]) -> list[Path
 def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     home = _find(root, "tiered_imagenet", ("tiered_imagenet",), (f"{split}_labels.pkl",))
     table = home / f"{split}_labels.pkl"
-    found = read_pickle(table, _tiered_flaw, "label_specific_str", "label_specific")
-    names, specific = found["label_specific_str"], np.asarray(found["label_specific"])
+    names, specific = read_pickle(table, _tiered_labels)
     classes = _in_order(names, TIERED_ORDER[split], table)
     label = {name: i for i, name in enumerate(classes)}
     labels = np.array([label[name] for name in names])[specific]
@@ -576,7 +549,8 @@ def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
                 )
         source = _Files([str(unpacked / file) for file in files])
     else:
-        source = _Buffers(str(pickled), read_pickle(pickled, _buffers_flaw))
+        buffers = read_pickle(pickled, lambda found: [_bytes_array(buffer) for buffer in found])
+        source = _Buffers(str(pickled), buffers)
         if len(source.buffers) != len(labels):
             raise InputError(
                 f"{pickled}: {len(source.buffers)} pictures for the {len(labels)} labels of {table.name}"
@@ -584,16 +558,9 @@ def _open_tiered_imagenet(root: Path, split: Split, size: int) -> ImageSet:
     return _open_photographs("tiered_imagenet", split, classes, labels, source, size)
 
 
-def _tiered_flaw(found: dict[str, Any]) -> str | None:
-    names, labels = found["label_specific_str"], found["label_specific"]
-    return _names_flaw(names) or _numbers_flaw(labels, len(names))
-
-
-def _buffers_flaw(buffers: Any) -> str | None:
-    sound = isinstance(buffers, list) and all(
-        isinstance(b, np.ndarray) and b.dtype == np.uint8 for b in buffers
-    )
-    return None if sound else "not a list of arrays of bytes"
+def _tiered_labels(found: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+    names = _different_texts(found["label_specific_str"])
+    return names, _whole_numbers(found["label_specific"], len(names))
 
 
 def _in_order(names: Collection[str], order: str, table: Path) -> list[str]:
@@ -636,11 +603,8 @@ HARMLESS = {
 }
 
 
-class _Unpickler(pickle._Unpickler):
-    """Calls nothing but `HARMLESS`: a pickle may name any function and have it called.
-
-    It is the one in Python: that in C takes 64 GiB for two bytes that number an object highly.
-    """
+class _Unpickler(pickle.Unpickler):
+    """Calls nothing but `HARMLESS`: a pickle may name any function and have it called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in HARMLESS:
@@ -648,20 +612,16 @@ class _Unpickler(pickle._Unpickler):
         return HARMLESS[module, name]
 
 
-def read_pickle(path: Path, check: Callable[[Any], str | None], *keys: str) -> Any:
-    """The content of a pickle: a dictionary with these keys, if any are given, of which `check`
-    finds no flaw.
-    """
+def read_pickle(path: Path, take: Callable[[Any], T]) -> T:
+    """What `take` takes from a pickle's content. Raises InputError naming the file if it cannot."""
     try:
         with path.open("rb") as file:
-            found = _Unpickler(file, encoding="latin1").load()  # Python 2 wrote the published ones
-        if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
-            raise ValueError(f"not a dictionary with {', '.join(keys)}")
-        if flaw := check(found):
-            raise ValueError(flaw)
-        return found
+            # Python 2 wrote the published ones
+            return take(_Unpickler(file, encoding="latin1").load())
     except Exception as error:  # a broken pickle calls anything with anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it has no {reason}"
         raise InputError(
             f"{path}: not readable ({reason:.300}); get the published archive again"
         ) from error
