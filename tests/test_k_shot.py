@@ -15,13 +15,21 @@ import pytest
 from fewshot import InputError
 from fewshot.data import detection, k_shot
 from fewshot.data.annotations import make_record
-from fewshot.data.detection import DetectionSet
+from fewshot.data.detection import DetectionSet, objects_by_class
 from fewshot.training.folders import write_json
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
 needs_lists = pytest.mark.skipif(
     not (REAL / "splits" / "vocsplit").is_dir(), reason="published lists are not here"
 )
+
+
+def reference_shots(dataset, shots: int, seed: int = 42):
+    """The shots that mmfewshot draws from a whole training part, `seed` being its global one."""
+    objects = objects_by_class(dataset)
+    picks = sorted(k_shot._draw_like_reference(dataset, objects, shots, seed))
+    chosen = [(dataset.records[position], i) for position, i in picks]
+    return k_shot._noted(k_shot._merged(dataset, chosen), shots)
 
 
 def toy(counts: dict[str, int], novel=(), per_picture: int = 2) -> DetectionSet:
@@ -172,7 +180,7 @@ def test_glyphs_are_drawn_as_ever():
 
 def test_reference_draw_is_the_global_legacy_generators():
     dataset = toy({"a": 12, "b": 2, "n": 5, "m": 7}, novel=["n", "m"])
-    chosen = k_shot.reference_shots(dataset, 3)
+    chosen = reference_shots(dataset, 3)
     np.random.seed(
         42
     )  # as the reference does: one choice per class with too many, novel classes first
@@ -187,7 +195,7 @@ def test_reference_draw_is_the_global_legacy_generators():
     assert len(boxes_of(chosen, "b")) == 2 and chosen.notes == ["class b has only 2 of 3 shots"]
     # a golden number: seed 42 draws number 1 of five first, which in a toy is the box that starts
     # at 2
-    first = k_shot.reference_shots(toy({"n": 5}, novel=["n"], per_picture=1), 1)
+    first = reference_shots(toy({"n": 5}, novel=["n"], per_picture=1), 1)
     assert first.records[0].boxes[0, 0] == 2
 
 

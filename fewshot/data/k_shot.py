@@ -150,16 +150,6 @@ def _noted(chosen: DetectionSet, shots: Shots) -> DetectionSet:
     return replace(chosen, notes=[*chosen.notes, *short])
 
 
-def reference_shots(dataset: DetectionSet, shots: int, seed: int = 42) -> DetectionSet:
-    """The shots that mmfewshot draws from the whole training part, `seed` being its global one (42
-    in its configs).
-    """
-    picks = _draw_like_reference(dataset, objects_by_class(dataset), shots, seed)
-    return _noted(
-        _merged(dataset, [(dataset.records[position], i) for position, i in sorted(picks)]), shots
-    )
-
-
 def read_shot_lists(
     dataset: DetectionSet, folder: str | Path, shots: Shots, seed: int = 42
 ) -> DetectionSet:
