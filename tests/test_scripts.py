@@ -31,7 +31,7 @@ def call(module: ModuleType, flags: str) -> None:
     module.main(tyro.cli(module.Args, args=flags.split()))
 
 
-@pytest.mark.parametrize("recipe", ["tfa", "attention_rpn"])
+@pytest.mark.parametrize("recipe", ["tfa", pytest.param("attention_rpn", marks=pytest.mark.slow)])
 def test_proposal_recall_of_a_run(recipe, tmp_path, capsys):
     quick = "--iters 2 --batch-size 2 --test-images 4 --workers 0 --stage base"
     call(load(recipe, "recipes"), f"{quick} --out {tmp_path}")

@@ -156,6 +156,7 @@ run_here("pt_map", flags)
 """
 
 
+@pytest.mark.slow  # tests/test_cache.py has the same lock
 def test_one_program_extracts_and_another_waits(small, tmp_path):
     """And nothing is taken of what a program that was killed had written."""
     base = f"--dataset {small / 'data'} --init {small / 'baseline'} --features {tmp_path / 'features'} {TASKS}"
