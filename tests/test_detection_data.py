@@ -5,6 +5,7 @@ loaders give.
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -781,28 +782,21 @@ def test_loaders_draw_nothing_from_the_global_streams(scenes):
     )
 
 
-class Extra:
+class Extra(NamedTuple):
     """Stands for a support batch that records what it was asked for."""
 
-    def __init__(self, seed, step):
-        self.asked, self.device, self.normalisation = (seed, step), None, None
-
-    def to(self, device):
-        self.device = device
-        return self
+    seed: int
+    step: int
+    normalisation: object = None
 
     def normalised(self, normalisation):
-        self.normalisation = normalisation
-        return self
+        return self._replace(normalisation=normalisation)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_extras_come_with_their_step(scenes, workers):
     pairs = stream_of(scenes, start=2, steps=4, extra=Extra, workers=workers)
-    assert [extra.asked for _, extra in pairs] == [(5, 2), (5, 3)]
-    assert all(
-        extra.device == torch.device("cpu") and extra.normalisation == CAFFE for _, extra in pairs
-    )
+    assert [extra for _, extra in pairs] == [(5, 2, CAFFE), (5, 3, CAFFE)]
     assert all(
         same(batch, alone) for (batch, _), alone in zip(pairs, stream_of(scenes, start=2, steps=4))
     )

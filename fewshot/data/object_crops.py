@@ -5,7 +5,7 @@ pictures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,24 +46,16 @@ def cut(image: Tensor, box: np.ndarray | Tensor) -> Tensor:
     return square
 
 
-@dataclass
-class CropBatch:
+class CropBatch(NamedTuple):
     """n objects at several scales."""
 
     # for each scale s uint8 (n, 3, s, s); float and normalised where a loader gives them
     images: list[Tensor]
     labels: Tensor  # int64 (n,)
 
-    def to(self, device: torch.device | str) -> CropBatch:
-        images = [scale.to(device, non_blocking=True) for scale in self.images]
-        return CropBatch(images, self.labels.to(device, non_blocking=True))
-
-    def pin_memory(self) -> CropBatch:
-        return CropBatch([scale.pin_memory() for scale in self.images], self.labels.pin_memory())
-
     def normalised(self, normalisation: Normalisation) -> CropBatch:
         """With float images for the network."""
-        return replace(self, images=[normalisation(scale) for scale in self.images])
+        return self._replace(images=[normalisation(scale) for scale in self.images])
 
 
 class ObjectCrops:

@@ -6,9 +6,9 @@ them in batches. Boxes are xyxy in pixels throughout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,27 +106,16 @@ class Pipeline:
         return Sample(record.id, image, boxes, labels, scale)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """b samples, padded at the bottom and on the right to one size."""
 
     # uint8 (b, 3, H, W), zero where padded; float and normalised where a loader gives them
     images: Tensor
     sizes: list[tuple[int, int]]  # b times (height, width) without padding
-    scales: Tensor  # float32 (b, 2): x and y factors from the original pictures; stays on the CPU
+    scales: Tensor  # float32 (b, 2): x and y factors from the original pictures
     boxes: list[Tensor]  # b times float32 (n, 4), in the pixels of `images`
     labels: list[Tensor]  # b times int64 (n,)
     ids: list[str]
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return self._each(partial(Tensor.to, device=device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        boxes, labels = [*map(change, self.boxes)], [*map(change, self.labels)]
-        return replace(self, images=change(self.images), boxes=boxes, labels=labels)
 
     def normalised(self, normalisation: Normalisation) -> "Batch":
         """With float images for the network: zero where padded, whatever zero grey would have
@@ -136,7 +125,7 @@ class Batch:
         for image, (height, width) in zip(images, self.sizes):
             image[:, height:] = 0
             image[:, :, width:] = 0
-        return replace(self, images=images)
+        return self._replace(images=images)
 
 
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
@@ -226,7 +215,7 @@ def train_loader(
     the `batch_size` samples from t * batch_size on, of which process `rank` of `world` takes every
     world-th. Sample i is a pure function of (seed, i). With `group` a batch's pictures are all wide
     or all tall. With `extra`, items are (batch, extra(seed, step)): made by the same worker, the
-    same on all processes, and with the methods `to`, `pin_memory` and `normalised`.
+    same on all processes, and a NamedTuple with a method `normalised`.
 
     Raises:
         InputError: `batch_size` is not a multiple of `world`, or a picture cannot be read.

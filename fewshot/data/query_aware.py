@@ -5,8 +5,10 @@ and of others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,26 +60,16 @@ def support_crop(
     return pixels, torch.tensor([float(int(corner * (size / side))) for corner in corners])
 
 
-@dataclass
-class BoxedSupports:
+class BoxedSupports(NamedTuple):
     """Supports with the box of their object; any number of leading dimensions."""
 
     images: Tensor  # uint8 (.., 3, S, S); float and normalised where a loader gives them
     boxes: Tensor  # float32 (.., 4), xyxy in their pixels
     labels: Tensor  # int64 (..)
 
-    def to(self, device: torch.device | str) -> BoxedSupports:
-        return self._each(lambda part: part.to(device, non_blocking=True))
-
-    def pin_memory(self) -> BoxedSupports:
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> BoxedSupports:
-        return BoxedSupports(change(self.images), change(self.boxes), change(self.labels))
-
     def normalised(self, normalisation: Normalisation) -> BoxedSupports:
         """With float images for the network."""
-        return replace(self, images=normalisation(self.images))
+        return self._replace(images=normalisation(self.images))
 
 
 def without_small(dataset: DetectionSet, area: float) -> DetectionSet:
@@ -146,8 +138,8 @@ class QueryAware:
         """
         feed.check(batch_size, "pictures")
         numbers = [feed.numbers(step, batch_size) for step in range(feed.start, feed.steps)]
-        make = _Episodes(self, feed.seed, Shuffle.of(self.dataset, batch_size, group))
-        return stream(make, numbers, feed, normalisation)
+        shuffle = Shuffle.of(self.dataset, batch_size, group)
+        return stream(partial(self._step, feed.seed, shuffle), numbers, feed, normalisation)
 
     def describe(self) -> dict[str, int]:
         """What a saved model says of the supports that it takes."""
@@ -221,29 +213,18 @@ class QueryAware:
             chosen += [pool[i] for i in rng.permutation(len(pool)).tolist()]
         return chosen[: self.shots]
 
-
-@dataclass
-class _Episodes:
-    """Makes a step's share from the numbers of its samples."""
-
-    source: QueryAware
-    seed: int
-    shuffle: Shuffle
-
-    def __call__(self, numbers: range) -> tuple[Batch, BoxedSupports]:
-        source, samples, supports = self.source, [], []
+    def _step(self, seed: int, shuffle: Shuffle, numbers: range) -> tuple[Batch, BoxedSupports]:
+        """A step's share, of the numbers of its samples."""
+        samples, supports = [], []
         for number in numbers:
-            index, query, ways = source.draw(self.seed, number, self.shuffle)
-            augment = np.random.default_rng((Word.AUGMENT, self.seed, number))
-            sample = source.pipeline.sample(source.dataset, index, augment)
+            index, query, ways = self.draw(seed, number, shuffle)
+            augment = np.random.default_rng((Word.AUGMENT, seed, number))
+            sample = self.pipeline.sample(self.dataset, index, augment)
             mine = sample.labels == query
             samples.append(replace(sample, boxes=sample.boxes[mine], labels=sample.labels[mine]))
-            supports.append(source.supports([entry for way in ways for entry in way]))
-        shape = (len(samples), source.ways, source.shots)
-        images, boxes, labels = (
-            torch.cat([getattr(s, k) for s in supports]) for k in ("images", "boxes", "labels")
-        )
-        images, boxes = images.view(*shape, *images.shape[1:]), boxes.view(*shape, 4)
-        return collate(samples, source.pipeline.multiple), BoxedSupports(
-            images, boxes, labels.view(shape)
-        )
+            supports.append(self.supports([entry for way in ways for entry in way]))
+
+        shape = (len(samples), self.ways, self.shots)
+        columns = (torch.cat(column) for column in zip(*supports))
+        each = BoxedSupports(*(column.unflatten(0, shape) for column in columns))
+        return collate(samples, self.pipeline.multiple), each

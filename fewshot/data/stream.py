@@ -9,21 +9,27 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fewshot import InputError
 from fewshot.data.transforms import Normalisation
 
-T = TypeVar("T", bound="Movable")
+WORKERS = weakref.WeakSet()  # the processes that load for our streams
 
 
 class Word:
-    """The first word of every seed: no two kinds of randomness that meet in a run share a stream."""
+    """The first word of every seed: no two kinds of randomness that meet in a run share a stream.
+
+    QUERY and TABLE are the same numbers as EPISODE and EPISODE_AUGMENT, but a run detects or it
+    classifies, so they never meet. Other numbers would change what every run so far has drawn.
+    """
 
     SHOTS, SAMPLES, AUGMENT, SUPPORT = range(10, 14)  # detection
     CROPS = 15  # of single objects
@@ -69,14 +75,15 @@ class Feed:
             raise InputError(f"seed {self.seed}: must not be negative")
 
 
-class Movable(Protocol):
-    """What a stream is made of."""
-
-    def to(self: T, device: torch.device | str) -> T: ...
-
-    def pin_memory(self: T) -> T: ...
-
-    def normalised(self: T, normalisation: Normalisation) -> T: ...
+def move(batch: Any, device: torch.device | str) -> Any:
+    """A batch, a NamedTuple, with its tensors and those of its lists on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, list):
+        return [move(part, device) for part in batch]
+    if hasattr(batch, "_fields"):
+        return batch._make(move(part, device) for part in batch)
+    return batch
 
 
 class _Made(Dataset):
@@ -86,9 +93,14 @@ class _Made(Dataset):
     def __getitem__(self, order: Any) -> Any:
         try:
             return self.make(order)
-        # raised in a worker, its one line would be buried under tracebacks
-        except InputError as error:
+        # Raised in a worker, an InputError's one line would be buried under tracebacks, and the
+        # others would look as if the worker had been ended.
+        except (InputError, OSError, EOFError) as error:
             return error
+
+
+def _as_made(item: Any) -> Any:
+    return item
 
 
 def stream(
@@ -99,12 +111,13 @@ def stream(
 ) -> Iterator[Any]:
     """make(order) of every order, in turn, on the feed's device, made by its workers ahead of time.
 
-    `make` gives something `Movable`, or a tuple of such; with a `normalisation` these are
-    normalised on the device. An `InputError` that it raises is raised here.
+    `make` gives a tensor or a NamedTuple of tensors, or a plain tuple of such; with a
+    `normalisation` each part's own `normalised` is applied on the device. An `InputError` that
+    `make` raises is raised here.
     """
 
     def delivered(part: Any) -> Any:
-        part = part.to(device)
+        part = move(part, device)
         return part if normalisation is None else part.normalised(normalisation)
 
     device = torch.device(feed.device)
@@ -112,6 +125,7 @@ def stream(
         _Made(make),
         batch_size=None,
         sampler=orders,
+        collate_fn=_as_made,  # DataLoader's own would make tensors of arrays and lists of tuples
         num_workers=feed.workers,
         pin_memory=device.type == "cuda",
         # of its own: making an iterator must not draw from the global stream, or resumed runs would
@@ -120,22 +134,22 @@ def stream(
         worker_init_fn=_leave_signals_to_the_run,
     )
     for item in _received(loader):
-        if isinstance(item, InputError):
+        if isinstance(item, Exception):
             raise item
-        # DataLoader makes lists of tuples
-        yield tuple(map(delivered, item)) if isinstance(item, (tuple, list)) else delivered(item)
+        # pinned by an older DataLoader, a tuple has become a list
+        yield tuple(map(delivered, item)) if type(item) in (tuple, list) else delivered(item)
 
 
 def _received(loader: DataLoader) -> Iterator[Any]:
     """What the workers make. One that is killed while it hands over a batch breaks the connection,
     not only itself.
     """
+    batches = iter(loader)
+    WORKERS.update(getattr(batches, "_workers", ()))  # none if batches are made in this process
     try:
-        yield from loader
+        yield from batches
+    # not of the data: `_Made` returns these
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        # from the data, in a worker or here
-        if not loader.num_workers or str(error).startswith("Caught "):
-            raise
         reason = f"{type(error).__name__} {error}".strip()
         raise InputError(
             "a process that loads data was ended, as the system does when memory is short: give fewer --workers "
@@ -156,9 +170,9 @@ def _end_workers() -> None:
     """Of a stream that an error left open: Python would end them by SIGTERM, which they ignore, and
     wait forever.
     """
-    children = [child for child in multiprocessing.active_children() if child.daemon]
-    if children:
+    left = [child for child in multiprocessing.active_children() if child in WORKERS]
+    if left:
         # torch's handler would raise that they were killed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in children:
-        child.kill()
+    for worker in left:
+        worker.kill()

@@ -5,7 +5,7 @@ that is meant.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 22
     return torch.cat([squeezed, mask])
 
 
-@dataclass
-class SupportBatch:
+class SupportBatch(NamedTuple):
     """n supports."""
 
     # uint8 (n, 4, S, S): RGB and the mask of the object; float and normalised where a loader gives
@@ -55,20 +54,11 @@ class SupportBatch:
     images: Tensor
     labels: Tensor  # int64 (n,)
 
-    def to(self, device: torch.device | str) -> SupportBatch:
-        return SupportBatch(
-            self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        )
-
-    def pin_memory(self) -> SupportBatch:
-        return SupportBatch(self.images.pin_memory(), self.labels.pin_memory())
-
     def normalised(self, normalisation: Normalisation) -> SupportBatch:
         """With float images for the network: normalised colours, and the mask as it is."""
-        return replace(
-            self,
-            images=torch.cat([normalisation(self.images[:, :3]), self.images[:, 3:].float()], 1),
-        )
+        colours = normalisation(self.images[:, :3])
+        mask = self.images[:, 3:].float()
+        return self._replace(images=torch.cat([colours, mask], 1))
 
 
 class NWayKShot:
