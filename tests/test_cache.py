@@ -253,9 +253,7 @@ def test_what_a_killed_program_left_is_not_taken(root):
         assert killed.wait(60) == -signal.SIGKILL
         killed.stdout.close()
         (left,) = [name for name in files(root) if name.endswith(".tmp")]  # the older one is gone
-        assert f"-{killed.pid}." in left and not [
-            name for name in files(root) if name.endswith(".npy")
-        ]
+        assert not [name for name in files(root) if name.endswith(".npy")]
     size = (root / classification.CACHE_FOLDER / left).stat().st_size
     cached = open_dataset("folder", root, "train", cache=True)
     assert (
@@ -263,15 +261,3 @@ def test_what_a_killed_program_left_is_not_taken(root):
         and 0 < size < cached.source.path.stat().st_size
     )
     assert files(root) == [cached.source.path.name]
-
-
-def test_what_living_programs_write_is_left_alone(root):
-    path = root / "some.npy"
-    mine = cache.unfinished(path)
-    others = mine.with_name(mine.name.replace(str(os.getpid()), str(os.getppid())))
-    elsewhere = path.with_name(f"{path.name}.another-machine-{2**22 + 1}.tmp")
-    for file in (mine, others, elsewhere):
-        file.touch()
-    with cache.alone(path):
-        assert others.exists() and elsewhere.exists() and not mine.exists()
-    assert not path.with_name("some.npy.lock").exists()

@@ -12,12 +12,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import platform
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -31,20 +30,6 @@ from fewshot import InputError
 # new one
 LAYOUT = 1
 CHUNK = 512  # pictures decoded before they are written
-
-
-# numpy reads the header as a line of Python
-HEADER_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    SyntaxError,
-    TokenError,
-    OverflowError,
-)
-HEADER_ERRORS += (AttributeError, MemoryError, RecursionError)
 
 
 def kind(side: int) -> np.dtype:
@@ -62,14 +47,12 @@ class Squares:
     def __init__(self, path: Path):
         try:
             records = np.load(path, mmap_mode="r")
-            if (
-                not isinstance(records, np.ndarray)
-                or records.ndim != 1
-                or records.dtype != kind(records["pixels"].shape[-1])
-            ):
+            self.pixels = np.asarray(records["pixels"])
+            self.aspects = np.asarray(records["aspect"])
+            if records.ndim != 1 or records.dtype != kind(self.pixels.shape[-1]):
                 raise ValueError("it holds something else")
-            self.pixels, self.aspects = np.asarray(records["pixels"]), np.asarray(records["aspect"])
-        except HEADER_ERRORS as error:
+        # numpy reads the header as a line of Python, so that damage raises all sorts of errors
+        except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(
                 f"{path}: not readable as a cache ({reason:.300}); delete it to have it made again"
@@ -130,8 +113,6 @@ def alone(path: Path) -> Iterator[None]:
     """A turn to make a file, if it is not there by then: other processes that want it wait until
     the block ends.
 
-    What processes of this machine that were killed have left of it is removed.
-
     Raises OSError when its folder cannot be written to.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
@@ -141,10 +122,10 @@ def alone(path: Path) -> Iterator[None]:
         tqdm.write(f"{path} is being made by another process: waiting for it")
         lock.acquire()
     try:
-        start = f"{path.name}.{platform.node()}-"
-        for left in path.parent.glob(f"{glob.escape(start)}*.tmp"):
-            if not _lives(left.name.removeprefix(start).removesuffix(".tmp")):
-                left.unlink(missing_ok=True)
+        # Whoever makes this file has the lock: what is begun is of processes that were killed.
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            left.unlink(missing_ok=True)
+
         yield
     finally:
         # whoever waits for a lock that is no longer there gets it all the same, and finds the file
@@ -153,18 +134,8 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def unfinished(path: Path) -> Path:
-    """Where this process writes a file, which is then renamed to `path`."""
-    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-
-
-def _lives(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        return True  # somebody else's
-    return int(process) != os.getpid()
+    """A name of its own under which a file is written, which is then renamed to `path`."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _write(path: Path, decoder: Decoder) -> None:
