@@ -87,19 +87,18 @@ class Pipeline:
         """
         record, image = dataset.records[index], dataset.image(index)
         usable = dataset.usable(record)
-        boxes, labels = (
-            torch.from_numpy(record.boxes[usable]),
-            torch.from_numpy(record.labels[usable]),
-        )
+        labels = torch.from_numpy(record.labels[usable])
+
         shorts = self.short if isinstance(self.short, tuple) else (self.short,)
-        short = (
-            max(shorts) if rng is None or len(shorts) == 1 else shorts[rng.integers(len(shorts))]
-        )
+        draws = rng is not None and len(shorts) > 1
+        short = shorts[rng.integers(len(shorts))] if draws else max(shorts)
         image, scale = self.resize(image, short)
+
         height, width = image.shape[-2:]
-        boxes = boxes * scale.repeat(2)
+        boxes = torch.from_numpy(record.boxes[usable]) * scale.repeat(2)
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
+
         if self.flip and rng is not None and rng.random() < 0.5:
             image = image.flip(-1)
             boxes[:, 0::2] = width - boxes[:, [2, 0]]
