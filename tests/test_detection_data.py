@@ -3,8 +3,10 @@ loaders give.
 """
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -83,7 +85,11 @@ def voc(tmp_path):
     return tmp_path
 
 
-def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+@contextmanager
+def refused(*words: str):
+    """An InputError of one line, which has these words."""
+    with pytest.raises(InputError) as error:
+        yield
     text = str(error.value)
     assert "\n" not in text, text
     for word in words:
@@ -148,9 +154,8 @@ def test_restrict_relabels_and_drops(voc):
     )
     assert [r.labels.tolist() for r in only.records] == [[2], [0, 2], [2]]
     assert [r.id for r in opened.restrict(["person"]).records] == ["VOC2007/000004"]
-    with pytest.raises(InputError) as error:
+    with refused("zebra"):
         opened.restrict(["zebra"])
-    one_line(error, "zebra")
 
 
 def test_a_missing_year_is_noted(tmp_path):
@@ -159,63 +164,27 @@ def test_a_missing_year_is_noted(tmp_path):
     assert len(opened) == 1 and "VOC2012" in opened.notes[0]
 
 
+XML, LIST = "Annotations/000004.xml", "ImageSets/Main/trainval.txt"
+WIDTH, XMAX = "<width>100</width>", "<xmax>90</xmax>"
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
-        ("Annotations/000004.xml", None, None, ["000004.xml", "missing", "unpack"]),
-        ("JPEGImages/000004.jpg", None, None, ["000004.jpg", "1 of 5"]),
-        ("ImageSets/Main/trainval.txt", None, None, ["trainval.txt", "missing"]),
-        ("Annotations/000004.xml", "</annotation>", "", ["000004.xml", "not a VOC annotation"]),
-        ("Annotations/000004.xml", "<width>100</width>", "", ["000004.xml", "size"]),
-        (
-            "Annotations/000004.xml",
-            "<xmax>90</xmax>",
-            "<xmax>29</xmax>",
-            ["000004.xml", "dog", "[30, 30, 29, 70]"],
-        ),
-        ("Annotations/000004.xml", "<xmax>90</xmax>", "", ["000004.xml", "dog", "bndbox"]),
-        (
-            "Annotations/000004.xml",
-            "<xmax>90</xmax>",
-            "<xmax>inf</xmax>",
-            ["000004.xml", "dog", "bndbox"],
-        ),
-        (
-            "Annotations/000004.xml",
-            "<xmax>90</xmax>",
-            "<xmax>nan</xmax>",
-            ["000004.xml", "dog", "bndbox"],
-        ),
-        (
-            "Annotations/000004.xml",
-            "<xmax>90</xmax>",
-            "<xmax>1e300</xmax>",
-            ["000004.xml", "dog", "too large"],
-        ),
-        (
-            "Annotations/000004.xml",
-            "<width>100</width>",
-            "<width>0</width>",
-            ["000004.xml", "size", "0 x 80"],
-        ),
-        (
-            "Annotations/000004.xml",
-            "<annotation>",
-            "<?xml version='1.0' encoding='x'?>",
-            ["000004.xml", "not a VOC"],
-        ),
-        (
-            "ImageSets/Main/trainval.txt",
-            "000004",
-            "../../secret",
-            ["trainval.txt", "'../../secret'", "leads out"],
-        ),
-        (
-            "ImageSets/Main/trainval.txt",
-            "000004",
-            "/etc/secret",
-            ["trainval.txt", "'/etc/secret'", "leads out"],
-        ),
+        (XML, None, None, ["missing", "unpack"]),
+        ("JPEGImages/000004.jpg", None, None, ["1 of 5"]),
+        (LIST, None, None, ["missing"]),
+        (XML, "</annotation>", "", ["not a VOC annotation"]),
+        (XML, WIDTH, "", ["size"]),
+        (XML, XMAX, "<xmax>29</xmax>", ["dog", "[30, 30, 29, 70]"]),
+        (XML, XMAX, "", ["dog", "bndbox"]),
+        (XML, XMAX, "<xmax>inf</xmax>", ["dog", "bndbox"]),
+        (XML, XMAX, "<xmax>nan</xmax>", ["dog", "bndbox"]),
+        (XML, XMAX, "<xmax>1e300</xmax>", ["dog", "too large"]),
+        (XML, WIDTH, "<width>0</width>", ["size", "0 x 80"]),
+        (XML, "<annotation>", "<?xml version='1.0' encoding='x'?>", ["not a VOC"]),
+        (LIST, "000004", "../../secret", ["'../../secret'", "leads out"]),
+        (LIST, "000004", "/etc/secret", ["'/etc/secret'", "leads out"]),
     ],
 )
 def test_mistakes_in_voc_are_named(voc, file, old, new, words):
@@ -225,9 +194,8 @@ def test_mistakes_in_voc_are_named(voc, file, old, new, words):
     else:
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(InputError) as error:
+    with refused(path.name, *words):
         open_detection("voc", voc, part="train")
-    one_line(error, *words)
 
 
 def test_lists_may_have_a_byte_order_mark_but_are_utf_8(voc):
@@ -238,9 +206,8 @@ def test_lists_may_have_a_byte_order_mark_but_are_utf_8(voc):
         "VOC2007/000006",
     ]
     path.write_text(path.read_text(), encoding="utf-16")
-    with pytest.raises(InputError) as error:
+    with refused("test.txt", "UTF-8"):
         open_detection("voc", voc, part="test")
-    one_line(error, "test.txt", "UTF-8")
 
 
 def test_boxes_beyond_their_picture_are_noted(tmp_path):
@@ -266,23 +233,19 @@ def test_wrong_choices_are_named(tmp_path):
         (("glyphs", "offset"), {"name": "glyphs", "offset": (0, 0, 0, 0)}),
         (("nonsense",), {"name": "nonsense"}),
     ]:
-        with pytest.raises(InputError) as error:
+        with refused(*words):
             open_detection(root=tmp_path, part="train", **kwargs)
-        one_line(error, *words)
-    with pytest.raises(InputError) as error:
+    with refused("nowhere", "no such folder"):
         open_detection("voc", tmp_path / "nowhere", part="test")
-    one_line(error, "nowhere", "no such folder")
 
 
 def test_an_unreadable_picture_is_named_also_from_a_worker(voc):
     opened = open_detection("voc", voc, part="test")
     Path(opened.records[1].path).write_bytes(b"not a picture")
-    with pytest.raises(InputError) as error:
+    with refused("000006.jpg"):
         opened.image(1)
-    one_line(error, "000006.jpg")
-    with pytest.raises(InputError) as error:
+    with refused("000006.jpg"):
         list(pipeline.test_loader(opened, Pipeline(), Feed(workers=1), CAFFE))
-    one_line(error, "000006.jpg")
 
 
 def test_a_picture_of_another_size_than_annotated_is_named(voc):
@@ -291,15 +254,13 @@ def test_a_picture_of_another_size_than_annotated_is_named(voc):
     says = f"{path.parents[1] / 'Annotations' / path.stem}.xml says 100 x 80"
     for size in ((100, 79), (80, 100)):
         Image.new("RGB", size).save(path)
-        with pytest.raises(InputError) as error:
+        with refused(str(path), f"{size[0]} x {size[1]} pixels", says, "correct"):
             opened.image(0)
-        one_line(error, str(path), f"{size[0]} x {size[1]} pixels", says, "correct")
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (100, 80)).save(path, exif=exif)
-    with pytest.raises(InputError) as error:
+    with refused(str(path), "80 x 100 pixels", "100 x 80", "EXIF", "save it upright"):
         opened.image(0)
-    one_line(error, str(path), "80 x 100 pixels", "100 x 80", "EXIF", "save it upright")
     Image.new("RGB", (80, 100)).save(path, exif=exif)  # as annotated, once it is upright
     assert opened.image(0).shape == (3, 80, 100)
 
@@ -388,24 +349,21 @@ def test_coco(tmp_path):
     test = open_detection("coco", tmp_path, part="test")
     assert len(test.records[0].labels) == 7 and not test.notes
     (tmp_path / "coco" / "train2014" / "COCO_train2014_000000000042.jpg").unlink()
-    with pytest.raises(InputError) as error:
+    with refused("COCO_train2014_000000000042.jpg", "1 of 2"):
         open_detection("coco", tmp_path, part="test")
-    one_line(error, "COCO_train2014_000000000042.jpg", "1 of 2")
 
 
 def test_coco_never_mixes_its_splits(tmp_path):
     coco_tree(tmp_path, ("trainvalno5k.json", "instances_train2014.json", "instances_val2014.json"))
-    with pytest.raises(InputError) as error:
+    with refused("5k.json"):
         open_detection("coco", tmp_path, part="test")
-    one_line(error, "5k.json")
 
 
 def test_coco_has_its_novel_classes(tmp_path):
     path = coco_tree(tmp_path) / "annotations" / "val.json"
     path.write_text(path.read_text().replace('"potted plant"', '"plant"'))
-    with pytest.raises(InputError) as error:
+    with refused("no category 'potted plant' to be novel"):
         open_detection("coco", tmp_path, part="test")
-    one_line(error, "no category 'potted plant' to be novel")
 
 
 @pytest.fixture
@@ -507,72 +465,62 @@ def test_what_is_left_out_of_own_data_is_noted(own):
     ]
 
 
+NUMBERS = [
+    "abcd",
+    [1, 2, 3],
+    [1, 2, "3", 4],
+    [1, 2, [3], 4],
+    [1, 2, 3, float("nan")],
+    [1, 1e300, 3, 4],
+    {},
+]
+BOXES, IMAGES, CLASSES = "annotations", "images", "categories"
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "change", "words"),
+    [
+        *((BOXES, 0, {"bbox": v}, ["annotation 1 of image 1", "bbox"]) for v in NUMBERS),
+        *(
+            (IMAGES, 0, {"width": v}, ["entry 0 of 'images'", "width"])
+            for v in (0, -5, "64", None, [64], 64.5, float("inf"))
+        ),
+        (BOXES, 0, {"area": "big"}, ["annotation 1", "area 'big'"]),
+        (BOXES, 0, {"image_id": [1]}, ["annotation 1", "image [1]"]),
+        (BOXES, 0, {"category_id": {}}, ["annotation 1", "category {}"]),
+        (BOXES, 0, {"bbox": [5, 5, 0, 10]}, ["annotation 1", "[5, 5, 0, 10]"]),
+        (BOXES, 1, "bbox", ["annotation 2", "bbox"]),
+        (BOXES, 2, {"image_id": 7}, ["annotation 3", "image 7"]),
+        (IMAGES, 0, {"id": [1]}, ["entry 0 of 'images'", "'id'"]),
+        (IMAGES, 0, {"file_name": 5}, ["entry 0 of 'images'", "file_name"]),
+        (IMAGES, 0, {"file_name": "../a.png"}, ["entry 0 of 'images'", "leads out"]),
+        (IMAGES, 0, {"file_name": "/tmp/a.png"}, ["entry 0 of 'images'", "leads out"]),
+        (IMAGES, 0, {"file_name": "b.png"}, ["b.png"]),
+        (IMAGES, 0, "width", ["width"]),
+        (CLASSES, 1, {"id": "2"}, ["entry 1 of 'categories'", "'id'"]),
+        (CLASSES, 1, {"id": 1}, ["category id 1", "2 times"]),
+        (CLASSES, 1, {"name": None}, ["entry 1 of 'categories'", "name"]),
+        (CLASSES, 1, {"name": "cat"}, ["category 'cat'", "2 times"]),
+    ],
+)
+def test_mistakes_in_an_entry_of_own_data_are_named(own, kind, number, change, words):
+    def made(content):
+        if isinstance(change, dict):
+            content[kind][number].update(change)
+        else:
+            content[kind][number].pop(change)
+
+    change_json(own / "pets" / "train.json", made)
+    with refused("train.json", *words):
+        open_detection("pets", own, part="train")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        *(
-            (
-                lambda c, v=v: c["annotations"][0].update(bbox=v),
-                ["train.json", "annotation 1 of image 1", "bbox"],
-            )
-            for v in (
-                "abcd",
-                [1, 2, 3],
-                [1, 2, "3", 4],
-                [1, 2, [3], 4],
-                [1, 2, 3, float("nan")],
-                [1, 1e300, 3, 4],
-                {},
-            )
-        ),
-        *(
-            (
-                lambda c, v=v: c["images"][0].update(width=v),
-                ["train.json", "entry 0 of 'images'", "width"],
-            )
-            for v in (0, -5, "64", None, [64], 64.5, float("inf"))
-        ),
+        (lambda c: c[IMAGES].append(c[IMAGES][0]), ["train.json", "image id '1'", "2 times"]),
         (
-            lambda c: c["annotations"][0].update(area="big"),
-            ["train.json", "annotation 1", "area 'big'"],
-        ),
-        (
-            lambda c: c["annotations"][0].update(image_id=[1]),
-            ["train.json", "annotation 1", "image [1]"],
-        ),
-        (
-            lambda c: c["annotations"][0].update(category_id={}),
-            ["train.json", "annotation 1", "category {}"],
-        ),
-        (lambda c: c["images"][0].update(id=[1]), ["train.json", "entry 0 of 'images'", "'id'"]),
-        (
-            lambda c: c["images"][0].update(file_name=5),
-            ["train.json", "entry 0 of 'images'", "file_name"],
-        ),
-        (
-            lambda c: c["images"][0].update(file_name="../a.png"),
-            ["train.json", "entry 0 of 'images'", "leads out"],
-        ),
-        (
-            lambda c: c["images"][0].update(file_name="/tmp/a.png"),
-            ["train.json", "entry 0 of 'images'", "leads out"],
-        ),
-        (lambda c: c["images"].append(c["images"][0]), ["train.json", "image id '1'", "2 times"]),
-        (
-            lambda c: c["categories"][1].update(id="2"),
-            ["train.json", "entry 1 of 'categories'", "'id'"],
-        ),
-        (lambda c: c["categories"][1].update(id=1), ["train.json", "category id 1", "2 times"]),
-        (
-            lambda c: c["categories"][1].update(name=None),
-            ["train.json", "entry 1 of 'categories'", "name"],
-        ),
-        (
-            lambda c: c["categories"][1].update(name="cat"),
-            ["train.json", "category 'cat'", "2 times"],
-        ),
-        (
-            lambda c: c["images"].append({**c["images"][0], "id": 2}),
+            lambda c: c[IMAGES].append({**c[IMAGES][0], "id": 2}),
             ["train.json", "picture 'a.png'", "2 times"],
         ),
         *(
@@ -580,43 +528,29 @@ def test_what_is_left_out_of_own_data_is_noted(own):
                 lambda c, k=k: c[k].insert(0, "nothing"),
                 ["train.json", f"entry 0 of {k!r}", "no object", "nothing"],
             )
-            for k in ("images", "categories", "annotations")
+            for k in (IMAGES, CLASSES, BOXES)
         ),
-        (
-            lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 10]),
-            ["train.json", "annotation 1", "[5, 5, 0, 10]"],
-        ),
-        (lambda c: c["annotations"][1].pop("bbox"), ["train.json", "annotation 2", "bbox"]),
-        (
-            lambda c: c["annotations"][2].update(image_id=7),
-            ["train.json", "annotation 3", "image 7"],
-        ),
-        (lambda c: c["images"][0].update(file_name="b.png"), ["train.json", "b.png"]),
-        (lambda c: c["images"][0].pop("width"), ["train.json", "width"]),
-        (lambda c: c["categories"].append({"id": 9, "name": "emu"}), ["test.json", "emu"]),
-        (lambda c: c.pop("categories"), ["train.json", "categories"]),
+        (lambda c: c[CLASSES].append({"id": 9, "name": "emu"}), ["test.json", "emu"]),
+        (lambda c: c.pop(CLASSES), ["train.json", "categories"]),
     ],
 )
 def test_mistakes_in_own_data_are_named(own, change, words):
     change_json(own / "pets" / "train.json", change)
-    with pytest.raises(InputError) as error:
+    with refused(*words):
         open_detection("pets", own, part="train")
-    one_line(error, *words)
 
 
 def test_unknown_novel_class_and_broken_json_are_named(own):
-    with pytest.raises(InputError) as error:
+    with refused("unicorn", "pets"):
         open_detection("pets", own, part="train", novel=["unicorn"])
-    one_line(error, "unicorn", "pets")
     for content, words in (
         (b"{", "not json"),
         (b"[" * 100000, "not json"),
         ("{}".encode("utf-16"), "UTF-8"),
     ):
         (own / "pets" / "train.json").write_bytes(content)
-        with pytest.raises(InputError) as error:
+        with refused("train.json", words):
             open_detection("pets", own, part="train")
-        one_line(error, "train.json", words)
 
 
 def test_glyph_splits_permute_labels_of_the_same_scenes():
@@ -762,12 +696,10 @@ def test_training_stream_resumes_and_is_split_among_processes(scenes):
     assert (
         sorted(ids[:9]) == sorted(ids[9:18]) == every and ids[:9] != ids[9:18]
     )  # an epoch is a permutation
-    with pytest.raises(InputError) as error:
+    with refused("4", "3 processes"):
         stream_of(scenes, world=3)
-    one_line(error, "4", "3 processes")
-    with pytest.raises(InputError) as error:
+    with refused("glyphs", "no picture"):
         stream_of(scenes.with_records([]))
-    one_line(error, "glyphs", "no picture")
 
 
 def test_loaders_draw_nothing_from_the_global_streams(scenes):
@@ -781,28 +713,21 @@ def test_loaders_draw_nothing_from_the_global_streams(scenes):
     )
 
 
-class Extra:
+class Extra(NamedTuple):
     """Stands for a support batch that records what it was asked for."""
 
-    def __init__(self, seed, step):
-        self.asked, self.device, self.normalisation = (seed, step), None, None
-
-    def to(self, device):
-        self.device = device
-        return self
+    seed: int
+    step: int
+    normalisation: object = None
 
     def normalised(self, normalisation):
-        self.normalisation = normalisation
-        return self
+        return self._replace(normalisation=normalisation)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_extras_come_with_their_step(scenes, workers):
     pairs = stream_of(scenes, start=2, steps=4, extra=Extra, workers=workers)
-    assert [extra.asked for _, extra in pairs] == [(5, 2), (5, 3)]
-    assert all(
-        extra.device == torch.device("cpu") and extra.normalisation == CAFFE for _, extra in pairs
-    )
+    assert [extra for _, extra in pairs] == [(5, 2, CAFFE), (5, 3, CAFFE)]
     assert all(
         same(batch, alone) for (batch, _), alone in zip(pairs, stream_of(scenes, start=2, steps=4))
     )

@@ -9,6 +9,7 @@ pixels as the network sees.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import uuid
@@ -46,14 +47,12 @@ class Squares:
     def __init__(self, path: Path):
         try:
             records = np.load(path, mmap_mode="r")
-            if (
-                not isinstance(records, np.ndarray)
-                or records.ndim != 1
-                or records.dtype != kind(records["pixels"].shape[-1])
-            ):
+            self.pixels = np.asarray(records["pixels"])
+            self.aspects = np.asarray(records["aspect"])
+            if records.ndim != 1 or records.dtype != kind(self.pixels.shape[-1]):
                 raise ValueError("it holds something else")
-            self.pixels, self.aspects = np.asarray(records["pixels"]), np.asarray(records["aspect"])
-        except Exception as error:  # numpy reads the header as a line of Python
+        # numpy reads the header as a line of Python, so that damage raises all sorts of errors
+        except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(
                 f"{path}: not readable as a cache ({reason:.300}); delete it to have it made again"
@@ -123,6 +122,10 @@ def alone(path: Path) -> Iterator[None]:
         tqdm.write(f"{path} is being made by another process: waiting for it")
         lock.acquire()
     try:
+        # Whoever makes this file has the lock: what is begun is of processes that were killed.
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            left.unlink(missing_ok=True)
+
         yield
     finally:
         # whoever waits for a lock that is no longer there gets it all the same, and finds the file
@@ -131,14 +134,12 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def unfinished(path: Path) -> Path:
-    """Where this process writes a file, which is then renamed to `path`."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """A name of its own under which a file is written, which is then renamed to `path`."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _write(path: Path, decoder: Decoder) -> None:
-    """Decode all pictures into a file that becomes `path` once it is whole; in a turn of `alone`, so
-    that what a killed process left is written over.
-    """
+    """Decode all pictures into a file of this process's own, which becomes `path` once it is whole."""
     n, side = decoder.number, decoder.side
     header = {
         "descr": np.lib.format.dtype_to_descr(kind(side)),
@@ -150,7 +151,7 @@ def _write(path: Path, decoder: Decoder) -> None:
         pixels, aspect = decoder.read(index)
         return np.array((aspect, pixels.numpy()), kind(side)).tobytes()
 
-    own = path.with_name(f"{path.name}.tmp")
+    own = unfinished(path)
     progress = tqdm(total=n, desc=f"decoding {decoder.name}", leave=False, dynamic_ncols=True)
     try:
         # Written, not mapped: on a full disk writing raises an error, storing through a memory map

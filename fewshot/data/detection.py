@@ -8,7 +8,7 @@ Boxes are xyxy in pixels throughout.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -178,15 +178,9 @@ def open_split(
     Of the test part only `test_images` pictures are taken: the first ones, but of one's own data,
     which are sorted by name, every so-manieth. None of them having a novel object is an error.
     """
-    choice = {
-        "split": split,
-        "difficult": difficult,
-        "novel": novel,
-        "offset": offset,
-        "layout": layout,
-    }
-    parts = _open(name, root, ("train", "test"), **choice, fault=fault)
-    train, test = parts["train"], parts["test"]
+    train, test = _open(
+        name, root, ("train", "test"), split, difficult, novel, offset, layout, fault
+    ).values()
     records = test.records[:test_images]
     if name not in PUBLISHED and test_images is not None:
         every = np.linspace(0, len(test), min(test_images, len(test)), endpoint=False)
@@ -229,21 +223,13 @@ def open_detection(
     Raises:
         InputError: naming the folder, file, picture, box or class that is missing or wrong.
     """
-    choice = {
-        "split": split,
-        "difficult": difficult,
-        "novel": novel,
-        "offset": offset,
-        "layout": layout,
-    }
-    return _open(name, root, (part,), **choice, fault=refuse)[part]
+    return _open(name, root, (part,), split, difficult, novel, offset, layout, refuse)[part]
 
 
 def _open(
     name: str,
     root: str | Path,
     parts: tuple[Part, ...],
-    *,
     split: int,
     difficult: Literal["keep", "drop"],
     novel: Sequence[str],
@@ -257,103 +243,100 @@ def _open(
         )
     root = Path(root)
     target = cd_fsod.find(name, root)
-    _check_choice(
-        name, split, novel, offset, layout, published=name in PUBLISHED or target is not None
-    )
+    published = name in PUBLISHED or target is not None
+    _check_choice(name, split, novel, offset, layout, published)
+
+    if name == "coco":
+        return {part: _coco(root, part, fault) for part in parts}
     if name == "glyphs":
-        opened, novel = _open_glyphs(parts, split)
+        opened = {part: _glyphs(part) for part in parts}
+        novel = [opened[parts[0]].classes[i] for i in GLYPH_NOVEL[split]]
     elif name == "voc":
-        opened, novel = _open_voc(root, parts, split, offset or annotations.VOC_OFFSET, fault)
-        opened = {p: replace(s, train_difficult=difficult == "keep") for p, s in opened.items()}
-    elif name == "coco":
-        # published with base and novel classes interleaved, so these are not sorted
-        return _open_coco(root, parts, fault)
+        offset = offset or annotations.VOC_OFFSET
+        opened = {part: _voc(root, part, offset, difficult == "keep", fault) for part in parts}
+        novel = annotations.VOC_NOVEL[split].split()
     elif target:
-        opened, classes = _open_target(name, target, parts, fault)
-        if novel and set(novel) != set(classes):
-            raise InputError(
-                f"all {len(classes)} classes of {name} are novel: leave out --novel-classes"
-            )
-        novel = classes
+        opened = _cd_fsod(name, target, parts, novel, fault)
+        novel = opened[parts[0]].classes
     else:
-        opened = _open_custom(name, root, parts, layout, fault)
+        opened = _own(name, root, parts, layout, fault)
     return {part: dataset.with_novel(novel) for part, dataset in opened.items()}
 
 
-Parts = dict[Part, DetectionSet]
-
-
-def _open_glyphs(parts: Sequence[Part], split: int) -> tuple[Parts, list[str]]:
+def _glyphs(part: Part) -> DetectionSet:
     classes = [f"glyph-{i:02d}" for i in range(GLYPH_CLASSES)]
-    opened = {
-        part: DetectionSet("glyphs", part, classes, [], list(_glyph_records(part)), "voc")
-        for part in parts
+    return DetectionSet("glyphs", part, classes, [], list(_glyph_records(part)), "voc")
+
+
+def _voc(
+    root: Path, part: Part, offset: tuple[float, ...], train_difficult: bool, fault: Fault
+) -> DetectionSet:
+    records, notes = annotations.read_voc(root, part, offset, fault)
+    return DetectionSet(
+        "voc",
+        part,
+        annotations.VOC_CLASSES,
+        [],
+        records,
+        "voc",
+        offset,
+        train_difficult=train_difficult,
+        notes=notes,
+    )
+
+
+def _coco(root: Path, part: Part, fault: Fault) -> DetectionSet:
+    found = annotations.read_coco(root, part, fault)
+    missing = [name for name in annotations.COCO_NOVEL if name not in found.category_ids]
+    if missing:
+        has = ", ".join(found.category_ids)
+        raise InputError(f"coco in {root} has no category {missing[0]!r} to be novel; it has {has}")
+
+    coco = replace(_annotated("coco", part, found), novel=annotations.COCO_NOVEL)
+    # Published with base and novel classes interleaved, so these are not sorted.
+    return coco.restrict(coco.classes)
+
+
+def _cd_fsod(
+    name: str, target: Path, parts: tuple[Part, ...], novel: Sequence[str], fault: Fault
+) -> dict[Part, DetectionSet]:
+    read = cd_fsod.read(target, parts, fault)
+    classes = read[parts[0]].category_ids
+    if novel and set(novel) != set(classes):
+        raise InputError(
+            f"all {len(classes)} classes of {name} are novel: leave out --novel-classes"
+        )
+    return {
+        part: replace(_annotated(name, part, found), target=target) for part, found in read.items()
     }
-    return opened, [classes[i] for i in GLYPH_NOVEL[split]]
 
 
-def _open_voc(
-    root: Path, parts: Sequence[Part], split: int, offset: tuple[float, ...], fault: Fault
-) -> tuple[Parts, list[str]]:
-    opened = {}
-    for part in parts:
-        records, notes = annotations.read_voc(root, part, offset, fault)
-        classes = annotations.VOC_CLASSES
-        opened[part] = DetectionSet("voc", part, classes, [], records, "voc", offset, notes=notes)
-    return opened, annotations.VOC_NOVEL[split].split()
-
-
-def _open_coco(root: Path, parts: Sequence[Part], fault: Fault) -> Parts:
-    opened = {}
-    for part in parts:
-        ids, records, notes = annotations.read_coco(root, part, fault)
-        missing = [name for name in annotations.COCO_NOVEL if name not in ids]
-        if missing:
-            raise InputError(
-                f"coco in {root} has no category {missing[0]!r} to be novel; it has {', '.join(ids)}"
-            )
-        novel = annotations.COCO_NOVEL
-        coco = DetectionSet("coco", part, list(ids), novel, records, "coco", notes=notes)
-        opened[part] = replace(coco, category_ids=ids).restrict(coco.classes)
-    return opened
-
-
-def _open_target(
-    name: str, target: Path, parts: Sequence[Part], fault: Fault
-) -> tuple[Parts, list[str]]:
-    """One of CD-FSOD's, whose classes are all novel."""
-    opened = {}
-    for part, (ids, records, notes) in cd_fsod.read(target, parts, fault).items():
-        dataset = DetectionSet(name, part, list(ids), [], records, "coco", notes=notes)
-        opened[part] = replace(dataset, category_ids=ids, target=target)
-    return opened, opened[parts[0]].classes
-
-
-def _open_custom(
-    name: str, root: Path, parts: Sequence[Part], layout: layouts.Kind | None, fault: Fault
-) -> Parts:
+def _own(
+    name: str, root: Path, parts: tuple[Part, ...], layout: layouts.Kind | None, fault: Fault
+) -> dict[Part, DetectionSet]:
     place = next((p for p in (root / name, Path(name)) if p.exists()), None)
     if place is None:
         raise InputError(
             f"no data set {name!r}: not glyphs, voc or coco, nor a folder or json here or in {root}"
         )
+    read, opened = layouts.read_all(place, layout=layout, fault=fault), {}
 
-    read = layouts.read_all(place, layout=layout, fault=fault)
-    name = place.stem or place.resolve().stem
-    opened = {}
     for part in parts:
         if part not in read:
             raise InputError(f"{place} has no {part} part, only {next(iter(read))}; add one")
-        ids, records, notes = read[part]
-        small = sum(min(r.width, r.height) < MIN_SIDE for r in records)
+        found = read[part]
+        small = sum(min(r.width, r.height) < MIN_SIDE for r in found.records)
         if part == "train" and small:
-            notes = [
-                *notes,
-                f"pictures with a side below {MIN_SIDE} pixels, not trained on: {small}",
-            ]
-        own = DetectionSet(name, part, list(ids), [], records, "coco", notes=notes)
-        opened[part] = replace(own, category_ids=ids)
+            note = f"pictures with a side below {MIN_SIDE} pixels, not trained on: {small}"
+            found = found._replace(notes=[*found.notes, note])
+        opened[part] = _annotated(place.stem or place.resolve().stem, part, found)
     return opened
+
+
+def _annotated(name: str, part: Part, found: annotations.Annotated) -> DetectionSet:
+    """With categories as in COCO's format, none of them novel yet."""
+    ids, records, notes = found
+    return DetectionSet(name, part, list(ids), [], records, "coco", notes=notes, category_ids=ids)
 
 
 def _check_choice(
@@ -384,9 +367,8 @@ def _scene(number: int) -> glyphs.Scene:
     return glyphs.scene(range(GLYPH_CLASSES), 0, number, GLYPH_SIZE)
 
 
-@cache
+@lru_cache
 def _glyph_records(part: Part) -> tuple[Record, ...]:
-    """Laid out once in a process: 3,500 scenes take nearly a second."""
     records = []
     for number in GLYPH_SCENES[part]:
         scene = _scene(number)

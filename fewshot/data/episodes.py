@@ -3,9 +3,9 @@ from the seed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewshot import InputError
 from fewshot.data.image_set import ImageSet
-from fewshot.data.stream import Feed, Movable, Word, stream
+from fewshot.data.stream import Feed, Word, stream
 from fewshot.data.transforms import Transform
 
 TEST_FLAGS = "--ways", "--shots", "--queries"  # what errors say to change
@@ -241,7 +241,7 @@ def episode_loader(
                 support_labels=labels.repeat_interleave(shots, 1),
                 query=images[:, supports:],
                 query_labels=labels.repeat_interleave(queries, 1),
-                classes=planned.labels,
+                classes=torch.from_numpy(planned.labels),
                 indices=planned.numbers,
             )
 
@@ -261,10 +261,7 @@ def class_batch_loader(
     feed.check(batch_size, "images")
     plan = partial(_plan_batch, dataset.labels, batch_size, feed, transform.draws)
     batches = _load(dataset, plan, range(feed.start, feed.steps), feed, transform)
-    return (
-        (images, planned.labels.to(images.device, non_blocking=True), planned.numbers)
-        for images, planned in batches
-    )
+    return ((images, planned.labels, planned.numbers) for images, planned in batches)
 
 
 def image_loader(
@@ -291,18 +288,16 @@ def image_loader(
     return ((images, planned.numbers) for images, planned in loaded)
 
 
-@dataclass
-class _Planned(Movable):
+class _Planned(NamedTuple):
     """What a step needs: which pictures, then their pixels; and what goes with them."""
 
     images: np.ndarray  # (n,) positions in the data set
     uniforms: Tensor  # (n, draws) random numbers for their augmentation
-    labels: Tensor  # of pictures (n,), of an episode's classes (tasks, ways); stays on the CPU
+    # of pictures (n,); or an episode's classes (tasks, ways), an array, which stays on the CPU
+    labels: Tensor | np.ndarray
     numbers: list[int]  # of episodes or pictures, for errors
     pixels: Tensor | None = None  # uint8 (n, 3, S, S)
     aspects: Tensor | None = None  # (n,)
-
-    on_cpu: ClassVar = ("labels",)
 
 
 def _plan_episodes(
@@ -313,7 +308,7 @@ def _plan_episodes(
     images = np.concatenate([np.concatenate([d.support, d.query], axis=None) for d in drawn])
     each = len(images) // len(numbers), draws
     uniforms = [_rng(Word.EPISODE_AUGMENT, feed.seed, i).random(each, np.float32) for i in numbers]
-    classes = torch.from_numpy(np.stack([d.classes for d in drawn]))
+    classes = np.stack([d.classes for d in drawn])
     return _Planned(images, torch.from_numpy(np.concatenate(uniforms)), classes, numbers)
 
 
@@ -339,7 +334,7 @@ def _read(dataset: ImageSet, plan: Callable[[int], _Planned], step: int) -> _Pla
     aspects = torch.tensor(
         [dataset.aspect(i) for i in planned.images.tolist()], dtype=torch.float32
     )
-    return replace(planned, pixels=pixels, aspects=aspects)
+    return planned._replace(pixels=pixels, aspects=aspects)
 
 
 def _load(

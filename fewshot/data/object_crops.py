@@ -5,7 +5,7 @@ pictures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet
-from fewshot.data.stream import Feed, Movable, Word
+from fewshot.data.stream import Feed, Word
 from fewshot.data.transforms import Normalisation
 
 CONTEXT = 1 / 7  # of an object's longer side, around it
@@ -46,8 +46,7 @@ def cut(image: Tensor, box: np.ndarray | Tensor) -> Tensor:
     return square
 
 
-@dataclass
-class CropBatch(Movable):
+class CropBatch(NamedTuple):
     """n objects at several scales."""
 
     # for each scale s uint8 (n, 3, s, s); float and normalised where a loader gives them
@@ -56,7 +55,7 @@ class CropBatch(Movable):
 
     def normalised(self, normalisation: Normalisation) -> CropBatch:
         """With float images for the network."""
-        return replace(self, images=[normalisation(scale) for scale in self.images])
+        return self._replace(images=[normalisation(scale) for scale in self.images])
 
 
 class ObjectCrops:

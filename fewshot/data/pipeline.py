@@ -6,9 +6,9 @@ them in batches. Boxes are xyxy in pixels throughout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet
-from fewshot.data.stream import Feed, Movable, Word, stream
+from fewshot.data.stream import Feed, Word, stream
 from fewshot.data.transforms import Normalisation
 
 
@@ -87,38 +87,34 @@ class Pipeline:
         """
         record, image = dataset.records[index], dataset.image(index)
         usable = dataset.usable(record)
-        boxes, labels = (
-            torch.from_numpy(record.boxes[usable]),
-            torch.from_numpy(record.labels[usable]),
-        )
+        labels = torch.from_numpy(record.labels[usable])
+
         shorts = self.short if isinstance(self.short, tuple) else (self.short,)
-        short = (
-            max(shorts) if rng is None or len(shorts) == 1 else shorts[rng.integers(len(shorts))]
-        )
+        draws = rng is not None and len(shorts) > 1
+        short = shorts[rng.integers(len(shorts))] if draws else max(shorts)
         image, scale = self.resize(image, short)
+
         height, width = image.shape[-2:]
-        boxes = boxes * scale.repeat(2)
+        boxes = torch.from_numpy(record.boxes[usable]) * scale.repeat(2)
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
+
         if self.flip and rng is not None and rng.random() < 0.5:
             image = image.flip(-1)
             boxes[:, 0::2] = width - boxes[:, [2, 0]]
         return Sample(record.id, image, boxes, labels, scale)
 
 
-@dataclass
-class Batch(Movable):
+class Batch(NamedTuple):
     """b samples, padded at the bottom and on the right to one size."""
 
     # uint8 (b, 3, H, W), zero where padded; float and normalised where a loader gives them
     images: Tensor
     sizes: list[tuple[int, int]]  # b times (height, width) without padding
-    scales: Tensor  # float32 (b, 2): x and y factors from the original pictures; stays on the CPU
+    scales: Tensor  # float32 (b, 2): x and y factors from the original pictures
     boxes: list[Tensor]  # b times float32 (n, 4), in the pixels of `images`
     labels: list[Tensor]  # b times int64 (n,)
     ids: list[str]
-
-    on_cpu: ClassVar = ("scales",)
 
     def normalised(self, normalisation: Normalisation) -> "Batch":
         """With float images for the network: zero where padded, whatever zero grey would have
@@ -128,7 +124,7 @@ class Batch(Movable):
         for image, (height, width) in zip(images, self.sizes):
             image[:, height:] = 0
             image[:, :, width:] = 0
-        return replace(self, images=images)
+        return self._replace(images=images)
 
 
 def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
@@ -218,7 +214,7 @@ def train_loader(
     the `batch_size` samples from t * batch_size on, of which process `rank` of `world` takes every
     world-th. Sample i is a pure function of (seed, i). With `group` a batch's pictures are all wide
     or all tall. With `extra`, items are (batch, extra(seed, step)): made by the same worker, the
-    same on all processes, and with the methods `to`, `pin_memory` and `normalised`.
+    same on all processes, and a NamedTuple with a method `normalised`.
 
     Raises:
         InputError: `batch_size` is not a multiple of `world`, or a picture cannot be read.

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet, objects_by_class
 from fewshot.data.pipeline import Batch, Pipeline, Shuffle, collate
-from fewshot.data.stream import Feed, Movable, Word, stream
+from fewshot.data.stream import Feed, Word, stream
 from fewshot.data.transforms import Normalisation
 
 ATTEMPTS = 100  # pictures tried for one on which enough classes are absent
@@ -58,8 +60,7 @@ def support_crop(
     return pixels, torch.tensor([float(int(corner * (size / side))) for corner in corners])
 
 
-@dataclass
-class BoxedSupports(Movable):
+class BoxedSupports(NamedTuple):
     """Supports with the box of their object; any number of leading dimensions."""
 
     images: Tensor  # uint8 (.., 3, S, S); float and normalised where a loader gives them
@@ -68,7 +69,7 @@ class BoxedSupports(Movable):
 
     def normalised(self, normalisation: Normalisation) -> BoxedSupports:
         """With float images for the network."""
-        return replace(self, images=normalisation(self.images))
+        return self._replace(images=normalisation(self.images))
 
 
 def without_small(dataset: DetectionSet, area: float) -> DetectionSet:
@@ -137,8 +138,8 @@ class QueryAware:
         """
         feed.check(batch_size, "pictures")
         numbers = [feed.numbers(step, batch_size) for step in range(feed.start, feed.steps)]
-        make = _Episodes(self, feed.seed, Shuffle.of(self.dataset, batch_size, group))
-        return stream(make, numbers, feed, normalisation)
+        shuffle = Shuffle.of(self.dataset, batch_size, group)
+        return stream(partial(self._step, feed.seed, shuffle), numbers, feed, normalisation)
 
     def describe(self) -> dict[str, int]:
         """What a saved model says of the supports that it takes."""
@@ -212,29 +213,18 @@ class QueryAware:
             chosen += [pool[i] for i in rng.permutation(len(pool)).tolist()]
         return chosen[: self.shots]
 
-
-@dataclass
-class _Episodes:
-    """Makes a step's share from the numbers of its samples."""
-
-    source: QueryAware
-    seed: int
-    shuffle: Shuffle
-
-    def __call__(self, numbers: range) -> tuple[Batch, BoxedSupports]:
-        source, samples, supports = self.source, [], []
+    def _step(self, seed: int, shuffle: Shuffle, numbers: range) -> tuple[Batch, BoxedSupports]:
+        """A step's share, of the numbers of its samples."""
+        samples, supports = [], []
         for number in numbers:
-            index, query, ways = source.draw(self.seed, number, self.shuffle)
-            augment = np.random.default_rng((Word.AUGMENT, self.seed, number))
-            sample = source.pipeline.sample(source.dataset, index, augment)
+            index, query, ways = self.draw(seed, number, shuffle)
+            augment = np.random.default_rng((Word.AUGMENT, seed, number))
+            sample = self.pipeline.sample(self.dataset, index, augment)
             mine = sample.labels == query
             samples.append(replace(sample, boxes=sample.boxes[mine], labels=sample.labels[mine]))
-            supports.append(source.supports([entry for way in ways for entry in way]))
-        shape = (len(samples), source.ways, source.shots)
-        images, boxes, labels = (
-            torch.cat([getattr(s, k) for s in supports]) for k in ("images", "boxes", "labels")
-        )
-        images, boxes = images.view(*shape, *images.shape[1:]), boxes.view(*shape, 4)
-        return collate(samples, source.pipeline.multiple), BoxedSupports(
-            images, boxes, labels.view(shape)
-        )
+            supports.append(self.supports([entry for way in ways for entry in way]))
+
+        shape = (len(samples), self.ways, self.shots)
+        columns = (torch.cat(column) for column in zip(*supports))
+        each = BoxedSupports(*(column.unflatten(0, shape) for column in columns))
+        return collate(samples, self.pipeline.multiple), each

@@ -7,12 +7,12 @@ resumed equals one that never stopped, and neither processes nor workers change 
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from fewshot import InputError
 from fewshot.data.transforms import Normalisation
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-_workers: weakref.WeakSet = weakref.WeakSet()  # of the streams that are open
+WORKERS = weakref.WeakSet()  # the processes that load for our streams
 
 
 class Word:
     """The first word of every seed: no two kinds of randomness that meet in a run share a stream.
 
-    Detection and classification never meet, and have some words in common.
+    QUERY and TABLE are the same numbers as EPISODE and EPISODE_AUGMENT, but a run detects or it
+    classifies, so they never meet. Other numbers would change what every run so far has drawn.
     """
 
     SHOTS, SAMPLES, AUGMENT, SUPPORT = range(10, 14)  # detection
@@ -42,7 +40,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Feed:
-    """Which steps a process loads, where to, and how: what a run's `feed` tells every
+    """Which steps a process loads, where to, and how: what a run's `Record.feed` tells every
     loader.
 
     Attributes:
@@ -77,30 +75,15 @@ class Feed:
             raise InputError(f"seed {self.seed}: must not be negative")
 
 
-@dataclass
-class Movable:
-    """What a stream is made of: a dataclass, whose tensors go to the device, alone or in lists.
-
-    One that is normalised has `normalised(normalisation)`, which gives the same with float images.
-    """
-
-    on_cpu: ClassVar[tuple[str, ...]] = ()  # fields that stay there
-
-    def to(self, device: torch.device | str) -> Self:
-        return self._each(partial(Tensor.to, device=device, non_blocking=True), self.on_cpu)
-
-    def pin_memory(self) -> Self:
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor], but: Sequence[str] = ()) -> Self:
-        changed = {}
-        for name in {field.name for field in fields(self)} - set(but):
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                changed[name] = change(value)
-            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-                changed[name] = [change(tensor) for tensor in value]
-        return replace(self, **changed)
+def move(batch: Any, device: torch.device | str) -> Any:
+    """A batch, a NamedTuple, with its tensors and those of its lists on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, list):
+        return [move(part, device) for part in batch]
+    if hasattr(batch, "_fields"):
+        return batch._make(move(part, device) for part in batch)
+    return batch
 
 
 class _Made(Dataset):
@@ -110,9 +93,14 @@ class _Made(Dataset):
     def __getitem__(self, order: Any) -> Any:
         try:
             return self.make(order)
-        # raised in a worker, its one line would be buried under tracebacks
-        except InputError as error:
+        # Raised in a worker, an InputError's one line would be buried under tracebacks, and the
+        # others would look as if the worker had been ended.
+        except (InputError, OSError, EOFError) as error:
             return error
+
+
+def _as_made(item: Any) -> Any:
+    return item
 
 
 def stream(
@@ -123,12 +111,13 @@ def stream(
 ) -> Iterator[Any]:
     """make(order) of every order, in turn, on the feed's device, made by its workers ahead of time.
 
-    `make` gives something `Movable`, or a tuple of such; with a `normalisation` these are
-    normalised on the device. An `InputError` that it raises is raised here.
+    `make` gives a tensor or a NamedTuple of tensors, or a plain tuple of such; with a
+    `normalisation` each part's own `normalised` is applied on the device. An `InputError` that
+    `make` raises is raised here.
     """
 
     def delivered(part: Any) -> Any:
-        part = part.to(device)
+        part = move(part, device)
         return part if normalisation is None else part.normalised(normalisation)
 
     device = torch.device(feed.device)
@@ -136,6 +125,7 @@ def stream(
         _Made(make),
         batch_size=None,
         sampler=orders,
+        collate_fn=_as_made,  # DataLoader's own would make tensors of arrays and lists of tuples
         num_workers=feed.workers,
         pin_memory=device.type == "cuda",
         # of its own: making an iterator must not draw from the global stream, or resumed runs would
@@ -144,24 +134,22 @@ def stream(
         worker_init_fn=_leave_signals_to_the_run,
     )
     for item in _received(loader):
-        if isinstance(item, InputError):
+        if isinstance(item, Exception):
             raise item
-        # DataLoader makes lists of tuples
-        yield tuple(map(delivered, item)) if isinstance(item, (tuple, list)) else delivered(item)
+        # pinned by an older DataLoader, a tuple has become a list
+        yield tuple(map(delivered, item)) if type(item) in (tuple, list) else delivered(item)
 
 
 def _received(loader: DataLoader) -> Iterator[Any]:
     """What the workers make. One that is killed while it hands over a batch breaks the connection,
     not only itself.
     """
+    batches = iter(loader)
+    WORKERS.update(getattr(batches, "_workers", ()))  # none if batches are made in this process
     try:
-        batches = iter(loader)
-        _workers.update(getattr(batches, "_workers", ()))  # torch has no public name for them
         yield from batches
+    # not of the data: `_Made` returns these
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        # from the data, in a worker or here
-        if not loader.num_workers or str(error).startswith("Caught "):
-            raise
         reason = f"{type(error).__name__} {error}".strip()
         raise InputError(
             "a process that loads data was ended, as the system does when memory is short: give fewer --workers "
@@ -182,9 +170,9 @@ def _end_workers() -> None:
     """Of a stream that an error left open: Python would end them by SIGTERM, which they ignore, and
     wait forever.
     """
-    alive = [worker for worker in _workers if worker.is_alive()]
-    if alive:
+    left = [child for child in multiprocessing.active_children() if child in WORKERS]
+    if left:
         # torch's handler would raise that they were killed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in alive:
+    for worker in left:
         worker.kill()

@@ -5,7 +5,7 @@ that is meant.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fewshot import InputError
 from fewshot.data.detection import DetectionSet
-from fewshot.data.stream import Feed, Movable, Word, stream
+from fewshot.data.stream import Feed, Word, stream
 from fewshot.data.transforms import Normalisation
 
 
@@ -46,8 +46,7 @@ def support_image(image: Tensor, box: np.ndarray | Tensor, size: int | None = 22
     return torch.cat([squeezed, mask])
 
 
-@dataclass
-class SupportBatch(Movable):
+class SupportBatch(NamedTuple):
     """n supports."""
 
     # uint8 (n, 4, S, S): RGB and the mask of the object; float and normalised where a loader gives
@@ -57,10 +56,9 @@ class SupportBatch(Movable):
 
     def normalised(self, normalisation: Normalisation) -> SupportBatch:
         """With float images for the network: normalised colours, and the mask as it is."""
-        return replace(
-            self,
-            images=torch.cat([normalisation(self.images[:, :3]), self.images[:, 3:].float()], 1),
-        )
+        colours = normalisation(self.images[:, :3])
+        mask = self.images[:, 3:].float()
+        return self._replace(images=torch.cat([colours, mask], 1))
 
 
 class NWayKShot:
