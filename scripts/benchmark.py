@@ -466,6 +466,8 @@ def detect_rows(
     beside one class. `methods`: names, by default all.
     """
     style = {"style": "caffe"} if backbone.startswith("resnet") else {}
+    levels = partial(fpn.fpn, backbone, **style)
+    regions = partial(trunks.c4, backbone, **style)
     images, size = torch.randn(pictures, 3, short, long, device=device), (short, long)
 
     def made(build: Callable[[int], nn.Module], classes: int) -> nn.Module:
@@ -478,61 +480,45 @@ def detect_rows(
         return model
 
     make = {
-        "TFA": lambda classes: TFA(fpn.fpn(backbone, **style), classes, cosine=True),
-        "FSCE": lambda classes: FSCE(
-            fpn.fpn(backbone, **style), classes, dimensions=128, above=0.7, cosine=True
-        ),
-        "MPSR": lambda classes: MPSR(fpn.fpn(backbone, **style), classes),
-        "Meta R-CNN": lambda classes: MetaRCNN(trunks.c4(backbone, meta=True, **style), classes),
-        "FSDetView": lambda classes: FSDetView(trunks.c4(backbone, meta=True, **style), classes),
-        "Attention-RPN": lambda classes: AttentionRPN(trunks.c4(backbone, **style), classes),
+        "TFA": lambda n: TFA(levels(), n, cosine=True),
+        "FSCE": lambda n: FSCE(levels(), n, dimensions=128, above=0.7, cosine=True),
+        "MPSR": lambda n: MPSR(levels(), n),
+        "Meta R-CNN": lambda n: MetaRCNN(regions(meta=True), n),
+        "FSDetView": lambda n: FSDetView(regions(meta=True), n),
+        "Attention-RPN": lambda n: AttentionRPN(regions(), n),
     }
     for name, build in only(methods, make).items():
         model = made(build, 20).train()
         step = seconds(lambda: sum(detector_steps(model, images, 20).values()).backward(), repeat=1)
-        yield Row(
-            f"{name}: training, pictures of {short} x {long}", pictures / step, None, "pictures/s"
-        )
+        what = f"{name}: training, pictures of {short} x {long}"
+        yield Row(what, pictures / step, None, "pictures/s")
+
         one = None
         for classes in (1, 20, 80):
             model = with_prototypes(made(build, classes))
-            test = 1 / seconds(lambda: model.detect(images[:1], [size]), repeat=3)
+            test = per_second(lambda: model.detect(images[:1], [size]))
             one = one or test
             what, plain = f"{name}: testing {classes} classes", one
             if isinstance(model, AttentionRPN):
-                plain = 1 / seconds(lambda: plain_attention_rpn(model, images[:1], size), repeat=3)
+                plain = per_second(lambda: plain_attention_rpn(model, images[:1], size))
                 what += " / loop"
             elif classes > 1:
                 what += " / one class"
             yield Row(what, test, plain if classes > 1 else None, "pictures/s")
             if isinstance(model, AttentionRPN) and classes > 1:
-                test = 1 / seconds(lambda: model.detect(images[:1], [size], share=True), repeat=3)
+                shared = per_second(lambda: model.detect(images[:1], [size], share=True))
                 yield Row(
                     f"{name}: --share-proposals, {classes} classes / loop",
-                    test,
+                    shared,
                     plain,
                     "pictures/s",
                 )
             if isinstance(model, MetaRCNN) and classes > 1:
                 queries = torch.rand_like(model.prototypes[:1].expand(300, -1))
                 with torch.no_grad():
-                    heads_at_once = 1 / seconds(lambda: model.classify(queries))
-                loop = 1 / seconds(lambda: plain_meta_rcnn(model, queries))
-                yield Row(
-                    f"{name}: head alone, {classes} classes / loop",
-                    heads_at_once,
-                    loop,
-                    "pictures/s",
-                )
-
-
-BENCHMARKS = {
-    "glyphs": glyph_rows,
-    "meta-test": meta_test_rows,
-    "transductive": transductive_rows,
-    "train": train_rows,
-    "detect": detect_rows,
-}
+                    ours = per_second(lambda: model.classify(queries))
+                loop = per_second(lambda: plain_meta_rcnn(model, queries))
+                yield Row(f"{name}: head alone, {classes} classes / loop", ours, loop, "pictures/s")
 
 
 @dataclass
@@ -551,18 +537,23 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.what not in BENCHMARKS:
-        raise SystemExit(f"no benchmark {args.what!r}: choose from {', '.join(BENCHMARKS)}")
+    benchmarks = {
+        "glyphs": glyph_rows,
+        "meta-test": meta_test_rows,
+        "transductive": lambda: transductive_rows(args.methods, args.tasks),
+        "train": lambda: train_rows(args.dataset, args.data_root),
+        "detect": lambda: detect_rows(
+            args.backbone, args.short, args.long, args.methods, args.device
+        ),
+    }
+    if args.what not in benchmarks:
+        raise SystemExit(f"no benchmark {args.what!r}: choose from {', '.join(benchmarks)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    chosen = {
-        "transductive": (args.methods, args.tasks),
-        "train": (args.dataset, args.data_root),
-        "detect": (args.backbone, args.short, args.long, args.methods, args.device),
-    }
+
     rows = []
     print(f"{'':56}{'ours':>12}{'plain':>12}{'ratio':>9}", flush=True)
-    for row in BENCHMARKS[args.what](*chosen.get(args.what, ())):
+    for row in benchmarks[args.what]():
         beside = f"{'-':>12}{'-':>9}" if row.plain is None else f"{row.plain:12.4g}{row.ratio:9.2f}"
         print(f"{row.name:56}{row.ours:12.4g}{beside}  {row.unit}", flush=True)
         rows.append(row)
