@@ -13,7 +13,7 @@ noisy: compare ratios of one run, and repeat it.
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ class Row:
         return self.ours / self.plain if self.plain else None
 
 
-def seconds(work: Callable[[], object], repeat: int = 5) -> float:
+def seconds(work: Callable[[], object], repeat: int = 3) -> float:
     """The median time of `work`, after one call that is not counted; the first time if that takes
     long.
     """
@@ -85,6 +85,11 @@ def seconds(work: Callable[[], object], repeat: int = 5) -> float:
     return first if first > LONG else sorted(once() for _ in range(repeat))[repeat // 2]
 
 
+def per_second(work: Callable[[], object], many: int = 1) -> float:
+    """How many tasks or pictures a second, where `work` does `many`."""
+    return many / seconds(work)
+
+
 def only(methods: tuple[str, ...], known: dict) -> dict:
     """The `known` methods of these names, by default all."""
     for name in methods:
@@ -93,7 +98,7 @@ def only(methods: tuple[str, ...], known: dict) -> dict:
     return {name: method for name, method in known.items() if not methods or name in methods}
 
 
-def glyph_rows() -> list[Row]:
+def glyph_rows() -> Iterator[Row]:
     """Making a step's pictures in one loading process, beside training on them on all cores (ours /
     plain below 1).
     """
@@ -107,64 +112,40 @@ def glyph_rows() -> list[Row]:
     net = backbones.build("conv4", train_set.size)
 
     def episode_step() -> None:
-        support, query = (
-            net(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (episode.support, episode.query)
-        )
-        F.cross_entropy(heads.prototype(support, query, 5)[0], episode.query_labels[0]).backward()
+        pictures = (episode.support, episode.query)
+        features = [net(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in pictures]
+        F.cross_entropy(heads.prototype(*features, 5)[0], episode.query_labels[0]).backward()
 
     scenes = detection.open_detection("glyphs", "", part="train")
     scenes = scenes.restrict(scenes.base)
     supports = NWayKShot(scenes, 1, used=200, one_per_image=True, size=80)
-    detector = MetaRCNN(
-        trunks.c4("small", meta=True), 15, rois=32, rpn_channels=128, train_proposals=(1000, 100)
-    )
-    normal = detector.trunk.normalisation
+    trunk = trunks.c4("small", meta=True)
+    detector = MetaRCNN(trunk, 15, rois=32, rpn_channels=128, train_proposals=(1000, 100))
 
     def scenes_of(steps: int) -> Iterator[tuple[Batch, SupportBatch]]:
-        return train_loader(
-            scenes, Pipeline(), Feed(steps=steps), normal, batch_size=8, extra=supports.draw
-        )
+        feed, normal = Feed(steps=steps), detector.trunk.normalisation
+        return train_loader(scenes, Pipeline(), feed, normal, batch_size=8, extra=supports.draw)
 
     batch, support = next(scenes_of(1))
 
     def detection_step() -> None:
-        losses = detector(
-            batch.images, batch.sizes, batch.boxes, batch.labels, support.images, support.labels
-        )
+        shown = (support.images, support.labels)
+        losses = detector(batch.images, batch.sizes, batch.boxes, batch.labels, *shown)
         sum(losses.values()).backward()
 
-    def load_episodes() -> None:
-        for _ in episodes_of(3):
-            continue
+    step = seconds(episode_step)
+    draw = seconds(lambda: [glyph(c, 0, 1) for c in range(100)]) / 100
+    yield Row("one 32x32 glyph, of a 105-glyph episode's step", draw * 1e3, step * 1e3, "ms")
 
-    def load_scenes() -> None:
-        for _ in scenes_of(3):
-            continue
+    plan = seconds(lambda: [scene(range(20), 0, i) for i in range(100)]) / 100
+    paint = seconds(lambda: [scene(range(20), 0, i).draw() for i in range(20)]) / 20
+    yield Row("one scene's layout, of its drawing", plan * 1e3, paint * 1e3, "ms")
 
-    draw = seconds(lambda: [glyph(c, 0, 1) for c in range(100)]) * 10
-    plan = seconds(lambda: [scene(range(20), 0, i) for i in range(100)]) * 10
-    paint = seconds(lambda: [scene(range(20), 0, i).draw() for i in range(20)]) * 50
-    return [
-        Row(
-            "one 32x32 glyph, of a 105-glyph episode's step",
-            draw,
-            seconds(episode_step) * 1e3,
-            "ms",
-        ),
-        Row("one scene's layout, of its drawing", plan, paint, "ms"),
-        Row(
-            "loading an episode of 105, training on it",
-            seconds(load_episodes) / 3,
-            seconds(episode_step),
-            "s",
-        ),
-        Row(
-            "loading 8 scenes and 15 supports, training on them",
-            seconds(load_scenes) / 3,
-            seconds(detection_step),
-            "s",
-        ),
-    ]
+    load = seconds(lambda: list(episodes_of(3))) / 3
+    yield Row("loading an episode of 105, training on it", load, step, "s")
+
+    load, step = seconds(lambda: list(scenes_of(3))) / 3, seconds(detection_step)
+    yield Row("loading 8 scenes and 15 supports, training on them", load, step, "s")
 
 
 def tasks_at_once(width: int, shots: int) -> int:
@@ -180,103 +161,119 @@ def plain_prototype(support: Tensor, query: Tensor, shots: int) -> Tensor:
     return -torch.cdist(query, prototypes).square()
 
 
+def plain_adapted(
+    model: nn.Module,
+    sgd: torch.optim.SGD,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    query: Tensor,
+) -> Tensor:
+    """One task as one writes it first: steps of torch.optim.SGD on a real module, then queries."""
+    for images, labels in batches:
+        loss = F.cross_entropy(model(images), labels)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    with torch.no_grad():
+        return model(query)
+
+
 def plain_finetune(head: nn.Module, support: Tensor, query: Tensor, shots: int) -> Tensor:
-    """One task by torch.optim.SGD on the real head, as mmfewshot does."""
+    """One task's head, fine-tuned as mmfewshot does."""
     labels = torch.arange(WAYS).repeat_interleave(shots)
     sgd = torch.optim.SGD(
         head.parameters(), lr=0.01, momentum=0.9, dampening=0.9, weight_decay=1e-3
     )
     drop_last = not isinstance(head, heads.NegMargin)
     steps = 150 if shots == 1 else 600
-    for batch in fine_tuned.random_batches(support[None], steps, 4, drop_last):
-        loss = F.cross_entropy(head(support[batch[0]]), labels[batch[0]])
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
-    with torch.no_grad():
-        return head(query)
+    drawn = fine_tuned.random_batches(support[None], steps, 4, drop_last)
+    return plain_adapted(head, sgd, ((support[i], labels[i]) for (i,) in drawn), query)
 
 
-def meta_test_rows() -> list[Row]:
+def meta_test_rows() -> Iterator[Row]:
     """Tasks per second from features on: all at once, beside a loop over tasks (ours / plain above
     1).
     """
-    rows = []
+    tasks = 512
     for width in (1600, 640):
+        tuned = {
+            "linear": (heads.FineTuned("linear"), nn.Linear, ()),
+            "cosine": (heads.FineTuned("cosine", 2.0), heads.CosineLinear, (2.0,)),
+            "normalised": (heads.FineTuned("normalised", 5.0), heads.NegMargin, (0.0, 5.0)),
+        }
         for shots in (1, 5):
-            support = torch.randn(512, WAYS, 1, width) + 0.5 * torch.randn(512, WAYS, shots, width)
-            support, query = (
-                support.flatten(1, 2).relu(),
-                torch.randn(512, WAYS * QUERIES, width).relu(),
+            support = (
+                torch.randn(tasks, WAYS, 1, width) + torch.randn(tasks, WAYS, shots, width) / 2
             )
-            chunk = tasks_at_once(width, shots)
-            many, few = (512, 20), (512, 3 if shots == 1 else 1)  # tasks that each side does
-            cases = {
-                "prototypes": (
-                    lambda s, q, chunk=chunk: [
-                        heads.prototype(s[i : i + chunk], q[i : i + chunk], WAYS)
-                        for i in range(0, len(s), chunk)
+            support = support.flatten(1, 2).relu()
+            query = torch.randn(tasks, WAYS * QUERIES, width).relu()
+            what = f"{shots}-shot, {width} features"
+
+            chunk, loop = tasks_at_once(width, shots), 20
+            chunks = list(zip(support.split(chunk), query.split(chunk)))
+            ours = per_second(lambda: [heads.prototype(s, q, WAYS) for s, q in chunks], tasks)
+            plain = per_second(
+                lambda: [plain_prototype(support[i], query[i], shots) for i in range(loop)], loop
+            )
+            yield Row(f"prototypes, {what}", ours, plain, "tasks/s")
+
+            loop = 3 if shots == 1 else 1
+            for name, (head, module, scale) in tuned.items():
+                ours = per_second(lambda: head(support, query, WAYS), tasks)
+                plain = per_second(
+                    lambda: [
+                        plain_finetune(module(width, WAYS, *scale), support[i], query[i], shots)
+                        for i in range(loop)
                     ],
-                    lambda s, q, shots=shots: plain_prototype(s, q, shots),
-                    many,
-                ),
-                "linear, fine-tuned": (
-                    partial(heads.FineTuned("linear"), ways=WAYS),
-                    lambda s, q, shots=shots, width=width: plain_finetune(
-                        nn.Linear(width, WAYS), s, q, shots
-                    ),
-                    few,
-                ),
-                "cosine, fine-tuned": (
-                    partial(heads.FineTuned("cosine", 2.0), ways=WAYS),
-                    lambda s, q, shots=shots, width=width: plain_finetune(
-                        heads.CosineLinear(width, WAYS, 2.0), s, q, shots
-                    ),
-                    few,
-                ),
-                "normalised, fine-tuned": (
-                    partial(heads.FineTuned("normalised", 5.0), ways=WAYS),
-                    lambda s, q, shots=shots, width=width: plain_finetune(
-                        heads.NegMargin(width, WAYS, 0.0, 5.0), s, q, shots
-                    ),
-                    few,
-                ),
-            }
-            for name, (ours, plain, (at_once, one_by_one)) in cases.items():
-                fast = at_once / seconds(lambda: ours(support, query), repeat=3)
-                slow = one_by_one / seconds(
-                    lambda: [plain(support[i], query[i]) for i in range(one_by_one)],
-                    repeat=3,
+                    loop,
                 )
-                rows.append(Row(f"{name}, {shots}-shot, {width} features", fast, slow, "tasks/s"))
-    return rows
+                yield Row(f"{name}, fine-tuned, {what}", ours, plain, "tasks/s")
+    yield from maml_rows()
+
+
+def maml_rows() -> Iterator[Row]:
+    """MAML's test on 84 x 84 pictures, where all of the network adapts to each task."""
+    for shots in (1, 5):
+        model = MAML(backbones.build("conv4", 84), WAYS)
+        support = torch.randn(2, WAYS * shots, 3, 84, 84)
+        query = torch.randn(2, WAYS * QUERIES, 3, 84, 84)
+        labels = torch.arange(WAYS).repeat_interleave(shots)
+
+        def plain() -> Tensor:
+            network = copy.deepcopy(nn.Sequential(model.features, model.head))
+            sgd = torch.optim.SGD(network.parameters(), lr=0.01)
+            return plain_adapted(network, sgd, [(support[0], labels)] * 5, query[0])
+
+        ours = per_second(lambda: model.predict(support, query, WAYS), 2)
+        what = f"MAML, 5 steps, {shots}-shot, 84x84 pictures"
+        yield Row(what, ours, per_second(plain), "tasks/s")
 
 
 # supports, queries and the number of ways -> scores
 Classifier = Callable[[Tensor, Tensor, int], Tensor]
 
 
+def l2n(*features: Tensor, mean: Tensor | float = 0.0) -> list[Tensor]:
+    """Features as the recipes prepare them: of unit length, after their mean was taken off."""
+    return [transductive.unit(x - mean) for x in features]
+
+
 def transductive_methods(mean: Tensor) -> dict[str, tuple[Callable, Classifier, Classifier]]:
     """What prepares features (tasks, n, D), as the recipes do; the method for many tasks; its plain
     version for one.
     """
-
-    def cl2n(support: Tensor, query: Tensor) -> Iterator[Tensor]:
-        return (transductive.unit(x - mean) for x in (support, query))
-
-    def l2n(support: Tensor, query: Tensor) -> Iterator[Tensor]:
-        return (transductive.unit(x) for x in (support, query))
-
-    return {
-        "simple_shot": (cl2n, transductive.simple_shot, plain_transductive.simple_shot),
-        "bd_cspn": (cl2n, transductive.bd_cspn, plain_transductive.bd_cspn),
-        "laplacian_shot": (cl2n, transductive.laplacian_shot, plain_transductive.laplacian_shot),
-        "tim_gd": (l2n, transductive.tim_gd, plain_transductive.tim_gd),
-        "tim_adm": (l2n, transductive.tim_adm, plain_transductive.tim_adm),
-        "alpha_tim": (l2n, transductive.alpha_tim, plain_transductive.alpha_tim),
-        "pt_map": (transductive.power, transductive.pt_map, plain_transductive.pt_map),
-        "logistic": (l2n, logistic.logistic, plain_transductive.logistic),
+    cl2n = partial(l2n, mean=mean)
+    prepared = {
+        transductive.simple_shot: cl2n,
+        transductive.bd_cspn: cl2n,
+        transductive.laplacian_shot: cl2n,
+        transductive.tim_gd: l2n,
+        transductive.tim_adm: l2n,
+        transductive.alpha_tim: l2n,
+        transductive.pt_map: transductive.power,
+        logistic.logistic: l2n,
     }
+    plain = {method: getattr(plain_transductive, method.__name__) for method in prepared}
+    return {m.__name__: (prepare, m, plain[m]) for m, prepare in prepared.items()}
 
 
 def features_of_classes(width: int) -> Tensor:
@@ -314,8 +311,11 @@ def one_by_one(
     prepare: Callable, method: Classifier, features: Tensor, support: Tensor, query: Tensor
 ) -> Tensor:
     """The same by a method for one task."""
-    tasks = (prepare(features[s][None], features[q][None]) for s, q in zip(support, query))
-    return torch.stack([method(*(x[0] for x in task), WAYS) for task in tasks])
+
+    def alone(support: Tensor, query: Tensor, ways: int) -> Tensor:
+        return method(support[0], query[0], ways)[None]
+
+    return in_chunks(prepare, alone, features, support, query, chunk=1)
 
 
 def transductive_rows(
@@ -327,60 +327,17 @@ def transductive_rows(
     features = features_of_classes(width)
     cases = only(methods, transductive_methods(features.mean((0, 1))))
     for shots in (1, 5):
-        support, query = drawn_tasks(features, shots, tasks)
+        drawn = drawn_tasks(features, shots, tasks)
+        every = features.flatten(0, 1), *drawn
+        first = features.flatten(0, 1), *(rows[:loop] for rows in drawn)
         for name, (prepare, method, plain) in cases.items():
             chunk = AT_ONCE.get(name) or tasks_at_once(width, shots)
-            fast = seconds(
-                lambda: in_chunks(prepare, method, features.flatten(0, 1), support, query, chunk),
-                repeat=3,
-            )
-            slow = seconds(
-                lambda: one_by_one(
-                    prepare, plain, features.flatten(0, 1), support[:loop], query[:loop]
-                ),
-                repeat=3,
-            )
-            yield Row(
-                f"{name}, {shots}-shot, {tasks} tasks / loop", tasks / fast, loop / slow, "tasks/s"
-            )
+            fast = per_second(lambda: in_chunks(prepare, method, *every, chunk), tasks)
+            slow = per_second(lambda: one_by_one(prepare, plain, *first), loop)
+            yield Row(f"{name}, {shots}-shot, {tasks} tasks / loop", fast, slow, "tasks/s")
 
 
-def plain_maml_test(
-    network: nn.Module, support: Tensor, query: Tensor, steps: int, lr: float
-) -> Tensor:
-    """One task adapted as one writes it first: a copy of the network, torch.optim.SGD on the
-    supports, the queries.
-    """
-    adapted, labels = (
-        copy.deepcopy(network),
-        torch.arange(WAYS).repeat_interleave(len(support) // WAYS),
-    )
-    sgd = torch.optim.SGD(adapted.parameters(), lr=lr)
-    for _ in range(steps):
-        sgd.zero_grad()
-        F.cross_entropy(adapted(support), labels).backward()
-        sgd.step()
-    with torch.no_grad():
-        return adapted(query)
-
-
-def maml_rows() -> list[Row]:
-    """MAML's test on 84 x 84 pictures, where all of the network adapts to each task."""
-    rows = []
-    for shots in (1, 5):
-        model = MAML(backbones.build("conv4", 84), WAYS)
-        support, query = (
-            torch.randn(2, WAYS * shots, 3, 84, 84),
-            torch.randn(2, WAYS * QUERIES, 3, 84, 84),
-        )
-        network = nn.Sequential(model.features, model.head)
-        ours = 2 / seconds(lambda: model.predict(support, query, WAYS), repeat=3)
-        loop = seconds(lambda: plain_maml_test(network, support[0], query[0], 5, 0.01), repeat=3)
-        rows.append(Row(f"MAML, 5 steps, {shots}-shot, 84x84 pictures", ours, 1 / loop, "tasks/s"))
-    return rows
-
-
-def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) -> list[Row]:
+def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) -> Iterator[Row]:
     """Training on pictures decoded once (ours) and decoded every time (plain), and a ProtoNet
     episode.
     """
@@ -389,13 +346,12 @@ def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) 
         train_set = open_dataset(dataset, data_root, "train", cache=cache)
         net = backbones.build("conv4", train_set.size)
         model = nn.Sequential(net, nn.Linear(net.out_features, len(train_set.classes)))
-        feed, transform = (
-            Feed(steps=steps + 2, workers=workers),
-            transforms.train_transform(train_set),
-        )
-        loader = episodes.class_batch_loader(train_set, feed, transform, batch_size=64)
+        feed = Feed(steps=steps + 2, workers=workers)
+        transform = transforms.train_transform(train_set)
         waited, ends, begin = [], [], time.perf_counter()
-        for images, labels, _ in loader:
+        for images, labels, _ in episodes.class_batch_loader(
+            train_set, feed, transform, batch_size=64
+        ):
             waited.append(time.perf_counter() - begin)
             F.cross_entropy(model(images), labels).backward()
             begin = time.perf_counter()
@@ -403,23 +359,21 @@ def train_rows(dataset: str, data_root: str, workers: int = 2, steps: int = 12) 
         whole = ends[-1] - ends[1]  # the first two steps wait for the loading processes to start
         rates.append(64 * steps / whole)
         shares.append(100 * sum(waited[2:]) / whole)
+    yield Row(f"training on {dataset}, cached / decoded each time", *rates, "images/s")
+    yield Row("of that time, waiting for pictures", *shares, "%")
+
     net = backbones.build("conv4", 84)
     support, query = torch.randn(25, 3, 84, 84), torch.randn(80, 3, 84, 84)
     labels = torch.arange(WAYS).repeat_interleave(16)
 
     def episode() -> None:
-        F.cross_entropy(
-            heads.prototype(net(support)[None], net(query)[None], WAYS)[0], labels
-        ).backward()
+        features = net(support)[None], net(query)[None]
+        F.cross_entropy(heads.prototype(*features, WAYS)[0], labels).backward()
 
-    episode_seconds = []
+    times = []
     for net.channels_last in (True, False):
-        episode_seconds.append(seconds(episode))
-    return [
-        Row(f"training on {dataset}, cached / decoded each time", *rates, "images/s"),
-        Row("of that time, waiting for pictures", *shares, "%"),
-        Row("ProtoNet episode of 105 84x84, channels last / not", *episode_seconds, "s"),
-    ]
+        times.append(seconds(episode))
+    yield Row("ProtoNet episode of 105 84x84, channels last / not", *times, "s")
 
 
 @torch.no_grad()
@@ -512,6 +466,8 @@ def detect_rows(
     beside one class. `methods`: names, by default all.
     """
     style = {"style": "caffe"} if backbone.startswith("resnet") else {}
+    levels = partial(fpn.fpn, backbone, **style)
+    regions = partial(trunks.c4, backbone, **style)
     images, size = torch.randn(pictures, 3, short, long, device=device), (short, long)
 
     def made(build: Callable[[int], nn.Module], classes: int) -> nn.Module:
@@ -524,61 +480,45 @@ def detect_rows(
         return model
 
     make = {
-        "TFA": lambda classes: TFA(fpn.fpn(backbone, **style), classes, cosine=True),
-        "FSCE": lambda classes: FSCE(
-            fpn.fpn(backbone, **style), classes, dimensions=128, above=0.7, cosine=True
-        ),
-        "MPSR": lambda classes: MPSR(fpn.fpn(backbone, **style), classes),
-        "Meta R-CNN": lambda classes: MetaRCNN(trunks.c4(backbone, meta=True, **style), classes),
-        "FSDetView": lambda classes: FSDetView(trunks.c4(backbone, meta=True, **style), classes),
-        "Attention-RPN": lambda classes: AttentionRPN(trunks.c4(backbone, **style), classes),
+        "TFA": lambda n: TFA(levels(), n, cosine=True),
+        "FSCE": lambda n: FSCE(levels(), n, dimensions=128, above=0.7, cosine=True),
+        "MPSR": lambda n: MPSR(levels(), n),
+        "Meta R-CNN": lambda n: MetaRCNN(regions(meta=True), n),
+        "FSDetView": lambda n: FSDetView(regions(meta=True), n),
+        "Attention-RPN": lambda n: AttentionRPN(regions(), n),
     }
     for name, build in only(methods, make).items():
         model = made(build, 20).train()
         step = seconds(lambda: sum(detector_steps(model, images, 20).values()).backward(), repeat=1)
-        yield Row(
-            f"{name}: training, pictures of {short} x {long}", pictures / step, None, "pictures/s"
-        )
+        what = f"{name}: training, pictures of {short} x {long}"
+        yield Row(what, pictures / step, None, "pictures/s")
+
         one = None
         for classes in (1, 20, 80):
             model = with_prototypes(made(build, classes))
-            test = 1 / seconds(lambda: model.detect(images[:1], [size]), repeat=3)
+            test = per_second(lambda: model.detect(images[:1], [size]))
             one = one or test
             what, plain = f"{name}: testing {classes} classes", one
             if isinstance(model, AttentionRPN):
-                plain = 1 / seconds(lambda: plain_attention_rpn(model, images[:1], size), repeat=3)
+                plain = per_second(lambda: plain_attention_rpn(model, images[:1], size))
                 what += " / loop"
             elif classes > 1:
                 what += " / one class"
             yield Row(what, test, plain if classes > 1 else None, "pictures/s")
             if isinstance(model, AttentionRPN) and classes > 1:
-                test = 1 / seconds(lambda: model.detect(images[:1], [size], share=True), repeat=3)
+                shared = per_second(lambda: model.detect(images[:1], [size], share=True))
                 yield Row(
                     f"{name}: --share-proposals, {classes} classes / loop",
-                    test,
+                    shared,
                     plain,
                     "pictures/s",
                 )
             if isinstance(model, MetaDetector) and classes > 1:
                 queries = torch.rand_like(model.prototypes[:1].expand(300, -1))
                 with torch.no_grad():
-                    heads_at_once = 1 / seconds(lambda: model.classify(queries))
-                loop = 1 / seconds(lambda: plain_meta_rcnn(model, queries))
-                yield Row(
-                    f"{name}: head alone, {classes} classes / loop",
-                    heads_at_once,
-                    loop,
-                    "pictures/s",
-                )
-
-
-BENCHMARKS = {
-    "glyphs": glyph_rows,
-    "meta-test": lambda: meta_test_rows() + maml_rows(),
-    "transductive": transductive_rows,
-    "train": train_rows,
-    "detect": detect_rows,
-}
+                    ours = per_second(lambda: model.classify(queries))
+                loop = per_second(lambda: plain_meta_rcnn(model, queries))
+                yield Row(f"{name}: head alone, {classes} classes / loop", ours, loop, "pictures/s")
 
 
 @dataclass
@@ -597,18 +537,23 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.what not in BENCHMARKS:
-        raise SystemExit(f"no benchmark {args.what!r}: choose from {', '.join(BENCHMARKS)}")
+    benchmarks = {
+        "glyphs": glyph_rows,
+        "meta-test": meta_test_rows,
+        "transductive": lambda: transductive_rows(args.methods, args.tasks),
+        "train": lambda: train_rows(args.dataset, args.data_root),
+        "detect": lambda: detect_rows(
+            args.backbone, args.short, args.long, args.methods, args.device
+        ),
+    }
+    if args.what not in benchmarks:
+        raise SystemExit(f"no benchmark {args.what!r}: choose from {', '.join(benchmarks)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    chosen = {
-        "transductive": (args.methods, args.tasks),
-        "train": (args.dataset, args.data_root),
-        "detect": (args.backbone, args.short, args.long, args.methods, args.device),
-    }
+
     rows = []
     print(f"{'':56}{'ours':>12}{'plain':>12}{'ratio':>9}", flush=True)
-    for row in BENCHMARKS[args.what](*chosen.get(args.what, ())):
+    for row in benchmarks[args.what]():
         beside = f"{'-':>12}{'-':>9}" if row.plain is None else f"{row.plain:12.4g}{row.ratio:9.2f}"
         print(f"{row.name:56}{row.ours:12.4g}{beside}  {row.unit}", flush=True)
         rows.append(row)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from fewshot import InputError, weights
+from fewshot import InputError, convert, weights
 from fewshot.convert import detectron2
 
 
@@ -28,21 +28,14 @@ class Args:
 
 
 def main(args: Args) -> None:
-    state = weights.read_state(args.checkpoint)
-    out = args.out or args.checkpoint.with_suffix(".safetensors")
-    if out == args.checkpoint:
-        raise InputError(f"{out} would replace what it is made of: give another --out")
     state, about = detectron2.convert(
-        state, args.checkpoint, of=args.of, classes=args.classes, novel=args.novel
+        weights.read_state(args.checkpoint),
+        args.checkpoint,
+        of=args.of,
+        classes=args.classes,
+        novel=args.novel,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    weights.save_state(
-        out, state, about | {"source": args.checkpoint.name, "commit": weights.commit()}
-    )
-    print(
-        f"{args.checkpoint.name}: {about['method']}, {about['args']['backbone']}, {len(state)} tensors"
-    )
-    print(f"{len(about['classes'])} classes: {', '.join(about['classes'])}\nwritten to {out}")
+    convert.write(state, about, args.checkpoint, args.out)
 
 
 if __name__ == "__main__":

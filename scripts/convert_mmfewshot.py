@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from fewshot import InputError, weights
+from fewshot import InputError, convert
 from fewshot.convert import mmfewshot
 
 
@@ -29,27 +29,19 @@ class Args:
 
 
 def main(args: Args) -> None:
-    state, meta = mmfewshot.read(args.checkpoint)
-    chosen = {
-        "method": args.method,
-        "classes": args.classes,
-        "split": args.split,
-        "aligned": args.aligned,
-    }
-    model = mmfewshot.convert(state, meta, args.checkpoint.stem, **chosen)
-    out = args.out or args.checkpoint.with_suffix(".safetensors")
-    about = model.about | {"source": args.checkpoint.name, "commit": weights.commit()}
-    weights.save_state(out, model.state, about)
-    print(
-        f"{args.checkpoint.name}: {about['method']}, {about['args']['backbone']}, {len(model.state)} tensors"
+    model = mmfewshot.convert(
+        *mmfewshot.read(args.checkpoint),
+        args.checkpoint.stem,
+        method=args.method,
+        classes=args.classes,
+        split=args.split,
+        aligned=args.aligned,
     )
+    convert.write(model.state, model.about, args.checkpoint, args.out)
     for reason, number in model.dropped.items():
         print(f"left out {number} tensors, {reason}")
     if "known" in model.state:
         print("prototypes are not in checkpoints: give the model supports before it predicts")
-    if about["classes"]:
-        print(f"{len(about['classes'])} classes: {', '.join(about['classes'])}")
-    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from fewshot import InputError, weights
+from fewshot import InputError, convert, weights
 from fewshot.convert import torchvision as torchvision_base
 from fewshot.data import annotations
 
@@ -30,17 +30,12 @@ class Args:
 
 def main(args: Args) -> None:
     state = weights.read_state(args.state)
-    out = args.out or args.state.with_suffix(".safetensors")
-    if out == args.state:
-        raise InputError(f"{out} would replace what it is made of: give another --out")
     eps = torchvision_base.default_eps(state) if args.eps is None else args.eps
     state, about = torchvision_base.converted(
         state, _categories(args, state), args.state.name, eps=eps
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    weights.save_state(out, state, about | {"commit": weights.commit()})
-    print(f"{about['args']['backbone']}, batch norms with eps {eps:g} (--eps says another)")
-    print(f"{len(about['classes'])} classes: {', '.join(about['classes'])}\nwritten to {out}")
+    convert.write(state, about, args.state, args.out)
+    print(f"batch norms with eps {eps:g} (--eps says another)")
 
 
 def _categories(args: Args, state: dict) -> list[str]:
@@ -51,17 +46,13 @@ def _categories(args: Args, state: dict) -> list[str]:
     if args.classes:
         if not args.classes.is_file():
             raise InputError(f"{args.classes}: no such file of class names")
-        names = [
-            line.strip()
-            for line in annotations.read_text(args.classes).splitlines()
-            if line.strip()
-        ]
-        if flawed := next(
-            (name for name in names if names.count(name) > 1 or not annotations.is_text(name)), None
-        ):
-            raise InputError(
-                f"{args.classes}: class {flawed!r:.200} is there twice, or no text; correct it"
-            )
+        lines = annotations.read_text(args.classes).splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+        for name in names:
+            if names.count(name) > 1 or not annotations.is_text(name):
+                raise InputError(
+                    f"{args.classes}: class {name!r:.200} is there twice, or no text; correct it"
+                )
     coco = torchvision_base.categories()
     head = state.get("roi_heads.box_predictor.cls_score.bias")
     rows = len(head) if head is not None and head.ndim else 0

@@ -52,11 +52,13 @@ def main(args: Args) -> None:
     if args.show:
         draw(k_shot.load_shots(args.show, dataset), args.show.with_suffix(".png"))
         return
+
     wanted = [(k, seed) for seed in args.seeds for k in args.shots]
     if not wanted or min(args.seeds) < 0:
         raise InputError(
             "nothing to draw: give --shots and --seeds at least one number each, seeds from 0 on"
         )
+
     split = f"-split{args.split}" if args.dataset in detection.PUBLISHED_SPLITS else ""
     out = args.out or Path("shots") / f"{Path(args.dataset).stem}{split}"
     for k, seed in tqdm(wanted, unit="draw", leave=False):
@@ -71,33 +73,34 @@ def main(args: Args) -> None:
             for name, content in k_shot.lists_of(chosen, k, args.format).items():
                 (folder / name).write_text(content, encoding="utf-8")
         draw(chosen, folder / f"{k}shot.png")
-        if args.format == "txt" and (
-            moved := differing(chosen, k_shot.choose_shots(dataset, k, seed, folder))
-        ):
-            tqdm.write(
-                f"{folder}: the pictures of {k} shots of {', '.join(moved)} hold more objects, and reading their lists "
-                "draws others of these; --format json or coco keeps the chosen ones"
-            )
+
+        if args.format == "txt":
+            moved = differing(chosen, k_shot.choose_shots(dataset, k, seed, folder))
+            if moved:
+                tqdm.write(
+                    f"{folder}: the pictures of {k} shots of {', '.join(moved)} hold more objects, and reading "
+                    "their lists draws others of these; --format json or coco keeps the chosen ones"
+                )
 
 
-def differing(*choices: DetectionSet) -> list[str]:
+def differing(a: DetectionSet, b: DetectionSet) -> list[str]:
     """The classes of which two choices from one set hold other objects."""
-    a, b = (
-        {
-            (d.classes[i], r.id, *box)
-            for r in d.records
-            for i, box in zip(r.labels, r.boxes.tolist())
+
+    def objects(chosen: DetectionSet) -> set[tuple]:
+        return {
+            (chosen.classes[label], record.id, *box)
+            for record in chosen.records
+            for label, box in zip(record.labels, record.boxes.tolist())
         }
-        for d in choices
-    )
-    return sorted({name for name, *_ in a ^ b})
+
+    return sorted({name for name, *_ in objects(a) ^ objects(b)})
 
 
 def draw(chosen: DetectionSet, picture: Path) -> None:
     """Make the picture, and say what there is."""
     show.shots(chosen).save(picture)
     counts = k_shot.counts(chosen)
-    each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     pictures = f"{len(chosen)} pictures of {len(chosen.classes)} classes"
     tqdm.write(f"{picture}: {sum(counts)} objects, {each} of each class, on {pictures}")
 

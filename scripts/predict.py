@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 
 import torch
 import tyro
+from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
@@ -30,7 +31,7 @@ import fewshot
 from fewshot import InputError, show
 from fewshot.data import annotations
 from fewshot.data.pictures import SUFFIXES
-from fewshot.inference import NONE, Classifier, decoded
+from fewshot.inference import NONE, Classifier, Detector, decoded
 
 SIDE = 480  # pixels: height of annotated pictures
 # pictures that a detector is given together, of which those of one size share its forward passes
@@ -56,11 +57,28 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
-    """Paths, pictures and classes of the supports in class folders.
+def readable(paths: Sequence[Path]) -> tuple[list[Path], list[Tensor]]:
+    """Those of these pictures that can be decoded, with a warning of the others.
 
-    A picture that cannot be decoded is left out with a warning, unless its class has no other.
+    Raises:
+        InputError: none can.
     """
+    good, pictures, failure = [], [], None
+    for path in paths:
+        try:
+            pictures.append(decoded(path))
+            good.append(path)
+        except InputError as error:
+            failure = error
+            if len(paths) > 1:
+                print(f"warning: left out {error}", file=sys.stderr)
+    if not good:
+        raise failure
+    return good, pictures
+
+
+def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
+    """Paths, pictures and classes of the supports in class folders."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of supports; correct --support")
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -70,20 +88,18 @@ def read_supports(folder: Path) -> tuple[list[Path], list[Tensor], list[str]]:
         )
     paths, pictures, labels = [], [], []
     for place in classes:
-        files, failure = pictures_in(place), None
+        files = pictures_in(place)
         if not files:
             raise InputError(f"{place} holds no picture: add some, or remove the folder")
-        for path in files:
-            try:
-                pictures.append(decoded(path))
-            except InputError as error:
-                failure = error
-                print(f"warning: left out {error}", file=sys.stderr)
-                continue
-            paths.append(path)
-            labels.append(place.name)
-        if place.name not in labels:
-            raise InputError(f"no picture of class {place.name} can be read; the last: {failure}")
+        try:
+            files, found = readable(files)
+        except InputError as error:
+            raise InputError(
+                f"no picture of class {place.name} can be read; the last: {error}"
+            ) from None
+        paths += files
+        pictures += found
+        labels += [place.name] * len(files)
     return paths, pictures, labels
 
 
@@ -93,26 +109,23 @@ def read_boxes(
     """Boxes (n, 4) xyxy of every support's objects: of xml or json where there is one, else the
     whole picture.
     """
-    listed: dict[str, list[tuple[str, Tensor]]] = {}
-    sources: dict[str, Path] = {}
+    listed: dict[str, tuple[list[tuple[str, Tensor]], Path]] = {}
     for path in sorted(folder.glob("*.json")):
         names, records = annotations.read_coco_json(path, "refuse")
         for record in records:
-            objects = [
-                (names[label], torch.from_numpy(box))
-                for label, box in zip(record.labels, record.boxes)
-            ]
-            listed.setdefault(Path(record.path).name, []).extend(objects)
-            sources[Path(record.path).name] = path
+            name = Path(record.path).name
+            objects = [names[label] for label in record.labels]
+            before, _ = listed.get(name, ([], path))
+            listed[name] = before + list(zip(objects, torch.from_numpy(record.boxes))), path
+
     boxes = []
     for path, picture, label in zip(paths, pictures, labels):
         xml = path.with_suffix(".xml")
-        objects, source = (
-            (_xml_boxes(xml), xml)
-            if xml.is_file()
-            else (listed.get(path.name), sources.get(path.name))
-        )
-        mine = [box for name, box in objects or () if name == label]
+        if xml.is_file():
+            objects, source = _xml_boxes(xml), xml
+        else:
+            objects, source = listed.get(path.name, ([], None))
+        mine = [box for name, box in objects if name == label]
         if objects and not mine:
             raise InputError(
                 f"{path}: {source} has no {label} on it; correct the annotation or move the picture"
@@ -162,20 +175,12 @@ def queries(places: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _calibrate(model: Classifier) -> None:
-    """Let it reject by the default share, or say why it cannot."""
-    try:
-        model.calibrate()
-    except InputError as error:
-        print(f"every picture is taken for one of these classes: {error}")
-
-
-def main(args: Args) -> None:
-    model = fewshot.load(args.model, args.device)
-    classifies = isinstance(model, Classifier)
+def check(args: Args, classifies: bool) -> None:
+    """Refuses flags that are not for this kind of model."""
+    of_detectors = args.share_proposals or args.calibrate or args.test_proposals is not None
     if args.reject is not None and not (classifies and args.support):
         raise InputError("--reject is for classifiers and their --support: leave it out")
-    if classifies and (args.share_proposals or args.calibrate or args.test_proposals is not None):
+    if classifies and of_detectors:
         raise InputError(
             "--share-proposals, --calibrate and --test-proposals are for detectors: leave them out"
         )
@@ -183,92 +188,92 @@ def main(args: Args) -> None:
         raise InputError(
             f"{args.model} is a classifier, which knows no class without --support: give a folder of them"
         )
+
+
+def support(model: Classifier | Detector, args: Args) -> None:
+    """Show the model the supports."""
+    paths, pictures, labels = read_supports(args.support)
+    if isinstance(model, Classifier):
+        model.support(pictures, labels, reject=args.reject)
+        if args.reject is None:
+            try:
+                model.calibrate()
+            except InputError as error:
+                print(f"every picture is taken for one of these classes: {error}")
+    else:
+        boxes = read_boxes(args.support, paths, pictures, labels)
+        if not model.compares_regions:
+            boxes = [some[:1] for some in boxes]
+        each = [i for i, some in enumerate(boxes) for _ in some]
+        model.support([pictures[i] for i in each], torch.cat(boxes), [labels[i] for i in each])
+    counts = ", ".join(f"{name} {labels.count(name)}" for name in dict.fromkeys(labels))
+    print(f"{model.method} knows {counts}")
+
+
+Prediction = tuple[list[dict], dict[str, Image]]  # for predictions.json; drawings by file name
+
+
+def classified(model: Classifier, paths: list[Path], images: list[Tensor]) -> Prediction:
+    guesses = model.predict(images)  # together: MAML's norms see them all
+    results, captions = [], []
+    for path, guess in zip(paths, guesses):
+        captions.append(NONE if guess.rejected else f"{guess.name} {100 * guess.probability:.0f} %")
+        result = {"picture": str(path), "class": guess.name, "probabilities": guess.probabilities}
+        if model.threshold is not None:
+            result |= {"rejected": guess.rejected, "distance": guess.distance}
+            result |= {"threshold": model.threshold}
+        results.append(result)
+    return results, {"sheet.png": show.captioned(images, captions)}
+
+
+def detected(model: Detector, paths: list[Path], images: list[Tensor], args: Args) -> Prediction:
+    objects_on = []
+    for first in tqdm(range(0, len(images), AT_ONCE), unit=f"{AT_ONCE} pictures"):
+        objects_on += model.predict(
+            images[first : first + AT_ONCE],
+            score_above=args.score_above,
+            share_proposals=args.share_proposals,
+            test_proposals=args.test_proposals,
+        )
+
+    results, drawings, stems = [], {}, [path.stem for path in paths]
+    for number, (path, image, found) in enumerate(zip(paths, images, objects_on)):
+        objects = [
+            {"box": [round(v, 2) for v in box], "score": score, "class": name}
+            for box, score, name in zip(found.boxes.tolist(), found.scores.tolist(), found.names)
+        ]
+        results.append({"picture": str(path), "objects": objects})
+
+        text = show.captions(found.names, found.scores)
+        ink = show.colors(found.names, model.about["novel"])
+        name = path.stem if stems.count(path.stem) == 1 else f"{number}-{path.stem}"
+        drawing = show.boxes_on(image, found.boxes, text, ink, SIDE)
+        drawings[f"{name}.png"] = F.to_pil_image(drawing)
+    return results, drawings
+
+
+def main(args: Args) -> None:
+    model = fewshot.load(args.model, args.device)
+    classifies = isinstance(model, Classifier)
+    check(args, classifies)
     paths = queries(args.query)
     if args.support:
-        supports, pictures, labels = read_supports(args.support)
-        if classifies:
-            model.support(pictures, labels, reject=args.reject)
-            if args.reject is None:
-                _calibrate(model)
-        else:
-            boxes = read_boxes(args.support, supports, pictures, labels)
-            each = [
-                i
-                for i, some in enumerate(boxes)
-                for _ in (some if model.compares_regions else some[:1])
-            ]
-            boxes = torch.cat(boxes if model.compares_regions else [some[:1] for some in boxes])
-            model.support([pictures[i] for i in each], boxes, [labels[i] for i in each])
-        counts = ", ".join(f"{name} {labels.count(name)}" for name in dict.fromkeys(labels))
-        print(f"{model.method} knows {counts}")
+        support(model, args)
     if args.calibrate:
         model.calibrate(args.calibrate)
-    readable, images = [], []
-    for path in paths:
-        try:
-            images.append(decoded(path))
-        except InputError as error:
-            if len(paths) == 1:
-                raise
-            print(f"warning: left out {error}", file=sys.stderr)
-            continue
-        readable.append(path)
-    if not images:
-        raise InputError("none of the pictures can be read")
+
+    paths, images = readable(paths)
     if classifies:
-        guesses = model.predict(images)  # together: MAML's norms see them all
-        results = [
-            {"picture": str(p), "class": g.name, "probabilities": g.probabilities}
-            for p, g in zip(readable, guesses)
-        ]
-        if model.threshold is not None:
-            for result, guess in zip(results, guesses):
-                result |= {
-                    "rejected": guess.rejected,
-                    "distance": guess.distance,
-                    "threshold": model.threshold,
-                }
-        captions = [
-            NONE if g.rejected else f"{g.name} {100 * g.probability:.0f} %" for g in guesses
-        ]
-        drawings = {"sheet.png": show.captioned(images, captions)}
+        results, drawings = classified(model, paths, images)
     else:
-        results, drawings, objects_on = [], {}, []
-        options = {
-            name: getattr(args, name)
-            for name in ("score_above", "share_proposals", "test_proposals")
-        }
-        with tqdm(total=len(images), unit="picture") as bar:
-            for first in range(0, len(images), AT_ONCE):
-                objects_on += model.predict(images[first : first + AT_ONCE], **options)
-                bar.update(len(objects_on) - first)
-        for number, (path, image, found) in enumerate(
-            zip(readable, images, objects_on, strict=True)
-        ):
-            columns = zip(found.boxes.tolist(), found.scores.tolist(), found.names)
-            objects = [
-                {"box": [round(v, 2) for v in box], "score": score, "class": name}
-                for box, score, name in columns
-            ]
-            results.append({"picture": str(path), "objects": objects})
-            text, ink = (
-                show.captions(found.names, found.scores),
-                show.colors(found.names, model.about["novel"]),
-            )
-            name = (
-                f"{path.stem}.png"
-                if [p.stem for p in readable].count(path.stem) == 1
-                else f"{number}-{path.stem}.png"
-            )
-            drawings[name] = F.to_pil_image(show.boxes_on(image, found.boxes, text, ink, SIDE))
+        results, drawings = detected(model, paths, images, args)
+
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "predictions.json").write_text(json.dumps(results, indent=1) + "\n")
     for name, drawing in drawings.items():
         drawing.save(args.out / name)
-    print(
-        f"{len(results)} pictures: {args.out}/predictions.json and {', '.join(list(drawings)[:3])}"
-        + (", ..." if len(drawings) > 3 else "")
-    )
+    shown = ", ".join(list(drawings)[:3]) + (", ..." if len(drawings) > 3 else "")
+    print(f"{len(results)} pictures: {args.out}/predictions.json and {shown}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 from accelerate import Accelerator
+from torch import Tensor
 
 import fewshot
 from fewshot import InputError
@@ -40,11 +41,12 @@ def main(args: Args) -> None:
         raise InputError(
             f"{args.model} is a model of {model.method}, which proposes nothing: give a detector"
         )
-    if "dataset" not in model.about["args"]:
+    trained = model.about["args"]
+    if "dataset" not in trained:
         raise InputError(
             f"{args.model} does not say what it was trained on: give a model that a recipe left"
         )
-    trained = model.about["args"]
+
     dataset = detection.open_detection(
         trained["dataset"],
         args.data_root or trained["data_root"],
@@ -54,17 +56,12 @@ def main(args: Args) -> None:
         layout=trained.get("layout"),
     ).restrict(model.classes)
     dataset = dataset.with_records(dataset.records[: args.test_images])
-    numbers, rpn = average_precision.PROPOSALS, model.network.rpn
-    rpn.test_proposals = max(rpn.test_proposals[0], numbers[-1]), numbers[-1]
+    most, rpn = average_precision.PROPOSALS[-1], model.network.rpn
+    rpn.test_proposals = max(rpn.test_proposals[0], most), most
 
-    def propose(
-        images: torch.Tensor, sizes: list[tuple[int, int]]
-    ) -> list[tuple[torch.Tensor, ...]]:
-        found = model.network.propose(images, sizes)
-        return [
-            (boxes[:, :4], boxes[:, 4], torch.zeros_like(boxes[:, 4], dtype=torch.int64))
-            for boxes in found
-        ]
+    def propose(images: Tensor, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, ...]]:
+        boxes = model.network.propose(images, sizes)
+        return [(b[:, :4], b[:, 4], torch.zeros_like(b[:, 4], dtype=torch.int64)) for b in boxes]
 
     found = detect(
         accelerator, propose, dataset, model.pipeline, model.normalisation, workers=args.workers
@@ -73,6 +70,7 @@ def main(args: Args) -> None:
     recall = average_precision.proposal_recall(
         boxes, dataset, iou=args.iou, inclusive_pixels=dataset.inclusive_pixels
     )
+
     accelerator.print(
         f"{Path(args.model)}: {len(dataset)} pictures, recall in percent at an overlap of {args.iou:g}"
     )

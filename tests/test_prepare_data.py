@@ -2,7 +2,6 @@
 to be downloaded.
 """
 
-import importlib.util
 import json
 import pickle
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import tyro
 from PIL import Image
+from test_scripts import load
 
 from fewshot import InputError
 from fewshot.data import classification
@@ -25,10 +25,7 @@ DATA = ROOT / ".." / "shared" / "data"
 
 @pytest.fixture
 def script(monkeypatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "prepare_data", module)  # dataclasses look the module up
-    spec.loader.exec_module(module)
+    module = load("prepare_data")
 
     def offline(*arguments, **options):
         raise OSError("no network in tests")
@@ -41,6 +38,13 @@ def script(monkeypatch) -> ModuleType:
 
 def run(script: ModuleType, flags: str, root: Path) -> None:
     script.main(tyro.cli(script.Args, args=[*flags.split(), "--root", str(root)]))
+
+
+def refused(words: str, script: ModuleType, flags: str, root: Path) -> str:
+    with pytest.raises(InputError, match=words) as caught:
+        run(script, flags, root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def picture(path: Path) -> None:
@@ -66,20 +70,15 @@ def test_cifar_is_downloaded_once(script, tmp_path, monkeypatch, capsys):
         calls.append((root, download))
         home = root / "cifar-100-python"
         home.mkdir(parents=True)
-        fine = np.arange(100)
-        content = {
-            "data": np.zeros((100, 3072), np.uint8),
-            "fine_labels": fine,
-            "coarse_labels": fine // 5,
-        }
+        content = {"data": np.zeros((100, 3072), np.uint8)}
+        content |= {"fine_labels": np.arange(100), "coarse_labels": np.arange(100) // 5}
         for part in ("train", "test"):
             (home / part).write_bytes(pickle.dumps(content))
         (home / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
 
     monkeypatch.setattr(script, "CIFAR100", cifar100)
-    monkeypatch.setitem(
-        script.PUBLISHED, "fc100", {"train": (60, 120), "val": (20, 40), "test": (20, 40)}
-    )
+    published = {"train": (60, 120), "val": (20, 40), "test": (20, 40)}
+    monkeypatch.setitem(script.PUBLISHED, "fc100", published)
     run(script, "fc100", tmp_path / "data")
     assert calls == [(tmp_path / "data", True)]
     printed = capsys.readouterr().out
@@ -100,16 +99,11 @@ def test_cub_comes_with_its_checksum(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script.utils, "download_and_extract_archive", download)
     # one picture of each class is not all of them: said after the download, not downloaded again
     # and again
-    with pytest.raises(
-        InputError, match="train has 100 pictures of 100 classes, published are 5,885 of 100"
-    ):
-        run(script, "cub", tmp_path)
+    words = "train has 100 pictures of 100 classes, published are 5,885 of 100"
+    refused(words, script, "cub", tmp_path)
     assert calls == [("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78")]
-    assert numbers(capsys.readouterr().out) == {
-        "train": [100, 100, 5885],
-        "val": [50, 50, 2950],
-        "test": [50, 50, 2953],
-    }
+    counted = {"train": [100, 100, 5885], "val": [50, 50, 2950], "test": [50, 50, 2953]}
+    assert numbers(capsys.readouterr().out) == counted
 
 
 def voc(root: Path, year: str, part: str, download: bool) -> None:
@@ -135,18 +129,18 @@ def test_voc_has_three_archives_and_lists_elsewhere(script, tmp_path, monkeypatc
 
 def test_omniglot_has_two_archives(script, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        script, "Omniglot", lambda root, background, download: calls.append((root, background))
-    )
-    with pytest.raises(InputError, match="no omniglot here"):
-        run(script, "omniglot", tmp_path)
+
+    def omniglot(root: Path, background: bool, download: bool) -> None:
+        calls.append((root, background))
+
+    monkeypatch.setattr(script, "Omniglot", omniglot)
+    refused("no omniglot here", script, "omniglot", tmp_path)
     assert calls == [(tmp_path, True), (tmp_path, False)]
 
 
 def test_coco_is_downloaded_only_when_its_size_was_agreed_to(script, tmp_path, monkeypatch, capsys):
-    with pytest.raises(InputError, match=r"coco 2017: 20 GB to download .* add --yes") as caught:
-        run(script, "coco", tmp_path)
-    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    refused(r"coco 2017: 20 GB to download .* add --yes", script, "coco", tmp_path)
+    assert not list(tmp_path.iterdir())
 
     def download(url: str, home: Path, md5: str, remove_finished: bool) -> None:
         assert remove_finished and len(md5) == 32
@@ -154,11 +148,9 @@ def test_coco_is_downloaded_only_when_its_size_was_agreed_to(script, tmp_path, m
         archives.append(archive)
         if archive.startswith("annotations"):
             for part in ("train", "val"):
-                lists = {
-                    "categories": [{"id": 1, "name": "cat"}],
-                    "images": [{"id": 7, "file_name": "7.png", "width": 4, "height": 4}],
-                    "annotations": [],
-                }
+                image = {"id": 7, "file_name": "7.png", "width": 4, "height": 4}
+                lists = {"images": [image], "annotations": []}
+                lists["categories"] = [{"id": 1, "name": "cat"}]
                 path = home / "annotations" / f"instances_{part}{archive[-8:-4]}.json"
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(json.dumps(lists))
@@ -177,27 +169,19 @@ def test_coco_is_downloaded_only_when_its_size_was_agreed_to(script, tmp_path, m
     archives.clear()
     run(script, "coco --yes", tmp_path)
     assert archives == ["val2017.zip", "annotations_trainval2017.zip"]
-    with pytest.raises(
-        InputError, match="coco 2014: 20 GB"
-    ):  # that 2017 is there does not do for 2014
-        run(script, "coco --year 2014", tmp_path)
+    # that 2017 is there does not do for 2014
+    refused("coco 2014: 20 GB", script, "coco --year 2014", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cub", "voc", "omniglot", "cifar_fs", "coco --yes"])
 def test_a_failed_download_is_one_line(script, tmp_path, name):
-    with pytest.raises(
-        InputError, match=r"download to .* failed \(no network in tests\); run this again"
-    ) as caught:
-        run(script, name, tmp_path)
-    assert "\n" not in str(caught.value)
+    words = r"download to .* failed \(no network in tests\); run this again"
+    refused(words, script, name, tmp_path)
 
 
 def test_what_may_not_be_downloaded_is_explained(script, tmp_path):
-    with pytest.raises(InputError) as caught:
-        run(script, "tiered_imagenet", tmp_path)
-    assert "tiered-imagenet.tar" in str(caught.value) and str(caught.value).endswith(
-        f"in {tmp_path}/tiered_imagenet"
-    )
+    said = refused("tiered-imagenet.tar", script, "tiered_imagenet", tmp_path)
+    assert said.endswith(f"in {tmp_path}/tiered_imagenet")
 
 
 def test_an_error_is_one_line_on_the_screen(tmp_path):
@@ -205,42 +189,33 @@ def test_an_error_is_one_line_on_the_screen(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
-    assert (
-        "https://image-net.org" in ended.stderr
-        and f"{tmp_path}/mini_imagenet/images" in ended.stderr
-    )
+    assert "https://image-net.org" in ended.stderr
+    assert f"{tmp_path}/mini_imagenet/images" in ended.stderr
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real data here")
 def test_real_omniglot_is_complete(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "omniglot").symlink_to(DATA.resolve() / "omniglot")
-    monkeypatch.setattr(
-        classification, "_ink", lambda *_: np.zeros((1, 1), np.uint8)
-    )  # which is what takes long
+    # which is what takes long
+    monkeypatch.setattr(classification, "_ink", lambda *_: np.zeros((1, 1), np.uint8))
     run(script, "omniglot", tmp_path)
-    assert numbers(capsys.readouterr().out) == {
+    counted = {
         "train": [4112, 82240, 82240],
         "val": [688, 13760, 13760],
         "test": [1692, 33840, 33840],
     }
+    assert numbers(capsys.readouterr().out) == counted
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real data here")
 def test_real_but_cut_down_sets_are_incomplete(script, tmp_path, capsys):
     (tmp_path / "mini_imagenet").symlink_to(DATA.resolve() / "mini_imagenet_40")
     (tmp_path / "VOCdevkit").symlink_to(DATA.resolve() / "VOCdevkit")
-    with pytest.raises(
-        InputError,
-        match=r"train has 2,560 pictures of 64 classes, .*38,400 of 64; complete it.*ILSVRC",
-    ):
-        run(script, "mini_imagenet", tmp_path)
-    assert numbers(capsys.readouterr().out) == {
-        "train": [64, 2560, 38400],
-        "val": [16, 640, 9600],
-        "test": [20, 800, 12000],
-    }
-    with pytest.raises(InputError, match=r"voc: download to .* failed"):
-        run(script, "voc", tmp_path)
+    words = r"train has 2,560 pictures of 64 classes, .*38,400 of 64; complete it.*ILSVRC"
+    refused(words, script, "mini_imagenet", tmp_path)
+    counted = {"train": [64, 2560, 38400], "val": [16, 640, 9600], "test": [20, 800, 12000]}
+    assert numbers(capsys.readouterr().out) == counted
+    refused(r"voc: download to .* failed", script, "voc", tmp_path)
     printed = capsys.readouterr().out
     assert numbers(printed) == {"train": [20, 384, 16551], "test": [20, 372, 4952]}
     assert "train has 384 pictures" in printed and "2.8 GB" in printed

@@ -4,7 +4,9 @@ over shots.
 
 import importlib
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,6 @@ RUN = {
     "commit": "abcdef0123456789+",
     "hardware": "a | b",
     "processes": 1,
-}
-RUN |= {
     "precision": "no",
     "seconds": 3725.4,
     "peak_memory_gb": 1.25,
@@ -37,18 +37,35 @@ def call(*flags: Any) -> None:
     results.main(tyro.cli(results.Args, args=[str(flag) for flag in flags]))
 
 
+@pytest.fixture
+def printed(capsys) -> Callable[..., str]:
+    """What the script prints with these flags."""
+
+    def run(*flags: Any) -> str:
+        call(*flags)
+        return capsys.readouterr().out
+
+    return run
+
+
+def refused(words: str, *flags: Any) -> None:
+    with pytest.raises(InputError, match=words) as error:
+        call(*flags)
+    assert "\n" not in str(error.value)
+
+
+def holds(row: dict[str, str], **cells: str) -> bool:
+    """Has this row these cells? Blanks in their heads are _ here."""
+    return row.items() >= {name.replace("_", " "): cell for name, cell in cells.items()}.items()
+
+
 def write(
     path: Path, result: dict, method: str, seed: int, trained: dict, tested: dict, **settings: Any
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "method": method,
-        "seed": seed,
-        "trained": trained,
-        "tested": tested,
-        "id": str(path).replace("-", ""),
-    } | settings
-    path.write_text(json.dumps({**result, "settings": settings}))
+    id = str(path).replace("-", "")
+    who = {"method": method, "seed": seed, "trained": trained, "tested": tested, "id": id}
+    path.write_text(json.dumps({**result, "settings": {**who, **settings}}))
     return path
 
 
@@ -63,8 +80,6 @@ def detector(
         "split": 1,
         "stage": "finetune",
         "trained_on": "base and novel classes",
-    }
-    protocol |= {
         "shots": f"{shots} of each, drawn by seed {seed}",
         "test_pictures": 500,
         "test_objects": 1200,
@@ -97,86 +112,62 @@ def cells(text: str) -> list[dict[str, str]]:
     """The rows of all Markdown tables, by head."""
     found, head = [], None
     for line in text.splitlines():
+        row = [cell.strip() for cell in line.strip("|").split(" | ")]
         if not line.startswith("|"):
             head = None
         elif head is None:
-            head = [cell.strip() for cell in line.strip("|").split(" | ")]
+            head = row
         elif set(line) - set("|- "):
-            found.append(
-                dict(
-                    zip(head, (cell.strip() for cell in line.strip("|").split(" | ")), strict=True)
-                )
-            )
+            found.append(dict(zip(head, row, strict=True)))
     return found
 
 
 @pytest.fixture
 def runs(tmp_path) -> Path:
-    """A detector's base model and three seeds at 5 shots; a classifier of two seeds; and copies of
-    all.
+    """A detector's base model and three seeds at 5 shots, with copies of these; a classifier of two
+    seeds.
     """
     for seed, novel in [(0, 40.0), (1, 44.0), (2, 48.0)]:
-        path = detector(tmp_path / "runs" / "tfa" / f"5shot-seed{seed}", seed, novel)
-        (tmp_path / "copies" / str(seed)).mkdir(parents=True)
-        (tmp_path / "copies" / str(seed) / "metrics.json").write_text(path.read_text())
+        path = detector(tmp_path / "tfa" / f"5shot-seed{seed}", seed, novel)
+        shutil.copytree(path.parent, tmp_path / "copies" / str(seed))
     protocol = {"dataset": "glyphs", "split": 1, "stage": "base", "trained_on": "base classes"}
     result = {"AP50": {"base": 90.0, "all": 90.0}, "protocol": protocol}
-    write(
-        tmp_path / "runs" / "tfa" / "base" / "metrics.json", result, "tfa", 0, TRAINED, {"shots": 5}
-    )
+    write(tmp_path / "tfa" / "base" / "metrics.json", result, "tfa", 0, TRAINED, {"shots": 5})
     for seed, accuracy in [(0, 60.0), (1, 62.0)]:
-        classifier(
-            tmp_path / "runs" / "proto" / f"seed{seed}",
-            seed,
-            {"1": [accuracy] * 4, "5": [80.0] * 4},
-        )
+        accuracies = {"1": [accuracy] * 4, "5": [80.0] * 4}
+        classifier(tmp_path / "proto" / f"seed{seed}", seed, accuracies)
     return tmp_path
 
 
-def test_seeds_are_averaged_with_the_interval_of_their_mean(runs, capsys):
-    call(runs, "--json", runs / "rows.json")  # copies count once
-    said = capsys.readouterr().out
+def test_seeds_are_averaged_with_the_interval_of_their_mean(runs, printed):
+    said = printed(runs, "--json", runs / "rows.json")  # copies count once
     base, tuned, few, *single = cells(said)
     assert base == {
         "method": "tfa", "data": "glyphs", "split": "1", "shots": "base", "seeds": "1: 0", "AP50 base": "90.0",
         "AP50 novel": "-", "AP50 all": "90.0", "± over": "-", "tested on": "-",
     }  # fmt: skip
-    assert tuned["seeds"] == "3: 0, 1, 2" and tuned["± over"] == "seeds" and tuned["shots"] == "5"
     # Student's t of two degrees of freedom is 4.303, and the standard deviation 4
-    assert (
-        tuned["AP50 novel"] == f"44.0 ± {4.303 * 4 / 3**0.5:.1f}"
-        and tuned["AP50 all"] == "70.0 ± 0.0"
-    )
-    assert tuned["tested on"] == "500 pictures, 1200 objects"
+    numbers = {"AP50_novel": f"44.0 ± {4.303 * 4 / 3**0.5:.1f}", "AP50_all": "70.0 ± 0.0"}
+    assert holds(tuned, seeds="3: 0, 1, 2", shots="5", **numbers)
+    assert holds(tuned, tested_on="500 pictures, 1200 objects", **{"± over": "seeds"})
     # of one degree 12.706: two seeds say little
     assert (few["1-shot"], few["5-shot"], few["ways"]) == ("61.00 ± 12.71", "80.00 ± 0.00", "5")
     assert few["tested on"] == "4 tasks" and "Not averaged" not in said
     assert "over seeds by Student's t" in said and "over the test tasks" not in said
     assert len(single) == 6
     mine = next(row for row in single if row["result"] == "base 80.0, novel 44.0, all 70.0")
-    assert (
-        mine["run"] == str(runs / "copies" / "1")
-        and mine["seed"] == "1"
-        and mine["base"] == "01234567"
-    )
-    assert (
-        mine["commit"] == "abcdef0123+"
-        and mine["time"] == "1:02:05"
-        and mine["memory"] == "1.25 GB"
-    )
-    assert mine["command"] == "`recipes/tfa.py --shots 5`" and mine["hardware"] == "a \\| b"
+    assert holds(mine, run=str(runs / "copies" / "1"), seed="1", base="01234567")
+    assert holds(mine, commit="abcdef0123+", time="1:02:05", memory="1.25 GB")
+    assert holds(mine, command="`recipes/tfa.py --shots 5`", hardware="a \\| b")
     rows = json.loads((runs / "rows.json").read_text())
     assert [len(row["runs"]) for row in rows] == [1, 3, 2]
     assert rows[1]["values"]["novel"] == pytest.approx([44, 4.303 * 4 / 3**0.5])
     assert [run["values"]["novel"] for run in rows[1]["runs"]] == [40, 44, 48]
 
-    call(runs / "runs" / "proto" / "seed0", "--no-details")
-    said = capsys.readouterr().out
-    assert [row["1-shot"] for row in cells(said)] == [
-        "60.00 ± 0.30"
-    ] and "over the test tasks of the one run" in said
-    call(runs, "--metric", "AP75")
-    assert cells(capsys.readouterr().out)[0]["AP75 all"] == "1.0 ± 0.0"
+    said = printed(runs / "proto" / "seed0", "--no-details")
+    (row,) = cells(said)
+    assert row["1-shot"] == "60.00 ± 0.30" and "over the test tasks of the one run" in said
+    assert cells(printed(runs, "--metric", "AP75"))[0]["AP75 all"] == "1.0 ± 0.0"
 
 
 @pytest.mark.parametrize(
@@ -192,10 +183,9 @@ def test_seeds_are_averaged_with_the_interval_of_their_mean(runs, capsys):
         ("precision", "bf16", "precision (no / bf16)"),
     ],
 )
-def test_what_differs_is_not_averaged_but_named(runs, capsys, name, value, shown):
-    detector(runs / "runs" / "tfa" / "other", 3, 9.0, **{name: value})
-    call(runs / "runs" / "tfa", "--no-details")
-    said = capsys.readouterr().out
+def test_what_differs_is_not_averaged_but_named(runs, printed, name, value, shown):
+    detector(runs / "tfa" / "other", 3, 9.0, **{name: value})
+    said = printed(runs / "tfa", "--no-details")
     assert (
         f"Not averaged: tfa, glyphs, split 1, shots 5 has 2 rows, which differ in {shown}." in said
     )
@@ -205,44 +195,33 @@ def test_what_differs_is_not_averaged_but_named(runs, capsys, name, value, shown
     assert alone["seeds"] == "1: 3" and alone["differing in"].startswith(name)
 
 
-def test_what_may_differ_is_averaged(runs, capsys):
-    detector(
-        runs / "runs" / "tfa" / "other",
-        3,
-        40.0,
-        seconds=1.0,
-        commit="f" * 40,
-        command="x",
-        hardware="another",
-    )
-    call(runs / "runs" / "tfa", "--no-details")
-    assert [row["seeds"] for row in cells(capsys.readouterr().out)] == ["1: 0", "4: 0, 1, 2, 3"]
+def test_what_may_differ_is_averaged(runs, printed):
+    apart = {"seconds": 1.0, "commit": "f" * 40, "command": "x", "hardware": "another"}
+    detector(runs / "tfa" / "other", 3, 40.0, **apart)
+    rows = cells(printed(runs / "tfa", "--no-details"))
+    assert [row["seeds"] for row in rows] == ["1: 0", "4: 0, 1, 2, 3"]
 
 
-def test_a_seed_that_was_run_twice_does_not_count_twice(runs, capsys):
-    detector(runs / "runs" / "tfa" / "again", 1, 46.0)
-    call(runs / "runs" / "tfa", "--no-details")
-    said = capsys.readouterr().out
+def test_a_seed_that_was_run_twice_does_not_count_twice(runs, printed):
+    detector(runs / "tfa" / "again", 1, 46.0)
+    said = printed(runs / "tfa", "--no-details")
     seeds = [(row["seeds"], row["differing in"]) for row in cells(said)]
     assert seeds == [("1: 0", ""), ("3: 0, 1, 2", ""), ("1: 1", "repetition 2")]
     assert "which differ in repetition (default / 2)" in said
 
 
-def test_a_test_of_another_kind_has_its_own_row(runs, capsys):
-    run = runs / "runs" / "proto" / "seed0"
+def test_a_test_of_another_kind_has_its_own_row(runs, printed):
+    run = runs / "proto" / "seed0"
     content = json.loads((run / "metrics.json").read_text())
     content["settings"]["id"] += "-0123abcd"
     (run / "test-0123abcd.json").write_text(json.dumps(content))  # as the run tested itself
     content["ways"], content["settings"]["tested"]["ways"] = 20, 20
     (run / "test-4567abcd.json").write_text(json.dumps(content))
     (run / "test-4567abcd-tasks.json").write_text("{}")
-    call(runs / "runs" / "proto", "--no-details")
-    assert [(row["ways"], row["seeds"]) for row in cells(capsys.readouterr().out)] == [
-        ("5", "2: 0, 1"),
-        ("20", "1: 0"),
-    ]
-    call(run / "test-4567abcd.json")
-    assert [row.get("ways", "20") for row in cells(capsys.readouterr().out)] == ["20", "20"]
+    own, other = cells(printed(runs / "proto", "--no-details"))
+    assert holds(own, ways="5", seeds="2: 0, 1") and holds(other, ways="20", seeds="1: 0")
+    table, details = cells(printed(run / "test-4567abcd.json"))
+    assert table["ways"] == "20" and "ways" not in details
 
 
 def test_what_is_wrong_is_said_in_a_line(runs, tmp_path):
@@ -251,56 +230,44 @@ def test_what_is_wrong_is_said_in_a_line(runs, tmp_path):
     bad.write_text('{"AP50": {}}')
     for flags, words in [
         ([runs / "nothing"], "no finished run"),
-        ([runs / "runs" / "tfa", "--metric", "AP99"], "AP99"),
+        ([runs / "tfa", "--metric", "AP99"], "AP99"),
         ([runs], "bad/metrics.json: not a result with its settings"),
         (
-            [runs / "runs" / "tfa" / "base", "--plot", tmp_path / "x.png"],
+            [runs / "tfa" / "base", "--plot", tmp_path / "x.png"],
             "--plot: none of these runs has novel",
         ),
-        ([runs / "runs", "--plot", tmp_path / "x.xyz"], "--plot .*x.xyz"),
+        ([runs / "tfa", "--plot", tmp_path / "x.xyz"], "--plot .*x.xyz"),
         ([runs, "--compare"], "two folders"),
         ([runs, runs, "--compare", "--plot", tmp_path / "x.png"], "--plot"),
     ]:
-        with pytest.raises(InputError, match=words) as error:
-            call(*flags)
-        assert "\n" not in str(error.value)
+        refused(words, *flags)
 
 
-def test_the_difference_of_two_classifiers_is_paired_by_task(tmp_path, capsys):
+def test_the_difference_of_two_classifiers_is_paired_by_task(tmp_path, printed):
     rng = np.random.default_rng(0)
     hard = rng.uniform(40, 90, 200)  # how hard a task is, which both feel
-    a, b = (
-        {"1": hard + 2 + rng.normal(0, 3, 200), "5": hard},
-        {"1": hard, "5": hard + rng.normal(0, 3, 200)},
-    )
-    for name, accuracies in (("a", a), ("b", b)):
-        method = {"a": "proto_net", "b": "maml"}[name]
-        classifier(
-            tmp_path / name, 0, {k: v.tolist() for k, v in accuracies.items()}, method=method
-        )
-    call(tmp_path / "a", tmp_path / "b", "--compare", "--json", tmp_path / "rows.json")
-    one, five = cells(capsys.readouterr().out)
+    a = {"1": hard + 2 + rng.normal(0, 3, 200), "5": hard}
+    b = {"1": hard, "5": hard + rng.normal(0, 3, 200)}
+    for name, method, accuracies in (("a", "proto_net", a), ("b", "maml", b)):
+        lists = {shots: values.tolist() for shots, values in accuracies.items()}
+        classifier(tmp_path / name, 0, lists, method=method)
+    flags = ("--compare", "--json", tmp_path / "rows.json")
+    one, five = cells(printed(tmp_path / "a", tmp_path / "b", *flags))
     difference = a["1"] - b["1"]
-    half = (
-        1.96 * difference.std(ddof=1) / 200**0.5
-    )  # a t of 199 degrees of freedom is the normal one to 1 %
-    assert (
-        one["setting"] == "cub, ways 5"
-        and one["result"] == "1-shot"
-        and one["pairs"] == "200 tasks"
-    )
-    assert one["A - B"] == f"{difference.mean():+.2f}" and one["includes 0"] == "no"
+    mean = difference.mean()
+    # a t of 199 degrees of freedom is the normal one to 1 %
+    half = 1.96 * difference.std(ddof=1) / 200**0.5
+    assert holds(one, setting="cub, ways 5", result="1-shot", pairs="200 tasks", includes_0="no")
+    assert one["A - B"] == f"{mean:+.2f}"
     low, high = map(float, one["95 % interval"].split(" to "))
-    assert low == pytest.approx(difference.mean() - half, abs=0.02) and high - low == pytest.approx(
-        2 * half, rel=0.03
-    )
+    assert low == pytest.approx(mean - half, abs=0.02)
+    assert high - low == pytest.approx(2 * half, rel=0.03)
     # unpaired, the tasks' own spread would drown it
     assert 1.96 * (a["1"].var() + b["1"].var()) ** 0.5 / 200**0.5 > 2 and low > 1
     assert five["includes 0"] == "yes"
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert rows[0]["a"] == pytest.approx(a["1"].mean()) and rows[0]["difference"] == pytest.approx(
-        difference.mean()
-    )
+    assert rows[0]["a"] == pytest.approx(a["1"].mean())
+    assert rows[0]["difference"] == pytest.approx(mean)
 
     classifier(tmp_path / "c", 0, {"1": [50.0] * 200}, queries=10)
     classifier(tmp_path / "d", 0, {"1": [50.0] * 100})
@@ -318,78 +285,54 @@ def test_the_difference_of_two_classifiers_is_paired_by_task(tmp_path, capsys):
         ("f", "nothing to compare: .*f has cub, ways 5: 20-shot"),
         ("g", "g has no tasks.json .*: --test-only --save-tasks"),
     ]:
-        with pytest.raises(InputError, match=words):
-            call(tmp_path / "a", tmp_path / other, "--compare")
+        refused(words, tmp_path / "a", tmp_path / other, "--compare")
     # a later test leaves the tasks' accuracies
     content = (tmp_path / "g" / "metrics.json").read_text()
     (tmp_path / "g" / "test-0123abcd.json").write_text(content)
     (tmp_path / "g" / "test-0123abcd-tasks.json").write_text(json.dumps({"1": hard.tolist()}))
-    call(tmp_path / "g", tmp_path / "b", "--compare")
-    (same,) = cells(capsys.readouterr().out)
-    assert (
-        same["A - B"] == "+0.00"
-        and same["95 % interval"] == "0.00 to 0.00"
-        and same["includes 0"] == "yes"
-    )
+    (same,) = cells(printed(tmp_path / "g", tmp_path / "b", "--compare"))
+    nothing = {"A - B": "+0.00", "95 % interval": "0.00 to 0.00"}
+    assert holds(same, includes_0="yes", **nothing)
 
 
-def test_the_difference_of_two_detectors_is_paired_by_seed(runs, tmp_path, capsys):
-    a, b = runs / "runs" / "tfa", tmp_path / "fsce"
+def test_the_difference_of_two_detectors_is_paired_by_seed(runs, tmp_path, printed):
+    a, b = runs / "tfa", tmp_path / "fsce"
     for seed, novel in [(0, 39.0), (1, 42.0), (2, 45.0)]:
         detector(b / f"5shot-seed{seed}", seed, novel, method="fsce", lr=0.1)
     detector(b / "1shot-seed0", 0, 20.0, shots=1, method="fsce")
-    call(a, b, "--compare")
-    said = capsys.readouterr().out
+    said = printed(a, b, "--compare")
     row = {row["result"]: row for row in cells(said)}["AP50 novel"]
     half = 4.303 / 3**0.5  # differences 1, 2, 3
-    assert (row["A"], row["B"], row["A - B"], row["pairs"]) == (
-        "44.00",
-        "42.00",
-        "+2.00",
-        "3 seeds",
-    )
-    assert (
-        row["95 % interval"] == f"{2 - half:.2f} to {2 + half:.2f}" and row["includes 0"] == "yes"
-    )
+    assert holds(row, A="44.00", B="42.00", pairs="3 seeds", includes_0="yes")
+    assert row["A - B"] == "+2.00" and row["95 % interval"] == f"{2 - half:.2f} to {2 + half:.2f}"
     assert f"Only in {b}, not compared: glyphs, split 1, shots 1." in said
-    detector(a / "1shot-seed0", 0, 25.0, shots=1)
-    detector(a / "10shot-seed0", 0, 25.0, shots=10)
-    detector(b / "10shot-seed0", 0, 25.0, shots=10)
-    call(a, b, "--compare")
-    said = capsys.readouterr().out
-    assert [row["setting"].split()[-1] for row in cells(said)] == ["1"] * 3 + ["5"] * 3 + ["10"] * 3
-    row = {row["setting"] + row["result"]: row for row in cells(said)}[
-        "glyphs, split 1, shots 1AP50 novel"
-    ]
-    assert (
-        row["A - B"] == "+5.00"
-        and row["95 % interval"] == "-"
-        and row["pairs"] == "1 seed: no interval"
-    )
+    for folder, shots in ((a, 1), (a, 10), (b, 10)):
+        method = "tfa" if folder == a else "fsce"
+        detector(folder / f"{shots}shot-seed0", 0, 25.0, shots=shots, method=method)
+    rows = cells(printed(a, b, "--compare"))
+    assert [row["setting"].split()[-1] for row in rows] == ["1"] * 3 + ["5"] * 3 + ["10"] * 3
+    (row,) = (row for row in rows[:3] if row["result"] == "AP50 novel")
+    assert holds(row, setting="glyphs, split 1, shots 1", pairs="1 seed: no interval")
+    assert row["A - B"] == "+5.00" and row["95 % interval"] == "-"
 
-    other = detector(b / "5shot-seed3", 3, 45.0, method="fsce", lr=0.1)
-    with pytest.raises(
-        InputError,
-        match=r"tfa has seeds 0, 1, 2 and .*fsce 0, 1, 2, 3 for glyphs, split 1, shots 5",
-    ):
-        call(a, b, "--compare")
-    other = detector(b / "5shot-seed3", 3, 45.0, method="fsce", lr=0.2)
-    with pytest.raises(
-        InputError, match=r"its runs of glyphs, split 1, shots 5 differ in lr \(0.1 / 0.2\)"
-    ):
-        call(a, b, "--compare")
-    other.unlink()
-    again = detector(b / "again", 0, 45.0, method="fsce", lr=0.1)
-    with pytest.raises(InputError, match="a seed was run twice"):
-        call(a, b, "--compare")
-    again.unlink()
+    def also(name: str, seed: int, **more: Any) -> Path:
+        return detector(b / name, seed, 45.0, method="fsce", **more)
+
+    seeds = r"tfa has seeds 0, 1, 2 and .*fsce 0, 1, 2, 3 for glyphs, split 1, shots 5"
+    settings = r"its runs of glyphs, split 1, shots 5 differ in lr \(0.1 / 0.2\)"
+    for name, seed, lr, words in [
+        ("5shot-seed3", 3, 0.1, seeds),
+        ("5shot-seed3", 3, 0.2, settings),
+        ("again", 0, 0.1, "a seed was run twice"),
+    ]:
+        path = also(name, seed, lr=lr)
+        refused(words, a, b, "--compare")
+        path.unlink()
+
     for seed in range(3):
-        detector(b / f"5shot-seed{seed}", seed, 45.0, method="fsce", trained_on="novel classes")
-    with pytest.raises(
-        InputError,
-        match=r"not tested alike .*trained_on \(base and novel classes / novel classes\)",
-    ):
-        call(a, b, "--compare")
+        also(f"5shot-seed{seed}", seed, trained_on="novel classes")
+    words = r"not tested alike .*trained_on \(base and novel classes / novel classes\)"
+    refused(words, a, b, "--compare")
 
 
 def target(
@@ -408,9 +351,8 @@ def target(
     )
     content = json.loads(path.read_text())
     content["AP"] = {"novel": value, "all": value}
-    content["protocol"] |= {"split": None, "benchmark": "CD-FSOD"} | {
-        k: v for k, v in more.items() if k == "benchmark"
-    }
+    benchmark = more.get("benchmark", "CD-FSOD")
+    content["protocol"] |= {"split": None, "benchmark": benchmark}
     path.write_text(json.dumps(content))
     return path
 
@@ -425,7 +367,7 @@ SIX = {
 }
 
 
-def test_cd_fsod_in_the_benchmarks_form(tmp_path, capsys):
+def test_cd_fsod_in_the_benchmarks_form(tmp_path, printed):
     for name, value in SIX.items():
         target(tmp_path, name, value, test_proposals=len(name))
         target(tmp_path, name, value + 2, seed=1, test_proposals=len(name))
@@ -436,8 +378,7 @@ def test_cd_fsod_in_the_benchmarks_form(tmp_path, capsys):
         tmp_path / "own", "neu_det", 99.0, benchmark=None
     )  # such as one's own folder of that name
     detector(tmp_path / "glyphs", 0, 99.0)
-    call(tmp_path, "--cd-fsod", "--no-details", "--json", tmp_path / "rows.json")
-    said = capsys.readouterr().out
+    said = printed(tmp_path, "--cd-fsod", "--no-details", "--json", tmp_path / "rows.json")
     fsce, one, five = cells(said)
     head = ["method", "shots", "ArTaxOr", "clipart1k", "DIOR", "FISH", "NEU-DET", "UODD", "mean"]
     assert list(five) == list(one) == head
@@ -445,34 +386,22 @@ def test_cd_fsod_in_the_benchmarks_form(tmp_path, capsys):
     # two seeds of each: a t of one degree, 12.706, times their standard deviation over the root of
     # two is 12.706
     assert five["UODD"] == "67.0 ± 12.7" and five["mean"] == "37.0"
-    assert list(fsce.values()) == [
-        "fsce",
-        "1",
-        "7.0",
-        "-",
-        "-",
-        "-",
-        "-",
-        "7.0",
-        "-",
-    ]  # no mean of a part
+    # no mean of a part
+    assert list(fsce.values()) == ["fsce", "1", "7.0", *"----", "7.0", "-"]
     assert "Settings of fsce, shots 1, differ between data sets: lr (0.2 / 0.1)." in said
     assert "test_proposals" not in said and "AP of all classes" in said and "99.0" not in said
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 14
-    call(tmp_path, "--cd-fsod", "--metric", "AP50", "--no-details")
-    assert [row["mean"] for row in cells(capsys.readouterr().out)] == ["-", "70.0", "70.0"]
+    rows = cells(printed(tmp_path, "--cd-fsod", "--metric", "AP50", "--no-details"))
+    assert [row["mean"] for row in rows] == ["-", "70.0", "70.0"]
 
 
-def test_cd_fsods_settings_have_rows_of_their_own_across_data_sets(tmp_path, capsys):
+def test_cd_fsods_settings_have_rows_of_their_own_across_data_sets(tmp_path, printed):
     for name, value in SIX.items():
         for base, more in (("a" * 64, 0), ("b" * 64, 6)):
             target(tmp_path / base[0], name, value + more, base=base)
-    call(tmp_path, "--cd-fsod", "--no-details")
-    rows = {row["differing in"]: row for row in cells(capsys.readouterr().out)}
-    assert {setting: row["mean"] for setting, row in rows.items()} == {
-        "base aaaaaaaa": "36.0",
-        "base bbbbbbbb": "42.0",
-    }
+    rows = cells(printed(tmp_path, "--cd-fsod", "--no-details"))
+    means = {row["differing in"]: row["mean"] for row in rows}
+    assert means == {"base aaaaaaaa": "36.0", "base bbbbbbbb": "42.0"}
 
 
 def test_cd_fsod_without_its_runs_is_refused(runs):
@@ -480,44 +409,29 @@ def test_cd_fsod_without_its_runs_is_refused(runs):
         ([runs, "--metric", "AP50"], "none of these runs kept to CD-FSOD's protocol"),
         ([runs, runs, "--compare"], "leave one of the two out"),
     ]:
-        with pytest.raises(InputError, match=message) as error:
-            call(*flags, "--cd-fsod")
-        assert "\n" not in str(error.value)
+        refused(message, *flags, "--cd-fsod")
 
 
 def test_the_picture_over_shots_has_whole_numbers(runs, tmp_path):
     for shots in (1, 2, 3, 10, 30, "all"):
         for seed, novel in [(0, 10.0), (1, 20.0)]:
-            detector(runs / "runs" / "tfa" / f"{shots}shot-seed{seed}", seed, novel, shots=shots)
-    detector(runs / "runs" / "tfa" / "lr", 0, 5.0, lr=0.5, shots=3)
-    found = results.rows(results.collect([runs / "runs"], "AP50"))
+            detector(runs / "tfa" / f"{shots}shot-seed{seed}", seed, novel, shots=shots)
+    detector(runs / "tfa" / "lr", 0, 5.0, lr=0.5, shots=3)
+    found = results.rows(results.collect([runs], "AP50"))
     figure = results.draw(found, "AP50")
     detectors, classifiers = figure.axes
-    assert [label.get_text() for label in detectors.get_xticklabels()] == [
-        "1",
-        "2",
-        "3",
-        "5",
-        "10",
-        "30",
-        "all",
-    ]
-    assert [label.get_text() for label in classifiers.get_xticklabels()] == ["1", "5"]
-    assert (
-        not len(detectors.get_xticks(minor=True))
-        and detectors.get_ylabel() == "AP50 of novel classes, %"
-    )
+    for axis, shots in ((detectors, "1 2 3 5 10 30 all"), (classifiers, "1 5")):
+        assert [label.get_text() for label in axis.get_xticklabels()] == shots.split()
+    assert not len(detectors.get_xticks(minor=True))
+    assert detectors.get_ylabel() == "AP50 of novel classes, %"
     names = detectors.get_legend_handles_labels()[1]
     assert names == ["tfa, glyphs, split 1", "tfa, glyphs, split 1, lr 0.5"]
     line, _, (bars,) = detectors.containers[0]
-    assert (
-        line.get_xdata().tolist() == [1, 2, 3, 5, 10, 30, 60]
-        and line.get_ydata().tolist() == [15] * 3 + [44] + [15] * 3
-    )
+    assert line.get_xdata().tolist() == [1, 2, 3, 5, 10, 30, 60]
+    assert line.get_ydata().tolist() == [15] * 3 + [44] + [15] * 3
     heights = [np.ptp(segment[:, 1]) / 2 for segment in bars.get_segments()]
-    assert heights[3] == pytest.approx(4.303 * 4 / 3**0.5) and heights[0] == pytest.approx(
-        12.706 * 50**0.5 / 2**0.5
-    )
-    call(runs / "runs", "--plot", tmp_path / "plot.png", "--no-details")
+    assert heights[3] == pytest.approx(4.303 * 4 / 3**0.5)
+    assert heights[0] == pytest.approx(12.706 * 50**0.5 / 2**0.5)
+    call(runs, "--plot", tmp_path / "plot.png", "--no-details")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.size == (1650, 600)
