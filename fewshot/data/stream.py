@@ -40,7 +40,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Feed:
-    """Which steps a process loads, where to, and how: what a run's `Record.feed` tells every
+    """Which steps a process loads, where to, and how: what a run's `feed` tells every
     loader.
 
     Attributes:
