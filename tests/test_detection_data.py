@@ -494,7 +494,6 @@ BOXES, IMAGES, CLASSES = "annotations", "images", "categories"
         (IMAGES, 0, {"id": [1]}, ["entry 0 of 'images'", "'id'"]),
         (IMAGES, 0, {"file_name": 5}, ["entry 0 of 'images'", "file_name"]),
         (IMAGES, 0, {"file_name": "../a.png"}, ["entry 0 of 'images'", "leads out"]),
-        (IMAGES, 0, {"file_name": "/tmp/a.png"}, ["entry 0 of 'images'", "leads out"]),
         (IMAGES, 0, {"file_name": "b.png"}, ["b.png"]),
         (IMAGES, 0, "width", ["width"]),
         (CLASSES, 1, {"id": "2"}, ["entry 1 of 'categories'", "'id'"]),

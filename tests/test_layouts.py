@@ -258,6 +258,43 @@ def test_every_layout_gives_the_same_records(write, tmp_path):
     )
 
 
+@pytest.mark.parametrize("all_of_them", [True, False], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["coco", "yolo"])
+def test_images_may_be_named_by_absolute_paths(kind, all_of_them, tmp_path, monkeypatch):
+    """As scripts write them that collect images from several disks; the others lie in the folder."""
+    monkeypatch.chdir(tmp_path)
+    pictures = make_pictures()
+    parts = divided(pictures, "train", "test")
+    elsewhere = tmp_path / "disk" / "images"
+    moved = [name for i, name in enumerate(pictures) if all_of_them or i % 4 == 0]
+
+    writer = {"coco": coco, "yolo": yolo_lists}[kind]
+    writer(pictures, parts, Path("own"))
+    elsewhere.mkdir(parents=True)
+    (tmp_path / "disk" / "labels").mkdir()
+    for name in moved:
+        (found,) = Path("own/images").rglob(name)
+        found.rename(elsewhere / name)
+        for label in Path("own").glob(f"labels/*/{name[:-4]}.txt"):
+            label.rename(tmp_path / "disk" / "labels" / label.name)
+    for part, names in parts.items():
+        listing = Path("own") / (f"{part}.json" if kind == "coco" else f"{part}.txt")
+        text = listing.read_text()
+        for name in set(names) & set(moved):
+            text = text.replace(f"./images/{part}/{name}", name)
+            text = text.replace(name, str(elsewhere / name))
+        listing.write_text(text)
+
+    split = open_split("own", "")
+    for dataset, part in ((split.train, "train"), (split.test, "test")):
+        kept = {name for name in parts[part] if pictures[name].objects or part == "test"}
+        assert {Path(record.path).name for record in dataset.records} == kept
+        for i, record in enumerate(dataset.records):
+            picture = pictures[Path(record.path).name]
+            assert dataset.image(i).shape[1:] == (record.height, record.width)
+            assert len(record.labels) == len(picture.objects)
+
+
 @pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
 def test_val_is_tested_on_where_there_is_no_test_part(write, tmp_path):
     pictures = make_pictures()

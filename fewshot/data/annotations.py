@@ -461,7 +461,7 @@ def _image_flaw(item: dict) -> str | None:
         return "has no number or text 'id'"
     if not isinstance(item.get("file_name"), str):
         return "has no text 'file_name'"
-    if _leads_out(item["file_name"]):
+    if ".." in re.split(r"[/\\]", item["file_name"]):
         return "has a 'file_name' that leads out of the data's folder"
     if not _names_file(item["file_name"]):
         return "has a 'file_name' that no file can have"
@@ -496,17 +496,13 @@ def inside(name: str, source: str | Path) -> str:
     """The name of a picture in the list `source`; `InputError` if it would lead out of the folder
     of the data.
     """
-    if _leads_out(name):
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         raise InputError(
             f"{source}: {name!r:.200} leads out of the data's folder; give its path in there"
         )
     if not _names_file(name):
         raise InputError(f"{source}: no file can be called {name!r:.200}; correct it")
     return name
-
-
-def _leads_out(name: str) -> bool:
-    return os.path.isabs(name) or ".." in re.split(r"[/\\]", name)
 
 
 def _names_file(name: str) -> bool:

@@ -321,7 +321,10 @@ def _read_coco(place: Path, source: Source, fault: Fault) -> Annotated:
         raise InputError(
             f"{path}: picture {read.records[0].path!r} is in none of {sought}; put the pictures in the first"
         )
-    records = [replace(record, path=str(folder / record.path)) for record in read.records]
+    paths = [folder / record.path for record in read.records]
+    if any(os.path.isabs(record.path) for record in read.records):  # perhaps not all of them
+        paths = [path.absolute() for path in paths]
+    records = [replace(record, path=str(path)) for record, path in zip(read.records, paths)]
     return read._replace(records=annotations.with_pictures(records, path, fault))
 
 
@@ -495,9 +498,13 @@ def _yolo_place(place: Path, root: str | None, value: str, path: Path) -> Path:
     train/images.
     """
     if os.path.isabs(value):
-        if not Path(value).is_relative_to(place.resolve()):
-            raise InputError(f"{path}: {value!r} is not in {place}; give its path in there")
-        return place / Path(value).relative_to(place.resolve())
+        if Path(value).is_relative_to(place.resolve()):
+            return place / Path(value).relative_to(place.resolve())
+        if not Path(value).exists():
+            raise InputError(
+                f"{path}: {value!r} is not there; correct it, or give its path in {place}"
+            )
+        return Path(value)
     value = annotations.inside(re.sub(r"^(\.{1,2}/)+", "", value), path)
     bases = (
         [place / root]
@@ -522,11 +529,12 @@ def _read_yolo(place: Path, source: Source, fault: Fault) -> Annotated:
                 )
         else:
             lines = filter(None, map(str.strip, annotations.read_text(entry).splitlines()))
-            listed = (
-                _yolo_place(place, str(entry.parent.relative_to(place)), line, entry)
-                for line in lines
-            )
+            inside = entry.is_relative_to(place)
+            beside = str(entry.parent.relative_to(place)) if inside else None
+            listed = (_yolo_place(place, beside, line, entry) for line in lines)
             found |= dict.fromkeys(listed, entry)
+    if any(picture.is_absolute() for picture in found):  # perhaps not all of them
+        found = {picture.absolute(): entry for picture, entry in found.items()}
     items: list[Item] = []
     polygons = 0
     for picture, entry in found.items():
@@ -553,10 +561,11 @@ def _label_place(place: Path, picture: Path) -> Path:
     """Where the txt of a picture, or those of a folder of pictures, are: in labels, as the picture
     is in images.
     """
-    parts = list(picture.relative_to(place).parts)
+    root = place if picture.is_relative_to(place) else Path(picture.anchor)
+    parts = list(picture.relative_to(root).parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return place.joinpath(*parts)
+    return root.joinpath(*parts)
 
 
 # VOC and YOLO
